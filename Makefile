@@ -1,0 +1,81 @@
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow test-matrix check lint types layers format clean transformers-latest
+
+# The first interpreter that is new enough; empty when there is none.
+PYTHON ?= $(shell for python in python3.11 python3; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+BIN := .venv/bin
+PINNED := .venv-transformers-5.17.0
+LATEST := .venv-transformers-latest
+
+test test-slow test-matrix: export HF_HUB_OFFLINE = 1
+test test-slow test-matrix: export TOKENIZERS_PARALLELISM = false
+# Two test processes share the cores, so each gets one thread.
+test test-slow test-matrix: export OMP_NUM_THREADS = 1
+
+# $(call venv,DIR): make the virtual environment DIR unless it is there.
+define venv
+	@test -x $(1)/bin/pip || test -n "$(PYTHON)" || \
+		{ echo "heedful needs Python 3.11 or newer and found neither python3.11 nor a python3 that new;" \
+		"install one or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python" >&2; exit 1; }
+	@test -x $(1)/bin/pip || $(PYTHON) -m venv $(1)
+	@echo "installing into $(1); the first time this takes a few minutes"
+endef
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: .venv/.installed ## install heedful and its tools into .venv
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(call venv,.venv)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
+	@touch $@
+
+demo: setup ## train small models, compare them and generate, offline; results in runs/demo
+	$(BIN)/heedful demo --out runs/demo
+
+test: setup ## run the tests
+	$(BIN)/pytest -n 2 -m "not slow"
+
+test-slow: setup ## run the slow tests
+	$(BIN)/pytest -n 2 -m slow
+
+test-matrix: $(PINNED)/.installed transformers-latest ## run tests/hf with transformers 5.17.0 and the newest 5.x
+	@for env in $(PINNED) $(LATEST); do \
+		$$env/bin/python -c 'import transformers; print("transformers", transformers.__version__)' && \
+		$$env/bin/pytest -n 2 tests/hf || exit 1; \
+	done
+
+$(PINNED)/.installed: pyproject.toml constraints-torch.txt
+	$(call venv,$(PINNED))
+	$(PINNED)/bin/python -m pip install --quiet --editable '.[test]' transformers==5.17.0 \
+		--constraint constraints-torch.txt
+	@touch $@
+
+# No stamp: "newest" is asked again every time.
+transformers-latest:
+	$(call venv,$(LATEST))
+	$(LATEST)/bin/python -m pip install --quiet --upgrade --editable '.[test]' 'transformers<6' \
+		--constraint constraints-torch.txt
+
+check: lint types layers ## lint, types and layers together
+
+lint: setup ## check style and formatting
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: setup ## check the types
+	$(BIN)/mypy
+
+layers: setup ## check that lower layers never import higher ones
+	$(BIN)/lint-imports --no-logo
+
+format: setup ## fix style and formatting
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean: ## remove the environments, caches and build outputs; runs/ stays
+	rm -rf .venv $(PINNED) $(LATEST) build dist
+	rm -rf .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,226 @@
+"""The base classes of all forms. Read this first: an Attention makes q, k, v; a Score uses them."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from heedful.attention.cache import LayerCache
+from heedful.attention.config import AttentionConfig, ScoreConfig
+from heedful.attention.registry import SCORES
+from heedful.ops.checks import check_shape, check_tensor, show
+from heedful.ops.masks import rank_in_segment
+from heedful.ops.rope import rope
+
+
+class Score(nn.Module):
+    """What happens to the logits; write `forward`.
+
+    Args:
+        config: the form's own options.
+        n_heads: the number of heads that attend.
+        d_model: C, the width of `x`, for scores that compute something from it.
+    """
+
+    Config: ClassVar[type[ScoreConfig]] = ScoreConfig
+
+    def __init__(self, config: ScoreConfig, n_heads: int, d_model: int) -> None:
+        super().__init__()
+        self.config = config
+        self.n_heads = n_heads
+        self.d_model = d_model
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        x: Tensor,
+        state: dict[str, Tensor],
+        key_mask: Tensor | None,
+        segment_ids: Tensor | None,
+        scale: float,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Attend.
+
+        Args:
+            q: (B, H, T, D).
+            k: (B, G, S, D), S >= T; the last T keys belong to the queries.
+            v: (B, G, S, E).
+            x: (B, T, C), what the layer was given.
+            state: what an earlier call returned, for the S - T earlier keys; empty at the start.
+            key_mask: (B, S) bool, False = padding, or None.
+            segment_ids: (B, S) integers, or None.
+            scale: multiplies the logits.
+
+        Returns:
+            out (B, H, T, E), zeros at padded queries, and the state to hand to the next call.
+        """
+        raise NotImplementedError
+
+
+class Attention(nn.Module):
+    """How q, k, v and the output are made; a form writes `project`.
+
+    `(B, T, C) -> (B, T, C)`, causal. The base class holds what all forms share: the score, QK-norm,
+    rotary positions, the cache, the output projection `o_proj`.
+
+    Args:
+        *args: a config, or the fields of one.
+        **kwargs: the fields of the config by name; an unknown one raises.
+    """
+
+    Config: ClassVar[type[AttentionConfig]] = AttentionConfig
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+        given = args[0] if args and isinstance(args[0], AttentionConfig) else None
+        config = given if given is not None else self.Config(*args, **kwargs)
+        self.config = config
+        self.score: Score = SCORES[str(config.score_config.form)].module_class(
+            config.score_config, config.score_heads, config.d_model
+        )
+        self.o_proj = nn.Linear(config.n_heads * config.v_dim, config.d_model, bias=config.bias)
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(config.qk_dim, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(config.qk_dim, eps=config.norm_eps)
+
+    # What a form writes.
+
+    def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Make the queries, and what is remembered of each token.
+
+        Args:
+            x: (B, T, C).
+            positions: (1 or B, T), the position of each token in its own sequence.
+
+        Returns:
+            q (B, H, T, D) and named tensors of T tokens, `(B, G, T, ·)` or `(B, T)`; with the default
+            `keys_values` these are "k" and "v".
+        """
+        raise NotImplementedError
+
+    def keys_values(self, memory: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys (B, G, S, D) and values (B, G, S, E) of all tokens, from what `project` remembered."""
+        return memory["k"], memory["v"]
+
+    def aggregate(self, out: Tensor) -> Tensor:
+        """(B, H, T, E) -> (B, T, C): merge the heads and project."""
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    # What all forms share.
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        positions: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """Attend causally.
+
+        Args:
+            x: (B, T, C).
+            positions: (1 or B, T) position of each token; default: counted per row and segment over
+                the real tokens, going on from the cache.
+            key_mask: (B, T) bool, False = padding. The cache remembers it.
+            segment_ids: (B, T) integers for packed sequences. The cache remembers them.
+            cache: what earlier tokens left; the new tokens are added to it.
+
+        Returns:
+            (B, T, C).
+
+        Raises:
+            ValueError: if a shape does not fit.
+        """
+        check_tensor("x", x, "(B, T, C)")
+        batch, length, _ = x.shape
+        check_shape("x", x, (batch, length, self.config.d_model), "(B, T, C)")
+        self._check_mask("key_mask", key_mask, (batch, length))
+        self._check_mask("segment_ids", segment_ids, (batch, length))
+        earlier = 0
+        if cache is not None:
+            earlier = cache.seen
+            key_mask = cache.whole_mask("key_mask", key_mask, (batch, length), fill=1)
+            segment_ids = cache.whole_mask("segment_ids", segment_ids, (batch, length), fill=0)
+        if positions is None:
+            rank = rank_in_segment(earlier + length, key_mask, segment_ids, x.device)
+            positions = rank[:, earlier:]
+        q, memory = self.project(x, positions)
+        state: dict[str, Tensor] = {}
+        if cache is not None:
+            state = cache.state
+            memory = cache.append(**memory)
+            cache.remember_mask("key_mask", key_mask)
+            cache.remember_mask("segment_ids", segment_ids)
+        k, v = self.keys_values(memory)
+        out, state = self.score(
+            q,
+            k,
+            v,
+            x=x,
+            state=state,
+            key_mask=key_mask,
+            segment_ids=segment_ids,
+            scale=self.config.qk_dim**-0.5,
+        )
+        if cache is not None:
+            cache.state = state
+        return self.aggregate(out)
+
+    def place_queries(self, q: Tensor, positions: Tensor) -> Tensor:
+        """QK-norm and rotary positions, as configured, on (B, H, T, D)."""
+        return self._place(q, positions, self.q_norm if self.config.qk_norm else None)
+
+    def place_keys(self, k: Tensor, positions: Tensor) -> Tensor:
+        """QK-norm and rotary positions, as configured, on (B, G, S, D)."""
+        return self._place(k, positions, self.k_norm if self.config.qk_norm else None)
+
+    def split_heads(self, x: Tensor, n_heads: int) -> Tensor:
+        """(B, T, H * D) -> (B, H, T, D)."""
+        return x.unflatten(-1, (n_heads, -1)).transpose(1, 2)
+
+    def reset_parameters(self) -> None:
+        """Fresh weights: logits start with standard deviation `init_logit_std`.
+
+        With QK-norm the gains see to it; without, the q and k projections do.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        if self.config.qk_norm:
+            for norm in (self.q_norm, self.k_norm):
+                nn.init.constant_(norm.weight, self.config.init_logit_std**0.5)
+        else:
+            for name in ("q_proj", "k_proj"):
+                if isinstance(projection := getattr(self, name, None), nn.Linear):
+                    gain = self.config.init_logit_std**0.5
+                    nn.init.normal_(projection.weight, std=gain * projection.in_features**-0.5)
+
+    def identity_parameters(self) -> list[nn.Parameter]:
+        """Parameters that hold an identity map, which weight decay must not pull to zero."""
+        return []
+
+    def _place(self, x: Tensor, positions: Tensor, norm: nn.Module | None) -> Tensor:
+        config = self.config
+        if norm is not None and config.qk_norm_position == "before_rope":
+            x = norm(x)
+        if config.rope:
+            x = rope(x, positions, theta=config.rope_theta, base_dim=config.size)
+        if norm is not None and config.qk_norm_position == "after_rope":
+            x = norm(x)
+        return x
+
+    def _check_mask(self, name: str, mask: Tensor | None, shape: tuple[int, int]) -> None:
+        if mask is None:
+            return
+        check_tensor(name, mask, "(B, T)")
+        if name == "key_mask" and mask.dtype != torch.bool:
+            raise TypeError(f"key_mask must be bool (True = real token), got {show(mask)}")
+        check_shape(name, mask, shape, "(B, T)")
+

@@ -1,0 +1,141 @@
+"""What a layer remembers of the tokens it has seen."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+class LayerCache:
+    """Named per-token tensors of one layer, growing in blocks.
+
+    Tensors are appended along the token axis: axis 2 of `(B, G, S, ·)`, the last of `(B, S)`. Beside
+    them stand the optional `masks` (padding, segments) and the `state` that a score carries from query
+    to query, such as the soft mask of selective attention.
+
+    Args:
+        block: how many tokens the storage grows by.
+    """
+
+    def __init__(self, block: int = 128) -> None:
+        self.block = block
+        self.seen = 0
+        self.masks: dict[str, Tensor] = {}
+        self.state: dict[str, Tensor] = {}
+        self._storage: dict[str, Tensor] = {}
+
+    @property
+    def kept(self) -> int:
+        """The number of tokens held, padding included."""
+        return self.seen
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all storages, the room for tokens to come included."""
+        tensors = [*self._storage.values(), *self.masks.values(), *self.state.values()]
+        return sum(t.untyped_storage().nbytes() for t in tensors)
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the tokens held, without the room for tokens to come."""
+        tensors = [*(self[n] for n in self._storage), *self.masks.values(), *self.state.values()]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def __getitem__(self, name: str) -> Tensor:
+        storage = self._storage[name]
+        return storage.narrow(_token_axis(storage), 0, self.seen)
+
+    def whole_mask(
+        self, name: str, new: Tensor | None, shape: tuple[int, int], fill: int
+    ) -> Tensor | None:
+        """An optional `(B, S)` mask for all tokens, the new ones included.
+
+        Where one part was given and another was not, `fill` stands in. None when no token ever had one.
+
+        Args:
+            name: "key_mask" or "segment_ids".
+            new: (B, T), or None.
+            shape: (B, T).
+            fill: the value that means "not given".
+        """
+        old = self.masks.get(name)
+        like = old if new is None else new
+        if like is None:
+            return None
+        if old is None:
+            old = like.new_full((shape[0], self.seen), fill)
+        if new is None:
+            new = like.new_full(shape, fill)
+        return torch.cat((old, new), dim=1)
+
+    def remember_mask(self, name: str, mask: Tensor | None) -> None:
+        """Keep what `whole_mask` returned for the tokens that follow."""
+        if mask is not None:
+            self.masks[name] = mask
+
+    def append(self, **tensors: Tensor) -> dict[str, Tensor]:
+        """Add T tokens and return each named tensor for all tokens so far, `(B, G, S, ·)` or `(B, S)`.
+
+        Raises:
+            ValueError: if the tensors disagree on T, or the names or the batch size changed.
+        """
+        lengths = {n: t.shape[_token_axis(t)] for n, t in tensors.items()}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"all tensors of one append must hold as many tokens, got {lengths}")
+        if self.seen and set(tensors) != set(self._storage):
+            raise ValueError(f"the cache holds {sorted(self._storage)}, got {sorted(tensors)}")
+        total = self.seen + next(iter(lengths.values()))
+        for name, tensor in tensors.items():
+            self._write(name, tensor, total)
+        self.seen = total
+        return {name: self[name] for name in tensors}
+
+    def reorder(self, rows: Tensor) -> None:
+        """Keep, repeat or permute the rows of the batch: row i becomes row `rows[i]` (beam search)."""
+        self._each(lambda t: t.index_select(0, rows.to(t.device)))
+
+    def repeat(self, times: int) -> None:
+        """Repeat every row `times` times, copies next to each other."""
+        self._each(lambda t: t.repeat_interleave(times, dim=0))
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.seen = 0
+        self.masks = {}
+        self.state = {}
+        self._storage = {}
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
+        for tensors in (self._storage, self.masks, self.state):
+            for name, tensor in tensors.items():
+                tensors[name] = change(tensor)
+
+    def _write(self, name: str, new: Tensor, total: int) -> None:
+        axis = _token_axis(new)
+        storage = self._storage.get(name)
+        if storage is not None and storage.shape[0] != new.shape[0]:
+            raise ValueError(
+                f"the cache holds {storage.shape[0]} sequences but got {new.shape[0]} new ones; "
+                f"use one cache per batch"
+            )
+        if torch.is_grad_enabled() and new.requires_grad:
+            # Writing in place would break the gradient of what was read before.
+            old = [] if storage is None else [storage.narrow(axis, 0, self.seen)]
+            self._storage[name] = torch.cat([*old, new], dim=axis)
+            return
+        if storage is None or storage.shape[axis] < total:
+            self._grow(name, new, total)
+        self._storage[name].narrow(axis, self.seen, total - self.seen).copy_(new)
+
+    def _grow(self, name: str, like: Tensor, total: int) -> None:
+        axis = _token_axis(like)
+        shape = list(like.shape)
+        shape[axis] = -(-total // self.block) * self.block
+        grown = like.new_empty(shape)
+        if name in self._storage:
+            grown.narrow(axis, 0, self.seen).copy_(self[name])
+        self._storage[name] = grown
+
+
+def _token_axis(tensor: Tensor) -> int:
+    return 2 if tensor.ndim == 4 else tensor.ndim - 1

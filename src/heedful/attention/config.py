@@ -1,0 +1,228 @@
+"""Configs of forms: frozen dataclasses that know parameters and FLOPs before anything is built."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, field, fields
+from typing import Any, ClassVar, Literal, Self, get_args
+
+import torch
+
+from heedful.attention.registry import ATTENTIONS, SCORES
+from heedful.ops.checks import check_choice, check_divides
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with its one line of documentation."""
+    return field(default=default, metadata={"help": help})
+
+
+def required(help: str) -> Any:
+    """A dataclass field without a default."""
+    return field(metadata={"help": help})
+
+
+def own_fields(config_class: Any) -> list:
+    """The fields a form adds to its base config: its own options."""
+    base = ScoreConfig if issubclass(config_class, ScoreConfig) else AttentionConfig
+    shared = set() if base is ScoreConfig else {f.name for f in fields(base)}
+    return [f for f in fields(config_class) if f.name not in shared]
+
+
+def check_options(what: str, options: Mapping[str, Any], known: list[str]) -> None:
+    """Raise for an option that nobody knows, naming the nearest one."""
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            have = f"options: {', '.join(known)}" if known else "it has no options"
+            raise ValueError(f"{what} has no option {name!r}; {hint}{have}")
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """What happens to the logits."""
+
+    form: ClassVar[str | None] = None
+    implementations: ClassVar[tuple[str, ...]] = ("auto", "reference", "sdpa")
+
+    impl: str = option("auto", "how it is computed: auto, reference (readable, slow) or sdpa")
+
+    def __post_init__(self) -> None:
+        check_choice("impl", self.impl, self.implementations)
+
+    def parameter_count(self, n_heads: int, d_model: int) -> int:
+        """The number of learned parameters, exactly."""
+        return 0
+
+    def flops_per_token(self, context: int, n_heads: int, qk_dim: int, v_dim: int) -> int:
+        """FLOPs of the logits and of the weighted sum; a multiply-add is 2, the full square counts."""
+        return 2 * context * n_heads * (qk_dim + v_dim)
+
+    def state_bytes_per_token(self) -> int:
+        """Bytes per cached token that the score adds to keys and values."""
+        return 0
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """How q, k, v and the output are made. Forms add their own options as fields."""
+
+    form: ClassVar[str | None] = None
+
+    d_model: int = required("width of the model, C")
+    n_heads: int = required("number of query heads, H")
+    _: KW_ONLY
+    n_kv_heads: int | None = option(None, "number of key/value heads, G; the form's default if None")
+    head_dim: int | None = option(None, "size of a head, D; d_model / n_heads if None")
+    score: ScoreConfig | str = option("softmax", "what happens to the logits: a name or a config")
+    rope: bool = option(True, "rotate queries and keys by position, after any expansion")
+    rope_theta: float = option(10000.0, "base of the rotary frequencies")
+    qk_norm: bool = option(True, "RMS-normalise queries and keys, after any expansion")
+    qk_norm_position: Literal["before_rope", "after_rope"] = option(
+        "before_rope", "where QK-norm sits: before_rope or after_rope"
+    )
+    norm_eps: float = option(1e-6, "epsilon of the QK-norm")
+    bias: bool = option(False, "bias in the q, k, v and output projections")
+    init_logit_std: float = option(
+        0.2, "standard deviation of the logits at the start; selective attention needs it small"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "n_heads", "n_kv_heads", "head_dim"):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if value is not None and (not whole or value < 1):
+                raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+        if self.head_dim is None:
+            check_divides("d_model", self.d_model, "n_heads", self.n_heads)
+            self._set("head_dim", self.d_model // self.n_heads)
+        self._set("n_kv_heads", self.resolve_kv_heads())
+        check_divides("n_heads", self.n_heads, "n_kv_heads", self.kv_heads)
+        check_choice("qk_norm_position", self.qk_norm_position, ("before_rope", "after_rope"))
+        if not self.init_logit_std > 0:
+            raise ValueError(f"init_logit_std must be greater than 0, got {self.init_logit_std}")
+        if isinstance(self.score, str):
+            self._set("score", SCORES[self.score].config_class())
+        self._check_choices()
+        self.check()
+        if self.rope and self.qk_dim % 2:
+            raise ValueError(
+                f"rotary positions need an even {self.qk_dim_name}, got {self.qk_dim}; "
+                f"use {self.qk_dim - 1} or {self.qk_dim + 1}, or rope=False"
+            )
+
+    def check(self) -> None:
+        """Check and resolve the form's own fields; called before the shared checks end."""
+
+    def resolve_kv_heads(self) -> int:
+        """The number of key/value heads: as many as query heads unless told otherwise."""
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    # The shape of the attention itself; a form that widens it overrides these.
+
+    qk_dim_name: ClassVar[str] = "head_dim"
+
+    @property
+    def kv_heads(self) -> int:
+        """G."""
+        assert self.n_kv_heads is not None
+        return self.n_kv_heads
+
+    @property
+    def size(self) -> int:
+        """D, the size of a projected head."""
+        assert self.head_dim is not None
+        return self.head_dim
+
+    @property
+    def score_config(self) -> ScoreConfig:
+        """The config of the score."""
+        assert isinstance(self.score, ScoreConfig)
+        return self.score
+
+    @property
+    def score_heads(self) -> int:
+        """The number of heads that attend: H, or Ĥ for SAS."""
+        return self.n_heads
+
+    @property
+    def qk_dim(self) -> int:
+        """The size of q and k where they meet: D, or D̂ for SAS."""
+        return self.size
+
+    @property
+    def v_dim(self) -> int:
+        """The size of v and of a head's output."""
+        return self.size
+
+    # What it costs.
+
+    def parameter_count(self) -> int:
+        """The number of learned parameters of the module, exactly.
+
+        A form that does not override it is built on the meta device, without memory, and counted.
+        """
+        with torch.device("meta"):
+            return sum(p.numel() for p in self.build().parameters())
+
+    def flops_per_token(self, context: int) -> int:
+        """Forward FLOPs per token at a full `context` (T x S square); a multiply-add is 2.
+
+        A form that does not override it is traced on the meta device, with `impl="reference"`.
+        """
+        import dataclasses
+
+        from torch.utils.flop_counter import FlopCounterMode
+
+        plain = dataclasses.replace(self, score=dataclasses.replace(self.score_config, impl="reference"))
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            plain.build()(torch.zeros(1, context, self.d_model))
+        return counter.get_total_flops() // context
+
+    def cache_bytes_per_token(self, bytes_per_value: int = 4) -> int:
+        """Bytes one cached token takes, keys and values in `bytes_per_value`, the score's state added."""
+        values = self.kv_heads * 2 * self.size
+        return values * bytes_per_value + self.score_config.state_bytes_per_token()
+
+    def shared_parameter_count(self) -> int:
+        """The parameters that the base class holds: output projection, QK-norm, the score's own."""
+        out = (self.n_heads * self.v_dim + self.bias) * self.d_model
+        norms = 2 * self.qk_dim if self.qk_norm else 0
+        return out + norms + self.score_config.parameter_count(self.score_heads, self.d_model)
+
+    def shared_flops_per_token(self, context: int) -> int:
+        """The FLOPs of the score and of the output projection."""
+        score = self.score_config.flops_per_token(
+            context, self.score_heads, self.qk_dim, self.v_dim
+        )
+        return score + 2 * self.n_heads * self.v_dim * self.d_model
+
+    def build(self) -> Any:
+        """The module."""
+        if self.form is None:
+            raise ValueError(f"{type(self).__name__} is not registered; use @register_attention(name)")
+        return ATTENTIONS[self.form].module_class(self)
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _check_choices(self) -> None:
+        for f in own_fields(type(self)):
+            choices = get_args(f.type)
+            if choices and all(isinstance(c, str) for c in choices):
+                check_choice(f.name, getattr(self, f.name), choices)
+
+    @classmethod
+    def of(cls, attention: str, score: str = "softmax", **options: Any) -> Self:
+        """The config of `attention` x `score`; every option goes to the form that has it.
+
+        Raises:
+            ValueError: for an unknown name or option.
+        """
+        attention_class, score_class = ATTENTIONS[attention].config_class, SCORES[score].config_class
+        score_names = [f.name for f in fields(score_class)]
+        names = [f.name for f in fields(attention_class) if f.name != "score"]
+        check_options(f"{attention} x {score}", options, names + score_names)
+        score_options = {k: v for k, v in options.items() if k in score_names}
+        rest = {k: v for k, v in options.items() if k not in score_names}
+        return attention_class(score=score_class(**score_options), **rest)

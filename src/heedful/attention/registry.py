@@ -1,0 +1,85 @@
+"""The two registries: names of Attention forms and of Score forms, for configs, the CLI and strangers."""
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """One registered name: the module that computes it and the config that describes it."""
+
+    name: str
+    module_class: Any
+    config_class: Any
+
+    @property
+    def summary(self) -> str:
+        """The first line of what the form says about itself."""
+        return (self.config_class.__doc__ or self.module_class.__doc__ or "").strip().split("\n")[0]
+
+
+class Registry:
+    """Names to forms; an unknown name says what it could have been."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.forms: dict[str, Form] = {}
+
+    def register(self, name: str, *, config: Any = None) -> Callable[[Any], Any]:
+        """Decorator: make a class available under `name`.
+
+        Args:
+            name: letters, digits and underscores.
+            config: the config class of this name; default the class's own `Config`.
+
+        Raises:
+            ValueError: if the name is malformed or taken by another class.
+        """
+        if not name.isidentifier():
+            raise ValueError(f"{self.kind} name must be letters, digits and _, got {name!r}")
+
+        def add(module_class: Any) -> Any:
+            taken = self.forms.get(name)
+            if taken and taken.module_class.__qualname__ != module_class.__qualname__:
+                raise ValueError(
+                    f"{self.kind} {name!r} is already {taken.module_class.__qualname__}; "
+                    f"choose another name"
+                )
+            config_class = config or module_class.Config
+            if config_class.form is not None and config_class.form != name:
+                # A form without options of its own inherits its config; the name needs its own class.
+                config_class = type(config_class.__name__, (config_class,), {"__doc__": None})
+            config_class.form = name
+            if config is None:
+                module_class.Config = config_class
+            self.forms[name] = Form(name, module_class, config_class)
+            return module_class
+
+        return add
+
+    def __getitem__(self, name: str) -> Form:
+        if not isinstance(name, str) or name not in self.forms:
+            near = difflib.get_close_matches(str(name), self.forms, 1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(
+                f"unknown {self.kind} {name!r}; {hint}available: {', '.join(self.forms)}. "
+                f"A form of your own must be imported before it is named "
+                f"(on the command line: HEEDFUL_FORMS=my_form.py)"
+            )
+        return self.forms[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.forms)
+
+
+ATTENTIONS = Registry("attention")
+SCORES = Registry("score")
+register_attention = ATTENTIONS.register
+register_score = SCORES.register
+
+
+def available() -> dict[str, list[str]]:
+    """The registered names: `{"attention": [...], "score": [...]}`."""
+    return {"attention": list(ATTENTIONS), "score": list(SCORES)}

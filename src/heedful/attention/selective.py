@@ -1,0 +1,52 @@
+"""Selective attention as a Score: head 0 votes, the votes are subtracted from every head's logits."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from heedful.attention.base import Score
+from heedful.attention.config import ScoreConfig
+from heedful.attention.registry import register_score
+from heedful.ops.selective import selective_attention
+
+
+@register_score("selective")
+class SelectiveScore(Score):
+    """softmax(L - F) with F[i,j] = sum_{u<i} relu(L^0[u,j]): tokens vote earlier tokens away."""
+
+    @dataclass(frozen=True)
+    class Config(ScoreConfig):
+        """Selective attention: one head's positive logits mask earlier tokens for all heads. No parameters.
+
+        Leviathan, Kalman, Matias, arXiv 2410.02703, ICLR 2025. The cache holds one more fp32 number per
+        token, the votes against it; the logits of the selection head are those of attention head 0.
+        """
+
+        def state_bytes_per_token(self) -> int:
+            """One float32 per token: F."""
+            return 4
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        x: Tensor,
+        state: dict[str, Tensor],
+        key_mask: Tensor | None,
+        segment_ids: Tensor | None,
+        scale: float,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`softmax(L - F) v`, with the votes on earlier keys in `state["soft_mask"]`, (B, 1, S - T)."""
+        out, soft_mask = selective_attention(
+            q,
+            k,
+            v,
+            soft_mask=state.get("soft_mask"),
+            key_mask=key_mask,
+            segment_ids=segment_ids,
+            scale=scale,
+            impl=self.config.impl,
+        )
+        return out, {"soft_mask": soft_mask}

@@ -1,0 +1,50 @@
+"""Plain softmax attention."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from heedful.attention.base import Score
+from heedful.attention.config import ScoreConfig
+from heedful.attention.registry import register_score
+from heedful.ops.dot_product import attention_reference, attention_sdpa
+from heedful.ops.masks import visible_keys
+from heedful.ops.precision import no_autocast
+
+
+@register_score("softmax")
+class SoftmaxScore(Score):
+    """softmax(q k^T / sqrt(D)) v: nothing else happens to the logits."""
+
+    @dataclass(frozen=True)
+    class Config(ScoreConfig):
+        """Plain softmax over the logits.
+
+        Vaswani et al., arXiv 1706.03762.
+        """
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        x: Tensor,
+        state: dict[str, Tensor],
+        key_mask: Tensor | None,
+        segment_ids: Tensor | None,
+        scale: float,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`softmax(q k^T * scale) v`; shapes as in `Score.forward`."""
+        length, n_keys = q.shape[2], k.shape[2]
+        reference = self.config.impl == "reference"
+        if key_mask is None and segment_ids is None and not reference and length in (1, n_keys):
+            # A single query sees every key; a whole square needs no mask in memory.
+            return attention_sdpa(q, k, v, scale, causal=length > 1), {}
+        visible = visible_keys(length, n_keys, key_mask, segment_ids, q.device)
+        if reference:
+            with no_autocast(q.device):
+                return attention_reference(q, k, v, visible, scale), {}
+        alive = visible.any(-1, keepdim=True)
+        out = attention_sdpa(q, k, v, scale, mask=(visible | ~alive)[:, None])
+        return out.masked_fill(~alive[:, None], 0.0), {}

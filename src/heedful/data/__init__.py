@@ -1,0 +1,41 @@
+"""Data: text and synthetic tasks as rows of tokens.
+
+`load_data` does everything; the other functions are its steps. Importing this package does not
+import transformers or tokenizers.
+"""
+
+from heedful.data.dataset import Data, TokenDataset, load_data
+from heedful.data.packing import count_bytes, pack
+from heedful.data.text import Text, load_text
+from heedful.data.tokenizer import (
+    END_OF_TEXT,
+    ByteTokenizer,
+    byte_tokenizer,
+    encode_documents,
+    token_bytes,
+    train_bpe,
+)
+from heedful.data.variable_assignment import (
+    answer_accuracy,
+    variable_assignment,
+    variable_assignment_vocab_size,
+)
+
+__all__ = [
+    "END_OF_TEXT",
+    "ByteTokenizer",
+    "Data",
+    "Text",
+    "TokenDataset",
+    "answer_accuracy",
+    "byte_tokenizer",
+    "count_bytes",
+    "encode_documents",
+    "load_data",
+    "load_text",
+    "pack",
+    "token_bytes",
+    "train_bpe",
+    "variable_assignment",
+    "variable_assignment_vocab_size",
+]

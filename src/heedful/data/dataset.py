@@ -1,0 +1,214 @@
+"""One call from the name of some data to rows that a model trains on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from heedful.data.packing import count_bytes, pack
+from heedful.data.text import load_text
+from heedful.data.tokenizer import (
+    ByteTokenizer,
+    byte_tokenizer,
+    encode_documents,
+    token_bytes,
+    train_bpe,
+)
+from heedful.data.variable_assignment import (
+    BOS,
+    TOKENS_PER_STATEMENT,
+    variable_assignment,
+    variable_assignment_vocab_size,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+SYNTHETIC_TASKS = ("variable-assignment",)
+TOKENIZERS = ("bpe", "bytes")
+
+SYNTHETIC_TRAIN_EXAMPLES = 20_000
+SYNTHETIC_VALIDATION_EXAMPLES = 512
+SYNTHETIC_STATEMENTS = 32
+# Fixed, so that runs of every training seed are scored on the same sequences.
+SYNTHETIC_VALIDATION_SEED = 1_000_000_007
+
+
+class TokenDataset(Dataset[dict[str, Tensor]]):
+    """Rows of equally long tensors: item i is the i-th row of each, as a dict of 1-D tensors."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        """Keep `tensors`, each of shape (rows, tokens).
+
+        Raises:
+            ValueError: there are none, or their numbers of rows differ.
+        """
+        lengths = {name: len(tensor) for name, tensor in tensors.items()}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"expected tensors with the same number of rows, got {lengths}")
+        self.tensors = dict(tensors)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: tensor[index] for name, tensor in self.tensors.items()}
+
+
+@dataclass(frozen=True)
+class Data:
+    """Everything that training and evaluation need to know about some data."""
+
+    name: str
+    """`austen`, the name of a file or folder, or `synthetic:<task>`."""
+    kind: str
+    """`text` or the synthetic task, `variable-assignment`."""
+    train: TokenDataset
+    """Rows to train on: input_ids, labels and, for text, segment_ids."""
+    validation: TokenDataset
+    """Rows to measure on, with the same keys; for text every token is predicted exactly once."""
+    tokenizer: PreTrainedTokenizerFast | ByteTokenizer | None
+    """The tokenizer of a text; None for a synthetic task."""
+    vocab_size: int
+    """Number of token ids."""
+    context: int
+    """Tokens in a row."""
+    bos_token_id: int | None
+    """Id of the token that begins every document or sequence."""
+    validation_bytes: int | None
+    """UTF-8 bytes that the predicted validation tokens stand for; None for a synthetic task."""
+    description: str
+    """One line for people."""
+
+
+def load_data(
+    data: str | Path = "austen",
+    *,
+    validation: str | Path | None = None,
+    tokenizer: str | PreTrainedTokenizerFast | ByteTokenizer = "bpe",
+    vocab_size: int = 2048,
+    context: int = 256,
+    seed: int = 0,
+    train_examples: int | None = None,
+) -> Data:
+    """Load, tokenize and pack a text, or draw a synthetic task.
+
+    Args:
+        data: `"austen"`, a file or a folder (see `load_text`), or
+            `"synthetic:variable-assignment"`.
+        validation: text to measure on, in the same forms; text only. None holds some out.
+        tokenizer: `"bpe"` (trained here on the training documents alone), `"bytes"`, or a
+            tokenizer already built, such as the one saved with a model; text only.
+        vocab_size: largest vocabulary of `"bpe"`; other tokenizers have their own.
+        context: tokens in a row. A synthetic sequence is 97 tokens, or fewer where `context`
+            is smaller.
+        seed: seed of the synthetic training sequences; a text does not depend on it.
+        train_examples: number of training rows. None is all rows of a text and 20,000
+            synthetic sequences; a number keeps the first rows of a text.
+
+    Raises:
+        FileNotFoundError: a path does not exist.
+        ValueError: an unknown name, an argument out of range, or a text that cannot be used.
+        ImportError: `"bpe"` or `"bytes"` without transformers and tokenizers.
+    """
+    if train_examples is not None and train_examples < 1:
+        raise ValueError(f"train_examples must be at least 1, got {train_examples}")
+    if isinstance(data, str) and (data == "synthetic" or data.startswith("synthetic:")):
+        if validation is not None:
+            raise ValueError(
+                f"validation {validation} does not apply to {data}, which draws its own; "
+                "leave it out"
+            )
+        return _load_synthetic(data, context, seed, train_examples)
+    return _load_text_data(data, validation, tokenizer, vocab_size, context, train_examples)
+
+
+def _load_text_data(
+    data: str | Path,
+    validation: str | Path | None,
+    tokenizer: str | PreTrainedTokenizerFast | ByteTokenizer,
+    vocab_size: int,
+    context: int,
+    train_examples: int | None,
+) -> Data:
+    if isinstance(tokenizer, str) and tokenizer not in TOKENIZERS:
+        raise ValueError(
+            f"tokenizer must be one of {', '.join(TOKENIZERS)} or a tokenizer object, "
+            f"got {tokenizer!r}"
+        )
+    text = load_text(data, validation)
+    if tokenizer == "bytes":
+        tokenizer = byte_tokenizer()
+    elif isinstance(tokenizer, str):
+        tokenizer = train_bpe(text.train, vocab_size)
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        raise ValueError("the tokenizer has no bos_token, which every document begins with; set it")
+
+    train_ids = encode_documents(tokenizer, text.train)
+    validation_ids = encode_documents(tokenizer, text.validation)
+    train_rows = pack(train_ids, context, bos)
+    # Neighbouring rows share one token, so that a row's first token is predicted by the row before.
+    validation_rows = pack(validation_ids, context, bos, stride=context - 1)
+    train = {name: tensor[:train_examples] for name, tensor in train_rows.items()}
+    validation_bytes = count_bytes(validation_rows["labels"], token_bytes(tokenizer))
+    return Data(
+        name=text.name,
+        kind="text",
+        train=TokenDataset(train),
+        validation=TokenDataset(validation_rows),
+        tokenizer=tokenizer,
+        vocab_size=len(tokenizer),
+        context=context,
+        bos_token_id=bos,
+        validation_bytes=validation_bytes,
+        description=(
+            f"{text.name}: train {_amount(text.train, train_ids)}; "
+            f"validation {_amount(text.validation, validation_ids)}; "
+            f"vocabulary {len(tokenizer):,}, rows of {context:,}"
+        ),
+    )
+
+
+def _load_synthetic(data: str, context: int, seed: int, train_examples: int | None) -> Data:
+    task = data.removeprefix("synthetic").removeprefix(":")
+    if task not in SYNTHETIC_TASKS:
+        known = ", ".join(f"synthetic:{name}" for name in SYNTHETIC_TASKS)
+        raise ValueError(f"there is no synthetic task {task!r}; expected one of: {known}")
+    shortest = 2 * TOKENS_PER_STATEMENT + 1
+    if context < shortest:
+        raise ValueError(f"context must be at least {shortest} for {data}, got {context}")
+    statements = min(SYNTHETIC_STATEMENTS, (context - 1) // TOKENS_PER_STATEMENT)
+    examples = train_examples or SYNTHETIC_TRAIN_EXAMPLES
+    train = variable_assignment(examples, statements, seed=seed)
+    validation = variable_assignment(
+        SYNTHETIC_VALIDATION_EXAMPLES, statements, seed=SYNTHETIC_VALIDATION_SEED
+    )
+    length = TOKENS_PER_STATEMENT * statements + 1
+    return Data(
+        name=data,
+        kind=task,
+        train=TokenDataset(train),
+        validation=TokenDataset(validation),
+        tokenizer=None,
+        vocab_size=variable_assignment_vocab_size(),
+        context=length,
+        bos_token_id=BOS,
+        validation_bytes=None,
+        description=(
+            f"{data}: train {examples:,} sequences; validation {SYNTHETIC_VALIDATION_EXAMPLES:,} "
+            f"sequences; {statements} statements, {length} tokens each, "
+            f"vocabulary {variable_assignment_vocab_size()}"
+        ),
+    )
+
+
+def _amount(documents: list[str], ids: list[list[int]]) -> str:
+    tokens = sum(map(len, ids))
+    size = sum(len(document.encode("utf-8")) for document in documents)
+    return f"{tokens:,} tokens of {len(documents):,} documents ({size:,} bytes)"

@@ -1,0 +1,336 @@
+"""A decoder-only language model whose attention and score are chosen by name; torch only.
+
+Pre-norm RMSNorm, SwiGLU, rotary, learned or no positions: the common ground of today's small models,
+so that a comparison of attention forms compares nothing else.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from heedful.attention.base import Attention
+from heedful.attention.cache import LayerCache
+from heedful.attention.config import AttentionConfig, option, own_fields, required
+from heedful.attention.registry import ATTENTIONS, SCORES
+from heedful.ops.checks import check_choice
+from heedful.ops.masks import rank_in_segment
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """The whole model. `attention` and `score` are names, with options; or lists, one per layer."""
+
+    vocab_size: int = required("number of tokens")
+    d_model: int = required("width, C")
+    n_layers: int = required("number of blocks")
+    n_heads: int = required("number of query heads, H")
+    n_kv_heads: int | None = option(None, "number of key/value heads; the form's default if None")
+    head_dim: int | None = option(None, "size of a head; d_model / n_heads if None")
+    d_ff: int | None = option(None, "width of the SwiGLU; 8/3 of d_model, rounded to 16s, if None")
+    max_positions: int = option(2048, "longest sequence; learned positions need it")
+    attention: str | list[str] = option("mha", "attention form, for all layers or one per layer")
+    attention_options: dict[str, Any] | list[dict[str, Any]] = field(
+        default_factory=dict, metadata={"help": "options of the attention form, likewise"}
+    )
+    score: str | list[str] = option("softmax", "score form, for all layers or one per layer")
+    score_options: dict[str, Any] | list[dict[str, Any]] = field(
+        default_factory=dict, metadata={"help": "options of the score form, likewise"}
+    )
+    positions: Literal["rope", "learned", "none"] = option("rope", "rope, learned or none")
+    rope_theta: float = option(10000.0, "base of the rotary frequencies")
+    qk_norm: bool = option(True, "RMS-normalise queries and keys")
+    qk_norm_position: Literal["before_rope", "after_rope"] = option(
+        "before_rope", "where QK-norm sits: before_rope or after_rope"
+    )
+    norm_eps: float = option(1e-6, "epsilon of every norm")
+    attention_bias: bool = option(False, "bias in the q, k, v and output projections")
+    init_logit_std: float = option(0.2, "standard deviation of the attention logits at the start")
+    tie_embeddings: bool = option(True, "the output projection is the token embedding")
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "d_model", "n_layers", "n_heads", "max_positions"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+        if self.d_ff is None:
+            object.__setattr__(self, "d_ff", -(-8 * self.d_model // 3 // 16) * 16)
+        elif not isinstance(self.d_ff, int) or self.d_ff < 1:
+            raise ValueError(f"d_ff must be a whole number >= 1, got {self.d_ff!r}")
+        check_choice("positions", self.positions, ("rope", "learned", "none"))
+        self.attention_configs()
+
+    def attention_configs(self) -> list[AttentionConfig]:
+        """The config of each layer's attention; raises for contradictions."""
+        return [self._attention_config(layer) for layer in range(self.n_layers)]
+
+    def parameter_count(self) -> int:
+        """The number of learned parameters, exactly; a tied embedding counts once."""
+        ff = self.d_ff or 0
+        embeddings = self.vocab_size * self.d_model * (1 if self.tie_embeddings else 2)
+        if self.positions == "learned":
+            embeddings += self.max_positions * self.d_model
+        layers = sum(c.parameter_count() for c in self.attention_configs())
+        return embeddings + layers + self.n_layers * (3 * ff + 2) * self.d_model + self.d_model
+
+    def flops_per_token(self, context: int) -> int:
+        """Forward FLOPs per token at a full `context`; a multiply-add is 2. Training costs three times it."""
+        attention = sum(c.flops_per_token(context) for c in self.attention_configs())
+        mlp = self.n_layers * 6 * (self.d_ff or 0) * self.d_model
+        return attention + mlp + 2 * self.vocab_size * self.d_model
+
+    def cache_bytes_per_token(self, bytes_per_value: int = 4) -> int:
+        """Bytes one cached token takes in all layers."""
+        return sum(c.cache_bytes_per_token(bytes_per_value) for c in self.attention_configs())
+
+    def _attention_config(self, layer: int) -> AttentionConfig:
+        attention = self._per_layer("attention", layer)
+        score = self._per_layer("score", layer)
+        options = self._per_layer("attention_options", layer)
+        score_class = SCORES[score].config_class
+        attention_class = ATTENTIONS[attention].config_class
+        _check_own("attention", attention, options, attention_class)
+        score_options = self._per_layer("score_options", layer)
+        _check_own("score", score, score_options, score_class)
+        return attention_class(
+            self.d_model,
+            self.n_heads,
+            n_kv_heads=self.n_kv_heads,
+            head_dim=self.head_dim,
+            score=score_class(**score_options),
+            rope=self.positions == "rope",
+            rope_theta=self.rope_theta,
+            qk_norm=self.qk_norm,
+            qk_norm_position=self.qk_norm_position,
+            norm_eps=self.norm_eps,
+            bias=self.attention_bias,
+            init_logit_std=self.init_logit_std,
+            **options,
+        )
+
+    def _per_layer(self, name: str, layer: int) -> Any:
+        value = getattr(self, name)
+        if not isinstance(value, list | tuple):
+            return value
+        if len(value) != self.n_layers:
+            raise ValueError(f"{name} must have one entry per layer ({self.n_layers}), got {len(value)}")
+        return value[layer]
+
+
+def _check_own(kind: str, name: str, options: dict[str, Any], config_class: type) -> None:
+    """Raise for options that are not the form's own: the model sets the shared ones."""
+    from heedful.attention.config import check_options
+
+    check_options(f"{kind} {name!r}", options, [f.name for f in own_fields(config_class)])
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)), (B, T, C) -> (B, T, C); Shazeer, arXiv 2002.05202."""
+
+    def __init__(self, d_model: int, d_ff: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(d_model, d_ff, bias=False)
+        self.up_proj = nn.Linear(d_model, d_ff, bias=False)
+        self.down_proj = nn.Linear(d_ff, d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: DecoderConfig, attention: AttentionConfig) -> None:
+        super().__init__()
+        self.n_layers = config.n_layers
+        self.attention_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.attention: Attention = attention.build()
+        self.mlp_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.mlp = SwiGLU(config.d_model, config.d_ff or 0)
+
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        key_mask: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """(B, T, C) -> (B, T, C); the other arguments go to the attention."""
+        normed = self.attention_norm(x)
+        x = x + self.attention(
+            normed, positions=positions, key_mask=key_mask, segment_ids=segment_ids, cache=cache
+        )
+        return x + self.mlp(self.mlp_norm(x))
+
+    def reset_parameters(self) -> None:
+        """Fresh weights; what adds to the residual stream starts 1/sqrt(2 n_layers) smaller."""
+        self.attention.reset_parameters()
+        for linear in (self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj, self.attention.o_proj):
+            shrink = linear in (self.mlp.down_proj, self.attention.o_proj)
+            std = linear.in_features**-0.5 * ((2 * self.n_layers) ** -0.5 if shrink else 1.0)
+            nn.init.normal_(linear.weight, std=std)
+        nn.init.ones_(self.attention_norm.weight)
+        nn.init.ones_(self.mlp_norm.weight)
+
+
+class DecoderParts(nn.Module):
+    """The layers of the model and the way through them, shared by every face it has.
+
+    `Decoder` is this with a constructor; the Hugging Face model is this with that library's constructor,
+    so that both have the same parameter names.
+    """
+
+    embed_tokens: nn.Embedding
+    embed_positions: nn.Embedding | None
+    layers: nn.ModuleList
+    norm: nn.RMSNorm
+    lm_head: nn.Linear
+    gradient_checkpointing: bool
+    _gradient_checkpointing_func: Callable[..., Any]
+
+    def add_parts(self, config: DecoderConfig) -> None:
+        """Build the layers; called once, by the constructor."""
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        learned = config.positions == "learned"
+        self.embed_positions = nn.Embedding(config.max_positions, config.d_model) if learned else None
+        self.layers = nn.ModuleList(Block(config, c) for c in config.attention_configs())
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        self.gradient_checkpointing = False
+        self._gradient_checkpointing_func = _checkpoint
+
+    def new_cache(self) -> list[LayerCache]:
+        """An empty cache for each layer."""
+        return [LayerCache() for _ in self.layers]
+
+    def hidden_states(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        embeds: Tensor | None = None,
+        positions: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        caches: list[LayerCache] | None = None,
+        collect: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Token ids (B, T), or embeddings (B, T, C), to the normed last hidden states (B, T, C).
+
+        Args:
+            input_ids: (B, T) token ids.
+            embeds: (B, T, C), instead of `input_ids`.
+            positions: (1 or B, T); default: counted over the real tokens of each row and segment.
+            key_mask: (B, T) bool, False = padding.
+            segment_ids: (B, T) integers for packed documents.
+            caches: one per layer; the new tokens are added.
+            collect: a list that receives the input of every layer and the result.
+
+        Raises:
+            ValueError: if a token id or a learned position is out of range.
+        """
+        if embeds is None:
+            assert input_ids is not None
+            embeds = self.embed_tokens(input_ids)
+        batch, length, _ = embeds.shape
+        if positions is None:
+            positions = self._positions(batch, length, key_mask, segment_ids, caches, embeds.device)
+        x = embeds
+        if self.embed_positions is not None:
+            # padding may carry any position; it must only stay inside the table
+            longest = self.embed_positions.num_embeddings
+            if not torch.compiler.is_compiling() and int(positions.max()) >= longest:
+                raise ValueError(
+                    f"learned positions end at {longest}, got a sequence of {int(positions.max()) + 1} "
+                    f"tokens; shorten it or build the model with more positions"
+                )
+            x = x + self.embed_positions(positions)
+        for i, layer in enumerate(self.layers):
+            if collect is not None:
+                collect.append(x)
+            cache = caches[i] if caches is not None else None
+            if self.gradient_checkpointing and self.training and cache is None:
+                x = self._gradient_checkpointing_func(layer, x, positions, key_mask, segment_ids)
+            else:
+                x = layer(x, positions, key_mask, segment_ids, cache)
+        x = self.norm(x)
+        if collect is not None:
+            collect.append(x)
+        return x
+
+    def reset_module(self, module: nn.Module) -> None:
+        """Fresh weights for one module of the tree; parents come after, and overrule, their children."""
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        elif isinstance(module, Attention | Block):
+            module.reset_parameters()
+        elif isinstance(module, DecoderParts):
+            nn.init.ones_(module.norm.weight)
+            if module.lm_head.weight is not module.embed_tokens.weight:
+                nn.init.normal_(module.lm_head.weight, std=0.02)
+
+    def _positions(
+        self,
+        batch: int,
+        length: int,
+        key_mask: Tensor | None,
+        segment_ids: Tensor | None,
+        caches: list[LayerCache] | None,
+        device: torch.device,
+    ) -> Tensor:
+        earlier = 0
+        if caches:
+            earlier = caches[0].seen
+            key_mask = caches[0].whole_mask("key_mask", key_mask, (batch, length), fill=1)
+            segment_ids = caches[0].whole_mask("segment_ids", segment_ids, (batch, length), fill=0)
+        return rank_in_segment(earlier + length, key_mask, segment_ids, device)[:, earlier:]
+
+
+class Decoder(DecoderParts):
+    """The language model as a plain `nn.Module`, for people with a trainer of their own.
+
+    Args:
+        config: a `DecoderConfig`, or None to give its fields by name.
+        **fields: the fields of `DecoderConfig`.
+    """
+
+    def __init__(self, config: DecoderConfig | None = None, **fields: Any) -> None:
+        super().__init__()
+        self.config = config if config is not None else DecoderConfig(**fields)
+        self.add_parts(self.config)
+        self.apply(self.reset_module)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        caches: list[LayerCache] | None = None,
+    ) -> Tensor:
+        """Logits of the next token.
+
+        Args:
+            input_ids: (B, T) token ids.
+            key_mask: (B, T) bool, False = padding.
+            segment_ids: (B, T) integers; attention stays inside a segment.
+            caches: `decoder.new_cache()` at first, then the same list for the tokens that follow.
+
+        Returns:
+            (B, T, vocab_size).
+        """
+        hidden = self.hidden_states(
+            input_ids, key_mask=key_mask, segment_ids=segment_ids, caches=caches
+        )
+        return self.lm_head(hidden)
+
+
+def _checkpoint(layer: nn.Module, *args: Any) -> Any:
+    return checkpoint(layer, *args, use_reentrant=False)

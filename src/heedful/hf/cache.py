@@ -1,0 +1,106 @@
+"""All contact with transformers' cache API: its names in front, `LayerCache` behind."""
+
+from typing import Any, NoReturn
+
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from heedful.attention.cache import LayerCache
+
+
+class _CacheLayer(CacheLayerMixin):
+    """One layer as `generate` sees it."""
+
+    is_compileable = False
+    is_sliding = False
+    is_croppable = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = LayerCache()
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: storage appears with the first tokens."""
+
+    def update(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError(
+            "a HeedfulCache is filled by heedful's attention, not through update(keys, values); "
+            "other models need their own cache"
+        )
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding included; not the tokens kept."""
+        return self.memory.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name up to transformers 5.20
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.memory.seen + query_length, 0
+
+    def reset(self) -> None:
+        self.memory.reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.memory.reorder(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.memory.repeat(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.memory.reorder(indices)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise NotImplementedError(
+                "a HeedfulCache cannot forget its last tokens yet, which assisted decoding needs; "
+                "generate without an assistant"
+            )
+
+
+class HeedfulCache(Cache):
+    """The key/value cache of a heedful model: one `LayerCache` per layer.
+
+    Args:
+        n_layers: the number of layers.
+    """
+
+    def __init__(self, n_layers: int) -> None:
+        super().__init__(layers=[_CacheLayer() for _ in range(n_layers)])
+
+    @property
+    def memories(self) -> list[LayerCache]:
+        """The cache of each layer."""
+        return [layer.memory for layer in self.layers]
+
+    @property
+    def seen(self) -> int:
+        """Tokens the model has read, padding included."""
+        return self.memories[0].seen
+
+    @property
+    def kept(self) -> list[int]:
+        """Tokens held, per layer."""
+        return [memory.kept for memory in self.memories]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all storages that exist."""
+        return sum(memory.nbytes for memory in self.memories)
+
+
+def check_cache(cache: object, n_layers: int) -> HeedfulCache:
+    """Raise unless `cache` is one of ours, of the right depth.
+
+    Other caches keep keys and values only: selection would silently be lost in them.
+    """
+    if not isinstance(cache, HeedfulCache):
+        raise TypeError(
+            f"past_key_values must be a heedful.hf.HeedfulCache, got {type(cache).__name__}; leave it out "
+            f"and generate() makes one. Static, paged, offloaded and quantized caches are not supported."
+        )
+    if len(cache.layers) != n_layers:
+        raise ValueError(f"the cache has {len(cache.layers)} layers, the model {n_layers}; make a new one")
+    return cache

@@ -1,0 +1,107 @@
+"""The model's config in Hugging Face terms, translated to the decoder's."""
+
+import difflib
+from dataclasses import fields
+from typing import Any, Literal
+
+from transformers import PreTrainedConfig
+
+from heedful.decoder import DecoderConfig
+
+
+class HeedfulConfig(PreTrainedConfig):
+    """Config of `HeedfulForCausalLM`.
+
+    Args:
+        vocab_size: number of tokens.
+        hidden_size: width of the model.
+        num_hidden_layers: number of blocks.
+        num_attention_heads: number of query heads.
+        num_key_value_heads: number of key/value heads; None means all for mha and sas and 1 for mqa, and
+            gqa needs it said.
+        head_dim: size of a head; None means hidden_size / num_attention_heads.
+        intermediate_size: width of the SwiGLU; None means 8/3 of hidden_size, rounded up to 16s.
+        max_position_embeddings: longest sequence; learned positions need it.
+        attention: attention form by name, for all layers or one per layer (`heedful.available()`).
+        attention_options: options of the form, e.g. `{"sim_heads": 36}`; likewise one or a list.
+        score: score form by name, likewise.
+        score_options: options of the score, likewise.
+        positions: "rope", "learned" or "none".
+        rope_theta: base of the rotary frequencies.
+        qk_norm: RMS-normalise queries and keys.
+        qk_norm_position: "before_rope" or "after_rope".
+        rms_norm_eps: epsilon of every norm.
+        attention_bias: bias in the q, k, v and output projections.
+        init_logit_std: standard deviation of the attention logits at the start.
+        tie_word_embeddings: the output projection is the token embedding.
+
+    Raises:
+        ValueError: for unknown forms or options and for contradictions, at construction.
+    """
+
+    model_type = "heedful"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 2048
+    hidden_size: int = 256
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    intermediate_size: int | None = None
+    max_position_embeddings: int = 2048
+    attention: str | list[str] = "mha"
+    attention_options: dict[str, Any] | list[dict[str, Any]] | None = None
+    score: str | list[str] = "softmax"
+    score_options: dict[str, Any] | list[dict[str, Any]] | None = None
+    positions: Literal["rope", "learned", "none"] = "rope"
+    rope_theta: float = 10000.0
+    qk_norm: bool = True
+    qk_norm_position: Literal["before_rope", "after_rope"] = "before_rope"
+    rms_norm_eps: float = 1e-6
+    attention_bias: bool = False
+    init_logit_std: float = 0.2
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        own = [f.name for f in fields(self)]
+        for name in kwargs:
+            # Unknown names are kept, as everywhere in transformers, but a typo must not be one.
+            if near := difflib.get_close_matches(name, own, 1, cutoff=0.85):
+                raise ValueError(f"HeedfulConfig has no field {name!r}; did you mean {near[0]!r}?")
+        if self.attention_options is None:
+            self.attention_options = {}
+        if self.score_options is None:
+            self.score_options = {}
+        decoder = self.to_decoder_config()
+        self.intermediate_size = decoder.d_ff
+        super().__post_init__(**kwargs)
+
+    def to_decoder_config(self) -> DecoderConfig:
+        """The same model in the decoder's terms."""
+        return DecoderConfig(
+            vocab_size=self.vocab_size,
+            d_model=self.hidden_size,
+            n_layers=self.num_hidden_layers,
+            n_heads=self.num_attention_heads,
+            n_kv_heads=self.num_key_value_heads,
+            head_dim=self.head_dim,
+            d_ff=self.intermediate_size,
+            max_positions=self.max_position_embeddings,
+            attention=self.attention,
+            attention_options=self.attention_options or {},
+            score=self.score,
+            score_options=self.score_options or {},
+            positions=self.positions,
+            rope_theta=self.rope_theta,
+            qk_norm=self.qk_norm,
+            qk_norm_position=self.qk_norm_position,
+            norm_eps=self.rms_norm_eps,
+            attention_bias=self.attention_bias,
+            init_logit_std=self.init_logit_std,
+            tie_embeddings=self.tie_word_embeddings,
+        )

@@ -1,0 +1,67 @@
+"""Plain softmax attention: the readable reference and PyTorch's fused kernel, with one signature."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from heedful.ops.precision import wide_dtype
+
+
+def repeat_kv(x: Tensor, n_heads: int) -> Tensor:
+    """(B, G, S, D) -> (B, H, S, D): each key/value head serves H // G neighbouring query heads."""
+    return x if x.shape[1] == n_heads else x.repeat_interleave(n_heads // x.shape[1], dim=1)
+
+
+def masked_softmax(logits: Tensor, visible: Tensor) -> Tensor:
+    """Softmax over the visible keys; a row that sees no key gets zeros, and zero gradients, not NaN.
+
+    Args:
+        logits: (B, H, T, S).
+        visible: bool, broadcastable to `logits`.
+    """
+    alive = visible.any(-1, keepdim=True)
+    logits = logits.masked_fill(~visible & alive, -torch.inf)
+    return logits.softmax(-1).masked_fill(~visible, 0.0)
+
+
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
+    """`softmax(q k^T * scale) v` with every logit materialised.
+
+    Args:
+        q: (B, H, T, D).
+        k: (B, G, S, D).
+        v: (B, G, S, E).
+        visible: (1 or B, T, S) bool.
+        scale: multiplies the logits.
+
+    Returns:
+        (B, H, T, E).
+    """
+    dtype = wide_dtype(q)
+    k, v = repeat_kv(k, q.shape[1]), repeat_kv(v, q.shape[1])
+    logits = q.to(dtype) @ k.to(dtype).transpose(-1, -2) * scale
+    return (masked_softmax(logits, visible[:, None]) @ v.to(dtype)).to(v.dtype)
+
+
+def attention_sdpa(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, mask: Tensor | None = None, causal: bool = False
+) -> Tensor:
+    """`attention_reference` through `F.scaled_dot_product_attention`.
+
+    Args:
+        q: (B, H, T, D).
+        k: (B, G, S, D).
+        v: (B, G, S, E).
+        scale: multiplies the logits.
+        mask: (B, 1 or H, T, S), bool or an additive bias; every row must see at least one key.
+        causal: the mask is the plain causal square, T == S.
+
+    Returns:
+        (B, H, T, E).
+    """
+    k, v = repeat_kv(k, q.shape[1]), repeat_kv(v, q.shape[1])
+    size, wide = v.shape[-1], max(v.shape[-1], q.shape[-1])
+    # Unequal head sizes would drop SDPA to its slow path, which keeps all logits; zeros cost far less.
+    q, k, v = (F.pad(x, (0, wide - x.shape[-1])) if x.shape[-1] < wide else x for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
+    return out[..., :size]

@@ -1,0 +1,33 @@
+"""The precision of sums and softmax, whatever autocast says."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """What votes, sums and softmax of `x` are computed in: float32, or float64 for float64."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager:
+    """Switch autocast off inside an operation that chooses its own precision."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def to_autocast_dtype(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Cast to the autocast dtype where autocast is on, as torch does for its own attention."""
+    device = next((t.device.type for t in tensors if isinstance(t, Tensor)), "cpu")
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(x: Tensor | None) -> Tensor | None:
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == torch.float64:
+            return x
+        return x.to(dtype)
+
+    return tuple(map(cast, tensors))

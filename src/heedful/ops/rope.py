@@ -1,0 +1,46 @@
+"""Rotary position embedding (Su et al., arXiv 2104.09864) in the rotate-half layout."""
+
+import torch
+from torch import Tensor
+
+from heedful.ops.checks import check_float, check_tensor
+from heedful.ops.precision import wide_dtype
+
+
+def rope(
+    x: Tensor, positions: Tensor, *, theta: float = 10000.0, base_dim: int | None = None
+) -> Tensor:
+    """Rotate feature pairs (i, i + D/2) of `x` by `positions * theta ** (-2 i / base_dim)`.
+
+    Args:
+        x: (B, H, T, D) with D even.
+        positions: (T,) or (B, T) integers, the absolute position of each token.
+        theta: the base of the frequencies.
+        base_dim: the size whose frequencies are used, D by default. SAS widens heads from D to D̂ and
+            keeps `base_dim = D`: the first D/2 frequencies are those of the narrow head and the rest
+            continue the progression, so that an identity start equals plain attention.
+
+    Returns:
+        (B, H, T, D) in the dtype of `x`; the angles are computed in float32 (float64 for float64).
+
+    Raises:
+        ValueError: if D is odd or `positions` does not fit.
+    """
+    check_float("x", check_tensor("x", x, "(B, H, T, D)"))
+    batch, _, length, size = x.shape
+    if size % 2:
+        raise ValueError(f"rope rotates pairs of features, so D must be even, got {size}")
+    if positions.shape not in ((length,), (1, length), (batch, length)):
+        raise ValueError(
+            f"positions must have shape (T,) = ({length},) or (B, T) = ({batch}, {length}), "
+            f"got {tuple(positions.shape)}"
+        )
+    dtype = wide_dtype(x)
+    exponent = torch.arange(0, size, 2, device=x.device, dtype=dtype) / (base_dim or size)
+    angles = positions.to(dtype)[..., None] * theta**-exponent  # (T, D/2) or (B, T, D/2)
+    if angles.ndim == 3:
+        angles = angles[:, None]  # one rotation for all heads
+    cos, sin = angles.cos(), angles.sin()
+    first, second = x.to(dtype).chunk(2, dim=-1)
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return rotated.to(x.dtype)

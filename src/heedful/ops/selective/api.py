@@ -1,0 +1,236 @@
+"""The public selective attention operations: documentation, checks, and the choice of implementation."""
+
+import difflib
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from heedful.ops.checks import (
+    check_device,
+    check_divides,
+    check_float,
+    check_same,
+    check_shape,
+    check_tensor,
+    show,
+)
+from heedful.ops.masks import rank_in_segment, visible_keys, voted_keys
+from heedful.ops.precision import no_autocast, to_autocast_dtype, wide_dtype
+from heedful.ops.selective.reference import selective_reference, soft_masks
+from heedful.ops.selective.sdpa import selective_sdpa
+
+
+class Implementation(Protocol):
+    """What every implementation takes: checked tensors, ready masks, and the selection heads."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        select: tuple[Tensor, Tensor, float] | None,
+        soft_mask: Tensor | None,
+        visible: Tensor,
+        voted: Tensor,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]: ...  # noqa: D102
+
+
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "reference": selective_reference,
+    "sdpa": selective_sdpa,
+}
+
+
+def selective_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    select_q: Tensor | None = None,
+    select_k: Tensor | None = None,
+    soft_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Causal attention in which tokens vote on which earlier tokens are no longer needed.
+
+    With raw logits `L^h[i,j] = q^h_i . k^h_j * scale`, and head 0 as the selection head:
+
+        S[i,j] = relu(L^0[i,j]), but 0 on the first real token and on the query itself
+        F[i,j] = sum_{u<i} S[u,j]
+        out^h  = softmax_j(L^h[i,j] - F[i,j]) v^h_j
+
+    Gradients of all heads flow through F into the selection head. S, F and the softmax are computed in
+    float32 (float64 when q is float64), also under autocast. Calls chain: a whole sequence gives the same
+    numbers as its pieces, when each call gets all keys so far and the `soft_mask` of the call before.
+
+    Args:
+        q: (B, H, T, D).
+        k: (B, G, S, D) with S >= T and H % G == 0; the last T keys belong to the queries.
+        v: (B, G, S, E).
+        select_q: (B, R, T, D'), the queries of R selection heads; default head 0, `q[:, :1]`.
+            Attention heads h with the same `h * R // H` share a mask.
+        select_k: (B, R, S, D'), their keys; default `k[:, :1]`. Give both or neither.
+        soft_mask: (B, R, S - T) votes already cast on the earlier keys; default none.
+        key_mask: (B, S) bool, False = padding: it is never attended to, never votes, and the protected
+            first token is the first *real* one. Outputs at padded queries are 0.
+        segment_ids: (B, S) integers; attention and votes stay inside a segment, and each segment
+            protects its own first real token.
+        scale: multiplies the logits, of the selection heads too; default 1 / sqrt(last axis).
+        impl: "auto", "reference" (the formula, all logits in memory) or "sdpa" (F as a bias of
+            PyTorch's fused attention). An implementation that cannot run raises.
+
+    Returns:
+        out: (B, H, T, E) in the dtype of v.
+        soft_mask: (B, R, S), F after the last query, float32 (float64 when q is float64).
+
+    Raises:
+        TypeError: for a wrong type or dtype.
+        ValueError: for a wrong shape, device or `impl`.
+
+    Source: Leviathan, Kalman, Matias, "Selective Attention Improves Transformer", arXiv 2410.02703.
+    """
+    run = _implementation(impl)
+    q, k, v, select_q, select_k = to_autocast_dtype(q, k, v, select_q, select_k)  # type: ignore
+    check_float("q", check_tensor("q", q, "(B, H, T, D)"))
+    check_tensor("k", k, "(B, G, S, D)")
+    check_tensor("v", v, "(B, G, S, E)")
+    check_same("k", k, "q", q)
+    check_same("v", v, "q", q)
+    batch, heads, length, size = q.shape
+    groups, n_keys = k.shape[1], k.shape[2]
+    check_shape("k", k, (batch, groups, n_keys, size), "(B, G, S, D)")
+    check_shape("v", v, (batch, groups, n_keys, v.shape[-1]), "(B, G, S, E)")
+    check_divides("the number of query heads H", heads, "the number of key heads G", groups)
+    selectors = 1
+    select = None
+    if select_q is not None or select_k is not None:
+        select_q, select_k = _check_select(select_q, select_k, q, n_keys)
+        selectors = select_q.shape[1]
+        select = (select_q, select_k, select_q.shape[-1] ** -0.5 if scale is None else scale)
+    _check_masks(q, batch, selectors, length, n_keys, soft_mask, key_mask, segment_ids)
+    visible = visible_keys(length, n_keys, key_mask, segment_ids, q.device)
+    voted = voted_keys(visible, rank_in_segment(n_keys, key_mask, segment_ids, q.device))
+    with no_autocast(q.device):
+        return run(
+            q, k, v, select, soft_mask, visible, voted, size**-0.5 if scale is None else scale
+        )
+
+
+def unmasked_count(
+    select_q: Tensor,
+    select_k: Tensor,
+    *,
+    tau: float = 1.0,
+    soft_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """How many tokens each query still holds, softly: `M_i = sum_{k<=i} 1 - min(F[i,k], tau) / tau`.
+
+    Differentiable, the quantity in the memory loss (arXiv 2410.02703, section 5): a token counts 1 while
+    nobody voted it away and 0 once its F reaches tau.
+
+    Args:
+        select_q: (B, R, T, D), the queries of the selection heads, e.g. `q[:, :1]`.
+        select_k: (B, R, S, D), their keys; the last T belong to the queries.
+        tau: the F at which a token counts as gone, > 0.
+        soft_mask: (B, R, S - T) votes already cast on the earlier keys; default none.
+        key_mask: (B, S) bool, False = padding, which neither counts nor votes.
+        segment_ids: (B, S) integers; only tokens of the query's own segment count.
+        scale: multiplies the logits; default 1 / sqrt(D).
+
+    Returns:
+        (B, R, T) float32 (float64 for float64 input); 0 at padded queries.
+
+    Raises:
+        TypeError: for a wrong type or dtype.
+        ValueError: for a wrong shape or device, or tau <= 0.
+    """
+    if not tau > 0:
+        raise ValueError(f"tau must be greater than 0, got {tau}")
+    check_float("select_q", check_tensor("select_q", select_q, "(B, R, T, D)"))
+    check_tensor("select_k", select_k, "(B, R, S, D)")
+    n_keys = select_k.shape[2]
+    _check_select(select_q, select_k, select_q, n_keys)
+    batch, selectors, length, size = select_q.shape
+    _check_masks(select_q, batch, selectors, length, n_keys, soft_mask, key_mask, segment_ids)
+    visible = visible_keys(length, n_keys, key_mask, segment_ids, select_q.device)
+    voted = voted_keys(visible, rank_in_segment(n_keys, key_mask, segment_ids, select_q.device))
+    dtype = wide_dtype(select_q)
+    with no_autocast(select_q.device):
+        logits = select_q.to(dtype) @ select_k.to(dtype).transpose(-1, -2)
+        logits = logits * (size**-0.5 if scale is None else scale)
+        masks = soft_masks(logits, soft_mask, voted)[:, :, :-1]
+        return torch.where(visible[:, None], 1 - masks.clamp(max=tau) / tau, 0.0).sum(-1)
+
+
+def _implementation(impl: str) -> Implementation:
+    """The implementation called `impl`; "auto" takes the fastest that runs everywhere."""
+    if impl == "auto":
+        impl = "sdpa"
+    if impl not in IMPLEMENTATIONS:
+        known = ["auto", *IMPLEMENTATIONS]
+        near = difflib.get_close_matches(str(impl), known, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"impl must be one of {', '.join(known)}, got {impl!r}{hint}")
+    return IMPLEMENTATIONS[impl]
+
+
+def _check_select(
+    select_q: Tensor | None, select_k: Tensor | None, q: Tensor, n_keys: int
+) -> tuple[Tensor, Tensor]:
+    if select_q is None or select_k is None:
+        missing = "select_q" if select_q is None else "select_k"
+        raise ValueError(f"select_q and select_k go together, but {missing} is None; give both")
+    check_tensor("select_q", select_q, "(B, R, T, D')")
+    check_tensor("select_k", select_k, "(B, R, S, D')")
+    check_same("select_q", select_q, "q", q)
+    check_same("select_k", select_k, "q", q)
+    batch, _, length, _ = q.shape
+    selectors, size = select_q.shape[1], select_q.shape[-1]
+    if selectors < 1:
+        raise ValueError(f"select_q must hold at least one selection head, got {show(select_q)}")
+    check_shape("select_q", select_q, (batch, selectors, length, size), "(B, R, T, D')")
+    check_shape("select_k", select_k, (batch, selectors, n_keys, size), "(B, R, S, D')")
+    return select_q, select_k
+
+
+def _check_masks(
+    q: Tensor,
+    batch: int,
+    selectors: int,
+    length: int,
+    n_keys: int,
+    soft_mask: Tensor | None,
+    key_mask: Tensor | None,
+    segment_ids: Tensor | None,
+) -> None:
+    if n_keys < length:
+        raise ValueError(
+            f"there must be at least as many keys as queries (the last T keys belong to the queries), "
+            f"got S = {n_keys} keys and T = {length} queries; pass the keys of all tokens so far"
+        )
+    if soft_mask is not None:
+        check_float("soft_mask", check_tensor("soft_mask", soft_mask, "(B, R, S-T)"))
+        check_shape("soft_mask", soft_mask, (batch, selectors, n_keys - length), "(B, R, S-T)")
+        check_device("soft_mask", soft_mask, "q", q)
+    if key_mask is not None:
+        check_tensor("key_mask", key_mask, "(B, S)")
+        if key_mask.dtype != torch.bool:
+            raise TypeError(
+                f"key_mask must be bool (True = real token), got {show(key_mask)}; use key_mask.bool()"
+            )
+        check_shape("key_mask", key_mask, (batch, n_keys), "(B, S)")
+        check_device("key_mask", key_mask, "q", q)
+    if segment_ids is not None:
+        check_tensor("segment_ids", segment_ids, "(B, S)")
+        if segment_ids.is_floating_point() or segment_ids.dtype == torch.bool:
+            raise TypeError(f"segment_ids must be integers, got {show(segment_ids)}")
+        check_shape("segment_ids", segment_ids, (batch, n_keys), "(B, S)")
+        check_device("segment_ids", segment_ids, "q", q)

@@ -1,0 +1,97 @@
+"""Promises about numbers: gradients, low precision, torch.compile."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from heedful.testing.promise import Case, assert_close, assert_finite, promise
+
+# bf16 keeps 8 bits, so one rounding is 2^-9 = 0.2 %; a layer chains about ten of them.
+BF16_TOLERANCE = 0.04
+
+
+@promise
+def gradients_are_right(case: Case) -> None:
+    """The float64 gradients of the input and of every parameter are those of finite differences."""
+    module, x = case.module(), case.tokens(batch=1, length=min(case.length, 5)).requires_grad_()
+    names = [name for name, _ in module.named_parameters()]
+
+    def run(x: Tensor, *parameters: Tensor) -> Tensor:
+        return functional_call(module, dict(zip(names, parameters, strict=True)), (x,))
+
+    torch.autograd.gradcheck(run, (x, *module.parameters()), fast_mode=True)
+
+
+@promise
+def gradients_reach_everything(case: Case) -> None:
+    """One backward pass leaves a finite gradient on the input and on every parameter."""
+    module, x = case.module(), case.tokens().requires_grad_()
+    module(x).square().sum().backward()
+    assert_finite("gradient of the input", x.grad)
+    for name, parameter in module.named_parameters():
+        assert_finite(f"gradient of {name}", parameter.grad)
+
+
+@promise
+def bfloat16_is_close(case: Case) -> None:
+    """A bfloat16 module is close to a float32 one with the same weights, forward and backward."""
+    low = case.module(torch.bfloat16)
+    high = case.config.build().to(case.device)
+    high.load_state_dict(low.state_dict())
+    x = case.tokens(torch.bfloat16)
+    results = []
+    for module, given in ((low, x), (high, x.float())):
+        given.requires_grad_()
+        out = module(given)
+        out.float().square().mean().backward()
+        assert given.grad is not None
+        results.append((out, given.grad))
+    assert results[0][0].dtype == torch.bfloat16, f"expected bfloat16 out, got {results[0][0].dtype}"
+    close_on_average("output", results[0][0], results[1][0])
+    close_on_average("gradient of the input", results[0][1], results[1][1])
+
+
+@promise
+def autocast_is_close(case: Case) -> None:
+    """Under autocast to bfloat16 the outputs and gradients are close to float32, cached or not."""
+    module, x = case.module(torch.float32), case.tokens(torch.float32).requires_grad_()
+    mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    for options in ({}, {"key_mask": mask}):
+        expected = module(x, **options)
+        (gradient,) = torch.autograd.grad(expected.square().mean(), x)
+        with torch.autocast(x.device.type, dtype=torch.bfloat16):
+            out = module(x, **options)
+        (low,) = torch.autograd.grad(out.float().square().mean(), x)
+        close_on_average(f"output with {list(options) or 'no mask'}", out, expected)
+        close_on_average(f"gradient with {list(options) or 'no mask'}", low, gradient)
+
+
+@promise
+def compiled_equals_eager(case: Case) -> None:
+    """torch.compile(fullgraph=True) gives the outputs and gradients of eager mode, with and without padding."""
+    module, x = case.module(), case.tokens().requires_grad_()
+    mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    mask[0, : case.length // 2] = False
+    torch.compiler.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    masks: list[dict[str, Any]] = [{}, {"key_mask": mask}]
+    for options in masks:
+        wanted = [x, *module.parameters()]
+        expected, got = module(x, **options), compiled(x, **options)
+        assert_close(f"output with {list(options)}", got, expected)
+        gradients = (torch.autograd.grad(out.square().sum(), wanted) for out in (got, expected))
+        for ours, theirs in zip(*gradients, strict=True):
+            assert_close(f"gradient with {list(options)}", ours, theirs)
+
+
+def close_on_average(what: str, got: Tensor, expected: Tensor) -> None:
+    """Raise unless the error is small beside the expected values, in the root mean square."""
+    got, expected = got.detach().float(), expected.detach().float()
+    error = ((got - expected).norm() / expected.norm().clamp(min=1e-12)).item()
+    if not error <= BF16_TOLERANCE:
+        largest = (got - expected).abs().max().item()
+        raise AssertionError(
+            f"{what}: relative error {error:.3g}, allowed {BF16_TOLERANCE}; largest error {largest:.3g}"
+        )
