@@ -75,8 +75,7 @@ class Attention(nn.Module):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
-        given = args[0] if args and isinstance(args[0], AttentionConfig) else None
-        config = given if given is not None else self.Config(*args, **kwargs)
+        config = self._config(*args, **kwargs)
         self.config = config
         self.score: Score = SCORES[str(config.score_config.form)].module_class(
             config.score_config, config.score_heads, config.d_model
@@ -205,6 +204,22 @@ class Attention(nn.Module):
     def identity_parameters(self) -> list[nn.Parameter]:
         """Parameters that hold an identity map, which weight decay must not pull to zero."""
         return []
+
+    def _config(self, *args: Any, **kwargs: Any) -> AttentionConfig:
+        if not args or not isinstance(args[0], AttentionConfig):
+            return self.Config(*args, **kwargs)
+        if len(args) > 1 or kwargs:
+            more = [*map(repr, args[1:]), *kwargs]
+            raise TypeError(
+                f"{type(self).__name__} takes a config or the fields of one, got a config and "
+                f"{', '.join(more)}; use dataclasses.replace(config, ...)"
+            )
+        if not isinstance(args[0], self.Config):
+            raise TypeError(
+                f"{type(self).__name__} needs a {self.Config.__name__}, got a "
+                f"{type(args[0]).__name__}; config.build() makes the module that fits"
+            )
+        return args[0]
 
     def _place(self, x: Tensor, positions: Tensor, norm: nn.Module | None) -> Tensor:
         config = self.config

@@ -118,8 +118,8 @@ class LayerCache:
                 f"the cache holds {storage.shape[0]} sequences but got {new.shape[0]} new ones; "
                 f"use one cache per batch"
             )
-        if torch.is_grad_enabled() and new.requires_grad:
-            # Writing in place would break the gradient of what was read before.
+        if torch.is_grad_enabled():
+            # Writing in place would break gradients: those of earlier queries need the keys as they were.
             old = [] if storage is None else [storage.narrow(axis, 0, self.seen)]
             self._storage[name] = torch.cat([*old, new], dim=axis)
             return

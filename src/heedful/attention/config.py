@@ -38,6 +38,21 @@ def check_options(what: str, options: Mapping[str, Any], known: list[str]) -> No
             raise ValueError(f"{what} has no option {name!r}; {hint}{have}")
 
 
+def check_whole(name: str, value: Any) -> None:
+    """Raise unless `value` is a whole number from 1 on, or None."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if value is not None and (not whole or value < 1):
+        raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+
+
+def check_literals(config: Any) -> None:
+    """Raise if a field typed `Literal["a", "b"]` holds something else."""
+    for f in fields(config):
+        choices = get_args(f.type)
+        if choices and all(isinstance(c, str) for c in choices):
+            check_choice(f.name, getattr(config, f.name), choices)
+
+
 @dataclass(frozen=True)
 class ScoreConfig:
     """What happens to the logits."""
@@ -49,6 +64,7 @@ class ScoreConfig:
 
     def __post_init__(self) -> None:
         check_choice("impl", self.impl, self.implementations)
+        check_literals(self)
 
     def parameter_count(self, n_heads: int, d_model: int) -> int:
         """The number of learned parameters, exactly."""
@@ -89,21 +105,17 @@ class AttentionConfig:
 
     def __post_init__(self) -> None:
         for name in ("d_model", "n_heads", "n_kv_heads", "head_dim"):
-            value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if value is not None and (not whole or value < 1):
-                raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+            check_whole(name, getattr(self, name))
         if self.head_dim is None:
             check_divides("d_model", self.d_model, "n_heads", self.n_heads)
             self._set("head_dim", self.d_model // self.n_heads)
         self._set("n_kv_heads", self.resolve_kv_heads())
         check_divides("n_heads", self.n_heads, "n_kv_heads", self.kv_heads)
-        check_choice("qk_norm_position", self.qk_norm_position, ("before_rope", "after_rope"))
         if not self.init_logit_std > 0:
             raise ValueError(f"init_logit_std must be greater than 0, got {self.init_logit_std}")
         if isinstance(self.score, str):
             self._set("score", SCORES[self.score].config_class())
-        self._check_choices()
+        check_literals(self)
         self.check()
         if self.rope and self.qk_dim % 2:
             raise ValueError(
@@ -205,12 +217,6 @@ class AttentionConfig:
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
-
-    def _check_choices(self) -> None:
-        for f in own_fields(type(self)):
-            choices = get_args(f.type)
-            if choices and all(isinstance(c, str) for c in choices):
-                check_choice(f.name, getattr(self, f.name), choices)
 
     @classmethod
     def of(cls, attention: str, score: str = "softmax", **options: Any) -> Self:

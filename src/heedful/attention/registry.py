@@ -48,8 +48,9 @@ class Registry:
                     f"choose another name"
                 )
             config_class = config or module_class.Config
-            if config_class.form is not None and config_class.form != name:
-                # A form without options of its own inherits its config; the name needs its own class.
+            own = config is not None or "Config" in vars(module_class)
+            if not own or vars(config_class).get("form", name) != name:
+                # An inherited config, or one that bears another name: this name needs its own class.
                 config_class = type(config_class.__name__, (config_class,), {"__doc__": None})
             config_class.form = name
             if config is None:

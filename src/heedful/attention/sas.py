@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from heedful.attention.base import Attention
-from heedful.attention.config import AttentionConfig, option
+from heedful.attention.config import AttentionConfig, check_whole, option
 from heedful.attention.init import fill_
 from heedful.attention.registry import register_attention
 from heedful.ops.checks import check_divides
@@ -43,6 +43,8 @@ class SASConfig(AttentionConfig):
         """Ĥ is a multiple of H, D̂ at least D, W odd."""
         if self.sim_heads is None:
             self._set("sim_heads", 3 * self.n_heads)
+        for name in ("sim_heads", "sim_head_dim", "kernel_size"):
+            check_whole(name, getattr(self, name))
         check_divides("sim_heads", self.score_heads, "n_heads", self.n_heads)
         if self.sim_head_dim is None:
             wide = -(-3 * self.size // 2)
@@ -52,11 +54,10 @@ class SASConfig(AttentionConfig):
                 f"sim_head_dim must be at least head_dim ({self.size}), got {self.qk_dim}; "
                 f"SAS widens heads, so use {self.size} or more"
             )
-        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
-            near = max(self.kernel_size, 2)
+        if self.kernel_size % 2 == 0:
             raise ValueError(
-                f"kernel_size must be odd and at least 1, got {self.kernel_size}; "
-                f"use {near - 1} or {near + 1}"
+                f"kernel_size must be odd, so that it has a centre, got {self.kernel_size}; "
+                f"use {self.kernel_size - 1} or {self.kernel_size + 1}"
             )
 
     @property
@@ -163,7 +164,7 @@ class Expansion(nn.Module):
             return
         wide, narrow = self.lin1.weight.shape
         places = torch.zeros(wide, narrow)
-        half = (narrow + 1) // 2  # an odd D has no pairs; any place will do
+        half = narrow // 2  # an odd D has no pairs; any place of its own will do
         for i in range(narrow):
             places[i if i < half else wide // 2 + i - half, i] = gain
         fill_(self.lin1.weight, places)

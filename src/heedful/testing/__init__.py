@@ -1,8 +1,8 @@
 """What every form promises, as checks that run on a form of your own too: `check_form("my_form")`.
 
-Each check is a function in `CHECKS`; called as `CHECKS[name](attention, score, **options)` it returns nothing
-or raises `AssertionError`. The keywords `batch`, `length`, `seed` and `device` say on what it runs; all others
-are options of the form.
+Each check is a function in `CHECKS`; `CHECKS[name](attention, score, **options)` returns nothing or raises
+`AssertionError`. The keywords `batch`, `length`, `seed` and `device` say on what it runs; all others are
+options of the form.
 """
 
 from typing import Any

@@ -8,8 +8,10 @@ from torch.func import functional_call
 
 from heedful.testing.promise import Case, assert_close, assert_finite, promise
 
-# bf16 keeps 8 bits, so one rounding is 2^-9 = 0.2 %; a layer chains about ten of them.
-BF16_TOLERANCE = 0.04
+# One rounding to bf16 is 2^-9 = 0.2 % and a layer chains about ten. Measured over all forms and 12 seeds: the
+# worst output is 1.0 % off and the worst median gradient 2.8 %. A single row's gradient may be off by half,
+# because it switches where rounding moves a vote or a relu across zero; hence the median.
+BF16_OUTPUT, BF16_GRADIENT, BF16_ROWS = 0.02, 0.05, 9
 
 
 @promise
@@ -40,7 +42,7 @@ def bfloat16_is_close(case: Case) -> None:
     low = case.module(torch.bfloat16)
     high = case.config.build().to(case.device)
     high.load_state_dict(low.state_dict())
-    x = case.tokens(torch.bfloat16)
+    x = case.tokens(torch.bfloat16, batch=BF16_ROWS)
     results = []
     for module, given in ((low, x), (high, x.float())):
         given.requires_grad_()
@@ -49,14 +51,14 @@ def bfloat16_is_close(case: Case) -> None:
         assert given.grad is not None
         results.append((out, given.grad))
     assert results[0][0].dtype == torch.bfloat16, f"expected bfloat16 out, got {results[0][0].dtype}"
-    close_on_average("output", results[0][0], results[1][0])
-    close_on_average("gradient of the input", results[0][1], results[1][1])
+    rows_are_close("output", results[0][0], results[1][0], BF16_OUTPUT, quantile=1.0)
+    rows_are_close("gradient of the input", results[0][1], results[1][1], BF16_GRADIENT, quantile=0.5)
 
 
 @promise
 def autocast_is_close(case: Case) -> None:
-    """Under autocast to bfloat16 the outputs and gradients are close to float32, cached or not."""
-    module, x = case.module(torch.float32), case.tokens(torch.float32).requires_grad_()
+    """Under autocast to bfloat16 the outputs and gradients are close to float32, with and without a mask."""
+    module, x = case.module(torch.float32), case.tokens(torch.float32, batch=BF16_ROWS).requires_grad_()
     mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
     for options in ({}, {"key_mask": mask}):
         expected = module(x, **options)
@@ -64,13 +66,14 @@ def autocast_is_close(case: Case) -> None:
         with torch.autocast(x.device.type, dtype=torch.bfloat16):
             out = module(x, **options)
         (low,) = torch.autograd.grad(out.float().square().mean(), x)
-        close_on_average(f"output with {list(options) or 'no mask'}", out, expected)
-        close_on_average(f"gradient with {list(options) or 'no mask'}", low, gradient)
+        name = "with a mask" if options else "without a mask"
+        rows_are_close(f"output {name}", out, expected, BF16_OUTPUT, quantile=1.0)
+        rows_are_close(f"gradient {name}", low, gradient, BF16_GRADIENT, quantile=0.5)
 
 
 @promise
 def compiled_equals_eager(case: Case) -> None:
-    """torch.compile(fullgraph=True) gives the outputs and gradients of eager mode, with and without padding."""
+    """torch.compile(fullgraph=True) equals eager mode, outputs and gradients, with and without padding."""
     module, x = case.module(), case.tokens().requires_grad_()
     mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
     mask[0, : case.length // 2] = False
@@ -86,12 +89,13 @@ def compiled_equals_eager(case: Case) -> None:
             assert_close(f"gradient with {list(options)}", ours, theirs)
 
 
-def close_on_average(what: str, got: Tensor, expected: Tensor) -> None:
-    """Raise unless the error is small beside the expected values, in the root mean square."""
-    got, expected = got.detach().float(), expected.detach().float()
-    error = ((got - expected).norm() / expected.norm().clamp(min=1e-12)).item()
-    if not error <= BF16_TOLERANCE:
-        largest = (got - expected).abs().max().item()
+def rows_are_close(what: str, got: Tensor, expected: Tensor, tolerance: float, quantile: float) -> None:
+    """Raise unless this quantile of the rows' relative errors (of the norms) is within the tolerance."""
+    got, expected = got.detach().float().flatten(1), expected.detach().float().flatten(1)
+    errors = (got - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=1e-12)
+    error, largest = errors.quantile(quantile).item(), errors.max().item()
+    if not error <= tolerance:
+        of = "worst row" if quantile == 1 else "median row"
         raise AssertionError(
-            f"{what}: relative error {error:.3g}, allowed {BF16_TOLERANCE}; largest error {largest:.3g}"
+            f"{what}: relative error of the {of} {error:.3g}, allowed {tolerance}; largest {largest:.3g}"
         )

@@ -1,4 +1,4 @@
-"""What the checks share: a small module with generic weights, random inputs, a comparison, the list itself."""
+"""What the checks share: a module with generic weights, random inputs, comparisons, the list of checks."""
 
 import functools
 import inspect
@@ -28,7 +28,7 @@ class Check(Protocol):
         seed: int = 0,
         device: str = "cpu",
         **options: Any,
-    ) -> None: ...  # noqa: D102
+    ) -> None: ...
 
 
 CHECKS: dict[str, Check] = {}
@@ -58,7 +58,7 @@ class Case:
 
 
 def promise(function: Callable[..., None]) -> Check:
-    """Decorator: make `function(case, **keywords)` a check; the first line of its docstring is the promise."""
+    """Decorator: make `function(case, **keywords)` a check; its docstring's first line is the promise."""
     name, text = function.__name__, (function.__doc__ or "").split("\n")[0]
     own = [p for p in inspect.signature(function).parameters if p != "case"]
 

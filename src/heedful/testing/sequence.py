@@ -76,8 +76,22 @@ def padding_content_is_ignored(case: Case) -> None:
     other = torch.where(mask[..., None], x, 100 * torch.randn_like(x)).requires_grad_()
     out = module(other, key_mask=mask)[mask]
     assert_close("real outputs", out, module(x, key_mask=mask)[mask], tolerance=1e-10)
-    (gradient,) = torch.autograd.grad(out.sum() + 0 * other.sum(), other)
+    (gradient,) = torch.autograd.grad(out.sum(), other)
     assert_close("gradient at padding", gradient[~mask], torch.zeros_like(gradient[~mask]), tolerance=0.0)
+
+
+@promise
+def padded_queries_get_zeros(case: Case) -> None:
+    """The score returns (B, H, T, E) with zeros at padded queries."""
+    module, x = case.module(), case.tokens()
+    mask = torch.rand(x.shape[:2]).to(x.device) > 0.4
+    outs: list[Tensor] = []
+    module.score.register_forward_hook(lambda score, given, returned: outs.append(returned[0]))
+    module(x, key_mask=mask)
+    heads = (case.batch, case.config.score_heads, case.length, case.config.v_dim)
+    assert_equal("shape", tuple(outs[0].shape), heads)
+    at_padding = outs[0].transpose(1, 2)[~mask]
+    assert_close("at padding", at_padding, torch.zeros_like(at_padding), tolerance=0.0)
 
 
 @promise

@@ -60,4 +60,5 @@ def selective_reference(
     masks = soft_masks(select_logits, soft_mask, voted)
     weights = masked_softmax(logits - per_head(masks[:, :, :-1], n_heads), visible[:, None])
     out = weights @ repeat_kv(v, n_heads).to(dtype)
-    return out.to(v.dtype), masks[:, :, -1]
+    # A copy: a view in a cache would keep all T rows of F alive.
+    return out.to(v.dtype), masks[:, :, -1].clone()

@@ -30,4 +30,5 @@ def selective_sdpa(
     bias = (-per_head(masks[:, :, :-1], q.shape[1])).masked_fill(~seen & alive, -torch.inf)
     bias = bias.expand(-1, q.shape[1], -1, -1)
     out = attention_sdpa(q, k, wide_v, scale, mask=bias)
-    return out.masked_fill(~alive, 0.0).to(v.dtype), masks[:, :, -1]
+    # A copy: a view in a cache would keep all T rows of F alive.
+    return out.masked_fill(~alive, 0.0).to(v.dtype), masks[:, :, -1].clone()

@@ -1,0 +1,7 @@
+"""`python -m heedful`, which is also what `accelerate launch -m heedful` runs."""
+
+import sys
+
+from heedful.cli import main
+
+sys.exit(main())

@@ -1,0 +1,145 @@
+"""The command line: `heedful COMMAND --help` teaches each."""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "train": "train a language model on your text, with any attention and score",
+    "compare": "train several forms alike and compare them: table, plot, raw data",
+    "generate": "continue a prompt with a trained model",
+    "demo": "the whole story in five minutes, offline",
+    "ls": "list the attention and score forms",
+    "show": "explain one form: what it is, its formula, its cost, its paper",
+}
+
+USAGE = """heedful: attention that simulates more and keeps less.
+
+usage: heedful COMMAND [options]          heedful COMMAND --help
+
+commands:
+{commands}
+
+A form of your own: put it in a file and name it with --forms my_form.py (or HEEDFUL_FORMS=my_form.py).
+HEEDFUL_TRACEBACK=1 shows where an error came from."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = arguments[0] if arguments else "--help"
+    try:
+        arguments = _take_forms(arguments)
+        command = arguments[0] if arguments else "--help"
+        if command in ("-h", "--help", "help"):
+            print(usage())
+            return 0
+        if command == "--version":
+            from heedful import __version__
+
+            print(f"heedful {__version__}")
+            return 0
+        if command not in COMMANDS:
+            import difflib
+
+            near = difflib.get_close_matches(command, COMMANDS, 1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            return _fail(f"unknown command {command!r}; {hint}commands: {', '.join(COMMANDS)}", 2)
+        _load_forms()
+        return importlib.import_module(f"heedful.cli.{command}").run(arguments[1:])
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except Exception as error:
+        if os.environ.get("HEEDFUL_TRACEBACK"):
+            raise
+        return _fail(_message(error), _exit_code(error), command)
+
+
+def usage() -> str:
+    """The text of `heedful --help`."""
+    width = max(map(len, COMMANDS))
+    return USAGE.format(commands="\n".join(f"  {n:<{width}}  {t}" for n, t in COMMANDS.items()))
+
+
+def _message(error: Exception) -> str:
+    text = str(error).strip()
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or ''}: {error.strerror}".lstrip(": ")
+    if isinstance(error, ImportError) and "heedful" not in text:
+        return f'{text}; the command line needs: pip install "heedful[lm]"'
+    lines = text.splitlines() or [type(error).__name__]
+    known = isinstance(error, ValueError | TypeError | OSError | ImportError | RuntimeError)
+    return " ".join(line.strip() for line in lines) if known else f"{type(error).__name__}: {lines[0]}"
+
+
+def _exit_code(error: Exception) -> int:
+    from heedful.cli.errors import UsageError
+
+    if type(error).__name__ == "Interrupted":
+        return 130
+    return 2 if isinstance(error, UsageError) else 1
+
+
+def _fail(message: str, code: int, command: str = "") -> int:
+    print(f"heedful {command}".rstrip() + f": {message}", file=sys.stderr)
+    return code
+
+
+def _take_forms(arguments: list[str]) -> list[str]:
+    """Move `--forms X` from the arguments to the environment, where subprocesses find it too."""
+    rest: list[str] = []
+    given = [os.environ["HEEDFUL_FORMS"]] if os.environ.get("HEEDFUL_FORMS") else []
+    waiting = False
+    for argument in arguments:
+        if waiting:
+            given.append(argument)
+            waiting = False
+        elif argument == "--forms":
+            waiting = True
+        elif argument.startswith("--forms="):
+            given.append(argument.partition("=")[2])
+        else:
+            rest.append(argument)
+    if waiting:
+        from heedful.cli.errors import UsageError
+
+        raise UsageError("--forms needs a file or a module: --forms my_form.py")
+    if given:
+        os.environ["HEEDFUL_FORMS"] = ",".join(dict.fromkeys(",".join(given).split(",")))
+    return rest
+
+
+def _load_forms() -> None:
+    from heedful.cli.errors import UsageError
+
+    for name in filter(None, os.environ.get("HEEDFUL_FORMS", "").split(",")):
+        try:
+            if name.endswith(".py"):
+                _load_file(name)
+            else:
+                importlib.import_module(name)
+        except FileNotFoundError:
+            raise UsageError(f"--forms: there is no file {name}") from None
+        except Exception as error:
+            raise UsageError(f"--forms: {name} cannot be imported: {type(error).__name__}: {error}") from error
+
+
+def _load_file(path: str) -> None:
+    import importlib.util
+
+    name = "heedful_forms_" + os.path.splitext(os.path.basename(path))[0]
+    if not os.path.exists(path):
+        raise FileNotFoundError(path)
+    if name in sys.modules:
+        return
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up while they are made
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise

@@ -1,0 +1,73 @@
+"""`heedful compare`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from heedful.attention.registry import ATTENTIONS, SCORES
+from heedful.cli.errors import UsageError
+from heedful.cli.parsing import flag, flag_fields, form_options, parse, peek, split
+from heedful.cli.train import make_settings
+from heedful.compare import CompareSettings, compare
+from heedful.training import Interrupted, TrainSettings
+
+DESCRIPTION = """Train every attention x score with the same data order and seeds, and compare.
+
+    heedful compare --attention mha,sas --score softmax,selective --seeds 3 --out runs/cmp
+
+Writes results.jsonl (a row per run), summary.md and compare.png; the first form is the baseline. Running
+the same command again goes on where it stopped. All forms start from the same logit scale
+(--init-logit-std), the great confounder of such comparisons. --match evens out parameters or training
+FLOPs through the width of the SwiGLU. Options --attention.* and --score.* go to every form that has them."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Compare."""
+    attention = peek(arguments, "attention", "mha,sas")
+    score = peek(arguments, "score", "softmax,selective")
+    kept = [f for f in flag_fields(TrainSettings) if f[0] not in ("attention", "score", "seed")]
+    values = parse(
+        "compare",
+        DESCRIPTION,
+        [
+            flag("attention", str, "mha,sas", "attention forms, separated by commas (heedful ls)"),
+            flag("score", str, "softmax,selective", "score forms, separated by commas"),
+            flag("seeds", int, 2, "runs of each form"),
+            flag(
+                "match",
+                Literal["none", "params", "flops"],
+                "none",
+                "held equal to the first form within 1 %, by the width of the SwiGLU",
+            ),
+            flag("lr_sweep", str, "", "learning rates to try on each form, e.g. 1e-3,3e-3; default: --lr for all"),
+            *kept,
+            form_options("attention", ATTENTIONS, split("--attention", attention, str)),
+            form_options("score", SCORES, split("--score", score, str)),
+            flag("out", str, "runs/compare", "folder for the results"),
+        ],
+        arguments,
+    )
+    out = Path(values.pop("out"))
+    chosen = {
+        "attention": split("--attention", values.pop("attention"), str),
+        "score": split("--score", values.pop("score"), str),
+        "seeds": values.pop("seeds"),
+        "match": values.pop("match"),
+        "lr_sweep": split("--lr-sweep", values.pop("lr_sweep"), float),
+    }
+    options = {name: values.pop(name, {}) for name in ("attention_options", "score_options")}
+    train_settings = make_settings(values)  # without forms: their options are checked form by form
+    for name, value in options.items():
+        object.__setattr__(train_settings, name, value)
+    try:
+        settings = CompareSettings(train=train_settings, **chosen)
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from error
+    try:
+        compare(settings, out, console=Console())
+    except Interrupted as stopped:
+        raise Interrupted(f"{stopped}; the same command goes on") from None
+    print(f"written: {out / 'summary.md'}, {out / 'compare.png'}, {out / 'results.jsonl'}")
+    return 0

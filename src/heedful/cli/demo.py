@@ -1,0 +1,21 @@
+"""`heedful demo`."""
+
+from collections.abc import Sequence
+
+from heedful.cli.parsing import flag, parse
+from heedful.demo import demo
+from heedful.training import Interrupted
+
+DESCRIPTION = """The whole story in about five minutes on two cores, offline: four small language models on
+Jane Austen (standard and SAS, with softmax and Selective Attention), a task of memory that Selective
+Attention solves and standard attention does not, and text from the best model."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the demo."""
+    values = parse("demo", DESCRIPTION, [flag("out", str, "runs/demo", "folder for everything")], arguments)
+    try:
+        demo(values["out"])
+    except Interrupted as stopped:
+        raise Interrupted(f"{stopped}; the same command goes on") from None
+    return 0

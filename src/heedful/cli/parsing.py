@@ -1,0 +1,108 @@
+"""From settings dataclasses to flags; the chosen forms' own options become `--attention.*`, `--score.*`."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+from heedful.attention.config import own_fields
+from heedful.attention.registry import Registry
+from heedful.cli.errors import UsageError
+
+T = TypeVar("T")
+
+# Shown as sections of their own, built from the chosen forms.
+_OPTION_FIELDS = {"attention_options", "score_options"}
+
+
+def flag_fields(settings_class: Any, **defaults: Any) -> list[tuple[str, Any, Any]]:
+    """(name, annotated type, dataclass field) of every setting, for `parse`."""
+    fields = []
+    for f in dataclasses.fields(settings_class):
+        if f.name not in _OPTION_FIELDS:
+            fields.append(flag(f.name, f.type, defaults.get(f.name, f.default), f.metadata["help"]))
+    return fields
+
+
+def flag(name: str, type_: Any, default: Any, help: str) -> tuple[str, Any, Any]:
+    """One flag; `default=dataclasses.MISSING` makes it required."""
+    annotated = Annotated[type_, tyro.conf.arg(help=help)]
+    return name, annotated, dataclasses.field(default=default)
+
+
+def positional(name: str, type_: Any, default: Any, help: str) -> tuple[str, Any, Any]:
+    """One positional argument."""
+    annotated = Annotated[type_, tyro.conf.Positional, tyro.conf.arg(help=help)]
+    return name, annotated, dataclasses.field(default=default)
+
+
+def form_options(kind: str, registry: Registry, names: Sequence[str]) -> tuple[str, Any, Any] | None:
+    """The own options of the named forms, as `--{kind}.*`; None when they have none."""
+    fields: dict[str, tuple[str, Any, Any]] = {}
+    for name in names:
+        try:
+            config_class = registry[name].config_class
+        except ValueError as error:
+            raise UsageError(f"--{kind}: {error}") from None
+        for f in own_fields(config_class):
+            help = f.metadata.get("help", "")
+            default = f.default if f.default is not dataclasses.MISSING else None
+            fields.setdefault(f.name, flag(f.name, f.type, default, help))
+    if not fields:
+        return None
+    section = dataclasses.make_dataclass(f"options of {', '.join(names)}", list(fields.values()))
+    annotated = Annotated[section, tyro.conf.arg(name=kind, help="")]
+    return f"{kind}_options", annotated, dataclasses.field(default_factory=section)
+
+
+def peek(arguments: Sequence[str], name: str, default: str) -> str:
+    """The value of `--name` before anything is parsed: which options exist depends on it."""
+    value = default
+    for i, argument in enumerate(arguments):
+        if argument == f"--{name}" and i + 1 < len(arguments):
+            value = arguments[i + 1]
+        elif argument.startswith(f"--{name}="):
+            value = argument.partition("=")[2]
+    return value
+
+
+def split(flag_name: str, value: str, convert: Callable[[str], T]) -> tuple[T, ...]:
+    """`a,b` -> `(convert("a"), convert("b"))`."""
+    try:
+        return tuple(convert(part.strip()) for part in value.split(",") if part.strip())
+    except ValueError:
+        raise UsageError(f"{flag_name} takes values separated by commas, got {value!r}") from None
+
+
+def parse(
+    command: str, description: str, fields: Sequence[tuple[str, Any, Any] | None], arguments: Sequence[str]
+) -> dict[str, Any]:
+    """Parse flags into a plain dict; option sections become dicts of what was changed from the default.
+
+    Exits with code 2 and one message for flags that cannot be parsed, with 0 after `--help`.
+    """
+    wanted = [f for f in fields if f is not None]
+    # fields without a default come first, as in any dataclass
+    wanted.sort(key=lambda f: f[2].default is not dataclasses.MISSING or _has_factory(f[2]))
+    settings = dataclasses.make_dataclass(command, wanted)
+    parsed = tyro.cli(
+        settings, prog=f"heedful {command}", description=description, args=list(arguments)
+    )
+    values: dict[str, Any] = {}
+    for f in dataclasses.fields(parsed):
+        value = getattr(parsed, f.name)
+        values[f.name] = _changed(value) if f.name in _OPTION_FIELDS else value
+    return values
+
+
+def _has_factory(f: Any) -> bool:
+    return f.default_factory is not dataclasses.MISSING
+
+
+def _changed(section: Any) -> dict[str, Any]:
+    return {
+        f.name: getattr(section, f.name)
+        for f in dataclasses.fields(section)
+        if getattr(section, f.name) != f.default
+    }

@@ -1,0 +1,96 @@
+"""`heedful show`."""
+
+import dataclasses
+import inspect
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from heedful.attention import configure
+from heedful.attention.config import own_fields
+from heedful.attention.registry import ATTENTIONS, SCORES, Form
+from heedful.cli.errors import UsageError
+from heedful.cli.parsing import parse, positional
+
+DESCRIPTION = """Explain one form: what it is, its formula, its options, what it costs, where it is from."""
+
+WIDTH, HEADS, CONTEXT = 768, 12, 2048
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Print everything about one form."""
+    name = parse(
+        "show",
+        DESCRIPTION,
+        [positional("name", str, dataclasses.MISSING, "a form from heedful ls")],
+        arguments,
+    )["name"]
+    if name in ATTENTIONS:
+        show(ATTENTIONS[name], "attention")
+    elif name in SCORES:
+        show(SCORES[name], "score")
+    else:
+        import difflib
+
+        known = [*ATTENTIONS, *SCORES]
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UsageError(f"unknown form {name!r}; {hint}forms: {', '.join(known)}")
+    return 0
+
+
+def show(form: Form, kind: str) -> None:
+    """Print one form."""
+    console = Console(highlight=False)
+    console.print(f"[bold cyan]{form.name}[/] ({kind})\n")
+    for doc in (form.config_class.__doc__, form.module_class.__doc__):
+        if doc:
+            console.print(escape(_unwrapped(doc)) + "\n")
+    formula = getattr(form.module_class, "formula", "")
+    if formula:
+        console.print("[bold]formula[/bold]")
+        console.print(escape(inspect.cleandoc(formula)) + "\n", style="green")
+    options = own_fields(form.config_class)
+    if options:
+        table = Table(title="options", title_justify="left", title_style="bold", header_style="bold cyan")
+        for column in ("flag", "default", "meaning"):
+            table.add_column(column)
+        for f in options:
+            flag = f"--{kind}.{f.name.replace('_', '-')}"
+            table.add_row(flag, str(f.default), f.metadata.get("help", ""))
+        console.print(table)
+    _costs(console, form.name, kind)
+
+
+def _unwrapped(doc: str) -> str:
+    """A docstring with one line per paragraph, for a terminal of any width."""
+    paragraphs = inspect.cleandoc(doc).split("\n\n")
+    return "\n\n".join(" ".join(p.split()) for p in paragraphs)
+
+
+def _costs(console: Console, name: str, kind: str) -> None:
+    """Parameters, FLOPs and cache beside plain attention of the same width."""
+    table = Table(
+        title=f"one layer, width {WIDTH}, {HEADS} heads, context {CONTEXT:,}",
+        title_justify="left",
+        title_style="bold",
+        header_style="bold cyan",
+    )
+    for column in ("form", "parameters", "FLOPs/token", "cache bytes/token (bf16)"):
+        table.add_column(column, justify="left" if column == "form" else "right")
+    base = configure("mha", d_model=WIDTH, n_heads=HEADS)
+    extra = {"n_kv_heads": HEADS // 3} if name == "gqa" else {}
+    pair = (name, "softmax") if kind == "attention" else ("mha", name)
+    own = configure(*pair, d_model=WIDTH, n_heads=HEADS, **extra)
+    for label, config in (("mha x softmax", base), (" x ".join(pair), own)):
+        params, flops = config.parameter_count(), config.flops_per_token(CONTEXT)
+        cache = config.cache_bytes_per_token(2)
+        table.add_row(
+            label,
+            f"{params:,} ({params / base.parameter_count():.2f}x)",
+            f"{flops / 1e6:.2f} M ({flops / base.flops_per_token(CONTEXT):.2f}x)",
+            f"{cache:,} ({cache / base.cache_bytes_per_token(2):.2f}x)",
+        )
+    console.print(table)

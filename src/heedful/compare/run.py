@@ -1,0 +1,242 @@
+"""Running a comparison: every form, every seed, and what it leaves in its folder."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from heedful.attention.config import option, own_fields
+from heedful.attention.registry import ATTENTIONS, SCORES
+from heedful.compare.matching import match_d_ff
+from heedful.compare.plot import plot_curves
+from heedful.compare.table import markdown_table, noise_note, rich_table, summarise
+from heedful.data import Data
+from heedful.training import Interrupted, RunResult, TrainSettings, train
+from heedful.training.run import load_settings_data
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareSettings:
+    """Which forms, how often, and what is held equal."""
+
+    attention: tuple[str, ...] = option(("mha", "sas"), "attention forms, separated by commas")
+    score: tuple[str, ...] = option(("softmax", "selective"), "score forms, separated by commas")
+    seeds: int = option(2, "runs of each form; seeds 0, 1, ... give weights and data order")
+    match: Literal["none", "params", "flops"] = option(
+        "none", "what is held equal to the first form, by the width of the SwiGLU"
+    )
+    lr_sweep: tuple[float, ...] = option(
+        (), "learning rates to try on each form with the first seed; the best is used for all its seeds"
+    )
+    train: TrainSettings = field(
+        default_factory=TrainSettings, metadata={"help": "everything else, equal for all forms"}
+    )
+
+    def __post_init__(self) -> None:
+        if not self.attention or not self.score:
+            raise ValueError("--attention and --score need at least one form each")
+        for name, values in (("attention", self.attention), ("score", self.score)):
+            if len(set(values)) != len(values):
+                raise ValueError(f"--{name} names a form twice: {','.join(values)}")
+        if self.seeds < 1:
+            raise ValueError(f"--seeds must be 1 or more, got {self.seeds}")
+        if any(not lr > 0 for lr in self.lr_sweep):
+            raise ValueError(f"--lr-sweep needs learning rates greater than 0, got {self.lr_sweep}")
+        self.forms(self.train.vocab_size, self.train.context)
+
+    def forms(self, vocab_size: int, context: int) -> list[TrainSettings]:
+        """The settings of every form, matched; raises for unknown forms and unreachable matches."""
+        settings = [self._form(a, s) for a in self.attention for s in self.score]
+        configs = [s.to_config(vocab_size, context).to_decoder_config() for s in settings]
+        if self.match == "none":
+            return settings
+        return [
+            dataclasses.replace(s, d_ff=match_d_ff(c, configs[0], self.match, context))
+            for s, c in zip(settings, configs, strict=True)
+        ]
+
+    def _form(self, attention: str, score: str) -> TrainSettings:
+        """An option goes to every form that has it."""
+        return dataclasses.replace(
+            self.train,
+            attention=attention,
+            score=score,
+            attention_options=_own(ATTENTIONS[attention].config_class, self.train.attention_options),
+            score_options=_own(SCORES[score].config_class, self.train.score_options),
+        )
+
+
+def compare(
+    settings: CompareSettings, out: str | Path, *, console: Console | None = None, data: Data | None = None
+) -> list[RunResult]:
+    """Train every form with every seed and write the comparison.
+
+    `out` gets `results.jsonl` (a row per run), `summary.md`, `compare.png`, the models under `runs/`, and
+    `sweep.jsonl` after a learning-rate sweep. Called again with the same settings it goes on where it
+    stopped. A run that fails is reported and does not lose the others; calling again tries it again.
+
+    Args:
+        settings: what to compare.
+        out: the folder; made if missing.
+        console: where to show progress and the table.
+        data: loaded data; default: what the settings name.
+
+    Returns:
+        The finished runs, form by form.
+
+    Raises:
+        ValueError: for unsound settings, or if `out` holds a comparison with other settings.
+        Interrupted: after Ctrl-C.
+        RuntimeError: if runs failed; the others are written.
+    """
+    out, console = Path(out), console or Console()
+    _prepare_folder(settings, out)
+    data = data or load_settings_data(settings.train)
+    console.print(f"[bold]data[/bold] {data.description}")
+    failures: list[str] = []
+    results: list[RunResult] = []
+    for form in settings.forms(data.vocab_size, data.context):
+        lr = form.lr
+        if settings.lr_sweep:
+            best = _sweep(form, settings.lr_sweep, out, data, console, failures)
+            if best is None:
+                continue
+            lr = best
+        for seed in range(settings.seeds):
+            run = dataclasses.replace(form, lr=lr, seed=seed)
+            result = _run(run, out / "runs", data, console, failures)
+            if result is not None:
+                results.append(result)
+                _write(results, settings, data, out)
+    if results:
+        summaries = summarise(results)
+        console.print(rich_table(summaries, f"{data.name}: validation loss in nats per token"))
+        console.print(noise_note(summaries).replace("**", ""), style="dim")
+    if failures:
+        raise RuntimeError(
+            f"{len(failures)} of {len(failures) + len(results)} runs failed ({'; '.join(failures)}); the others "
+            f"are in {out}. Run the same command again to try the failed ones again"
+        )
+    return results
+
+
+def _run(
+    settings: TrainSettings, folder: Path, data: Data, console: Console, failures: list[str]
+) -> RunResult | None:
+    """One run, or what is left of it; a failure is noted, not raised."""
+    name = f"{settings.attention}-{settings.score}-seed{settings.seed}"
+    if settings.lr != TrainSettings().lr:
+        name += f"-lr{settings.lr:g}"
+    out = folder / name
+    try:
+        return train(settings, out, resume=(out / "train.json").exists(), data=data, console=console)
+    except Interrupted:
+        raise
+    except Exception as error:
+        failures.append(f"{name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+        console.print(f"[red]failed[/red] {failures[-1]}", highlight=False)
+        return None
+
+
+def _sweep(
+    form: TrainSettings,
+    rates: Sequence[float],
+    out: Path,
+    data: Data,
+    console: Console,
+    failures: list[str],
+) -> float | None:
+    """The learning rate with the lowest validation loss at the first seed."""
+    tried: list[tuple[float, float]] = []
+    for lr in rates:
+        result = _run(dataclasses.replace(form, lr=lr, seed=0), out / "runs", data, console, failures)
+        if result is not None:
+            tried.append((result.val_loss, lr))
+            _append_sweep(out / "sweep.jsonl", form, lr, result.val_loss)
+    return min(tried)[1] if tried else None
+
+
+def _append_sweep(path: Path, form: TrainSettings, lr: float, loss: float) -> None:
+    row = {"attention": form.attention, "score": form.score, "lr": lr, "val_loss": loss}
+    line = json.dumps(row)
+    if not path.exists() or line not in path.read_text(encoding="utf-8").splitlines():
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+def _prepare_folder(settings: CompareSettings, out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file, expected a folder; use another --out")
+    path, now = out / "compare.json", _plain(settings)
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        grows = {"attention", "score", "seeds"}  # more forms or seeds may join a comparison
+        changed = [k for k in now if k not in grows and before.get(k) != now[k]]
+        if changed:
+            raise ValueError(
+                f"{out} holds a comparison with other settings ({_differences(before, now, changed)}); repeat "
+                f"those or use another --out"
+            )
+        if settings.match != "none" and before["attention"][0] != now["attention"][0]:
+            raise ValueError(f"{out} matched its forms to {before['attention'][0]}; keep it first")
+    elif out.exists() and any(out.iterdir()):
+        raise FileExistsError(f"{out} is not empty and holds no comparison; use another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], changed: list[str]) -> str:
+    parts = []
+    for key in changed:
+        if key == "train":
+            old, new = before.get("train", {}), now["train"]
+            parts += [f"{k} was {old.get(k)!r}, is {new[k]!r}" for k in new if old.get(k) != new[k]]
+        else:
+            parts.append(f"{key} was {before.get(key)!r}, is {now[key]!r}")
+    return "; ".join(parts)
+
+
+def _plain(settings: CompareSettings) -> dict[str, Any]:
+    return json.loads(json.dumps(dataclasses.asdict(settings)))
+
+
+def _own(config_class: Any, options: dict[str, Any]) -> dict[str, Any]:
+    names = {f.name for f in own_fields(config_class)}
+    return {name: value for name, value in options.items() if name in names}
+
+
+def _write(results: list[RunResult], settings: CompareSettings, data: Data, out: Path) -> None:
+    """Everything but the models, anew after every run, so that a stop loses nothing."""
+    lines = "".join(json.dumps(r.to_dict()) + "\n" for r in results)
+    replace_text(out / "results.jsonl", lines)
+    summaries = summarise(results)
+    held = {"none": "nothing but depth and width", "params": "parameters", "flops": "training FLOPs"}
+    equal_lr = "the best of a sweep, per form" if settings.lr_sweep else "equal for all forms"
+    t = settings.train
+    parts = [
+        f"# {' · '.join(s.name for s in summaries)}",
+        f"{data.description}. {t.steps} steps of {t.batch_size} x {data.context} tokens; held equal: "
+        f"{held[settings.match]}; learning rate: {equal_lr}. All forms start from the same logit scale "
+        f"(standard deviation {t.init_logit_std:g}), see the same rows in the same order, and share their seeds.",
+        markdown_table(summaries),
+        noise_note(summaries),
+        "![curves](compare.png)",
+    ]
+    replace_text(out / "summary.md", "\n\n".join(parts) + "\n")
+    plot_curves(
+        summaries,
+        out / "compare.png",
+        f"Validation loss on {data.name}",
+        f"width {t.d_model}, {t.n_layers} layers, context {data.context}; mean of the seeds, band: their range",
+    )
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)

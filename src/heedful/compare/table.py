@@ -1,0 +1,133 @@
+"""From runs to a table: per form the mean over seeds, and the difference with its spread beside it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+
+from rich.table import Table
+
+from heedful.training import RunResult
+
+
+@dataclass(frozen=True)
+class FormSummary:
+    """One form over its seeds."""
+
+    name: str
+    runs: list[RunResult]
+    baseline: list[RunResult]
+
+    @property
+    def loss(self) -> float:
+        """Mean validation loss."""
+        return mean(run.val_loss for run in self.runs)
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation of the loss over seeds; None for one seed."""
+        return stdev(run.val_loss for run in self.runs) if len(self.runs) > 1 else None
+
+    @property
+    def differences(self) -> list[float]:
+        """Loss minus the baseline's, seed by seed."""
+        base = {run.seed: run.val_loss for run in self.baseline}
+        return [run.val_loss - base[run.seed] for run in self.runs if run.seed in base]
+
+    def mean_of(self, name: str) -> float | None:
+        """The mean of a field; None where a run has none."""
+        values = [getattr(run, name) for run in self.runs]
+        return None if any(v is None for v in values) else mean(values)
+
+
+def summarise(runs: Sequence[RunResult]) -> list[FormSummary]:
+    """One summary per form, in order of appearance; the first form is the baseline."""
+    forms: dict[str, list[RunResult]] = {}
+    for run in runs:
+        forms.setdefault(f"{run.attention} x {run.score}", []).append(run)
+    baseline = next(iter(forms.values()), [])
+    return [FormSummary(name, of_form, baseline) for name, of_form in forms.items()]
+
+
+COLUMNS = (
+    "form",
+    "seeds",
+    "parameters",
+    "FLOPs/token",
+    "lr",
+    "loss",
+    "- baseline",
+    "bits/byte",
+    "answers",
+    "ms/step",
+    "cache B/token",
+)
+
+
+def rows(summaries: Sequence[FormSummary]) -> tuple[list[str], list[list[str]]]:
+    """Headers and cells, without the columns that say nothing about this data."""
+    table = []
+    for s in summaries:
+        first = s.runs[0]
+        loss = f"{s.loss:.4f}" + (f" ± {s.spread:.4f}" if s.spread is not None else "")
+        bpb = s.mean_of("val_bpb")
+        cells = [
+            s.name,
+            str(len(s.runs)),
+            f"{first.params:,}",
+            f"{first.flops_per_token / 1e6:.2f} M",
+            f"{first.lr:g}",
+            loss,
+            _difference(s),
+            "" if bpb is None else f"{bpb:.3f}",
+            f"{s.mean_of('val_accuracy'):.1%}" if bpb is None else "",
+            f"{1000 * (s.mean_of('seconds_per_step') or 0):.0f}",
+            f"{first.cache_bytes_per_token:,}",
+        ]
+        table.append(cells)
+    shown = [i for i in range(len(COLUMNS)) if any(cells[i] for cells in table)]
+    return [COLUMNS[i] for i in shown], [[cells[i] for i in shown] for cells in table]
+
+
+def _difference(s: FormSummary) -> str:
+    if s.runs is s.baseline:
+        return "baseline"
+    d = s.differences
+    if not d:
+        return "no common seed"
+    if len(d) == 1:
+        return f"{d[0]:+.4f} (1 seed)"
+    return f"{mean(d):+.4f} ({min(d):+.4f} to {max(d):+.4f})"
+
+
+def rich_table(summaries: Sequence[FormSummary], title: str) -> Table:
+    """For a terminal."""
+    headers, cells = rows(summaries)
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold cyan")
+    for i, header in enumerate(headers):
+        table.add_column(header, justify="left" if i == 0 else "right", no_wrap=i == 0)
+    for row in cells:
+        table.add_row(*row)
+    return table
+
+
+def markdown_table(summaries: Sequence[FormSummary]) -> str:
+    """For summary.md."""
+    headers, cells = rows(summaries)
+    lines = ["| " + " | ".join(headers) + " |", "|" + "---|" * len(headers)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in cells])
+
+
+def noise_note(summaries: Sequence[FormSummary]) -> str:
+    """What the seeds allow to say about the differences."""
+    seeds = min(len(s.runs) for s in summaries)
+    if len(summaries) == 1:
+        return "One form only: there is nothing to compare with."
+    if seeds < 2:
+        return (
+            "**One seed: this table does not rank the forms.** At small sizes two seeds of the same form "
+            "differ by as much as two forms do; run with more seeds (`--seeds`) before believing a difference."
+        )
+    return (
+        f"{seeds} seeds. The difference is paired: form minus baseline at the same seed, mean and range. "
+        "A range that includes zero is no difference; resolving 0.02 nats takes 15 to 25 seeds at small sizes."
+    )

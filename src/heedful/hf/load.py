@@ -1,0 +1,65 @@
+"""Loading a trained model from its folder, or saying plainly why it cannot be."""
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, logging
+
+from heedful.hf.configuration import HeedfulConfig
+from heedful.hf.modeling import HeedfulForCausalLM
+
+
+def load_model(folder: str | Path) -> HeedfulForCausalLM:
+    """The model in `folder`, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: if there is no model.
+        ValueError: if it is damaged, of another kind, or weights are missing or of another shape: a model
+            with fresh weights in it would run and be wrong.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder} does not exist; expected the folder of a trained model")
+    if not (folder / "config.json").exists():
+        running = (folder / "train.json").exists()
+        hint = f"its training has not finished: heedful train --resume --out {folder}" if running else ""
+        raise FileNotFoundError(f"{folder} holds no model (no config.json){'; ' if hint else ''}{hint}")
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        config, _ = HeedfulConfig.get_config_dict(folder)
+        if config.get("model_type") != "heedful":
+            raise ValueError(f"{folder} holds a {config.get('model_type')!r} model, expected a heedful one")
+        model, report = HeedfulForCausalLM.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True
+        )
+    except (SafetensorError, OSError, RuntimeError, KeyError, TypeError) as error:
+        reason = (str(error) or type(error).__name__).strip().split("\n")[0]
+        raise ValueError(f"the model in {folder} cannot be read ({reason}); train or copy it again") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if names and kind != "error_msgs"}
+    if wrong:
+        raise ValueError(f"the weights in {folder} do not fit its config.json: {wrong}; train or copy it again")
+    return model.eval()
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer saved beside a model.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is damaged.
+    """
+    folder = Path(folder)
+    if not (folder / "tokenizer.json").exists():
+        raise FileNotFoundError(
+            f"{folder} holds no tokenizer (no tokenizer.json): its model was not trained on text"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # tokenizers raises bare Exception for a damaged file
+        reason = (str(error) or type(error).__name__).strip().split("\n")[0]
+        raise ValueError(f"the tokenizer in {folder} cannot be read ({reason})") from error

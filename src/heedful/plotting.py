@@ -1,0 +1,51 @@
+"""The look of every figure: one palette, quiet axes, labels at the lines."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+PALETTE = ("#4C6A92", "#C8553D", "#588B8B", "#B8860B", "#7B4B94", "#2E8B57", "#8C5E58", "#444444")
+
+
+def new_figure(panels: int = 1, size: tuple[float, float] = (8.0, 4.6), **layout: Any) -> tuple[Any, Any]:
+    """A figure and its axes (an array of them for more than one panel), drawn without a display."""
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, panels, figsize=size, layout="constrained", **layout)
+    for panel in figure.axes:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(axis="y", color="#DDDDDD", linewidth=0.8)
+        panel.set_axisbelow(True)
+        panel.tick_params(color="#888888", labelcolor="#444444")
+    return figure, axes
+
+
+def titled(axes: Any, title: str, subtitle: str) -> None:
+    """What the figure shows, above it, flush left."""
+    axes.set_title(f"{title}\n", loc="left", fontsize=13, fontweight="bold", color="#222222")
+    axes.text(0, 1.02, subtitle, transform=axes.transAxes, fontsize=9.5, color="#666666")
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a PNG and forget the figure."""
+    import matplotlib.pyplot as plt
+
+    figure.savefig(path, dpi=160)
+    plt.close(figure)
+
+
+def spread_labels(values: list[float], gap: float) -> list[float]:
+    """Heights for labels at the ends of lines, `gap` apart at least, as near to `values` as can be."""
+    order = sorted(range(len(values)), key=lambda i: values[i])
+    placed = [values[i] for i in order]
+    for _ in range(200):
+        for i in range(1, len(placed)):
+            overlap = gap - (placed[i] - placed[i - 1])
+            if overlap > 1e-12:
+                placed[i] += overlap / 2
+                placed[i - 1] -= overlap / 2
+    result = [0.0] * len(values)
+    for height, i in zip(placed, order, strict=True):
+        result[i] = height
+    return result

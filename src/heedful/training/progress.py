@@ -1,0 +1,144 @@
+"""What a person sees while a model trains, and what Ctrl-C does."""
+
+import signal
+import sys
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class ProgressCallback(TrainerCallback):
+    """A progress bar with the losses; plain lines where the output is no terminal.
+
+    Args:
+        title: what is being trained.
+        tokens_per_step: to show tokens per second.
+        console: where to draw.
+    """
+
+    def __init__(self, title: str, tokens_per_step: int, console: Console) -> None:
+        self.title = title
+        self.tokens_per_step = tokens_per_step
+        self.console = console
+        self.loss = ""
+        self.bar: Progress | None = None
+        self.last_line = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.started, self.first_step = time.perf_counter(), state.global_step
+        if self.console.is_terminal:
+            self.bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[info]}"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self.task = self.bar.add_task(
+                self.title, total=state.max_steps, completed=state.global_step, info=""
+            )
+            self.bar.start()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.bar is not None:
+            self.bar.update(self.task, completed=state.global_step, info=self._info(state))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        logs = logs or {}
+        if "eval_loss" in logs:
+            loss, accuracy = logs["eval_loss"], logs["eval_accuracy"]
+            self._line(state, f"validation loss {loss:.3f}, next token right {accuracy:.1%}")
+        elif "loss" in logs:
+            self.loss = f"loss {float(logs['loss']):.3f}"
+            if self.bar is None and time.perf_counter() - self.last_line > 10:
+                self._line(state, self._info(state))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar off the screen."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+    def _info(self, state: TrainerState) -> str:
+        seconds = time.perf_counter() - self.started
+        speed = (state.global_step - self.first_step) * self.tokens_per_step / max(seconds, 1e-9)
+        return f"{self.loss}  {speed:,.0f} tokens/s"
+
+    def _line(self, state: TrainerState, text: str) -> None:
+        self.last_line = time.perf_counter()
+        self.console.print(f"{self.title}  step {state.global_step}/{state.max_steps}  {text}")
+
+
+class StepTimer(TrainerCallback):
+    """Measures how long the optimizer steps take, without evaluation and saving."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.begun = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.seconds.append(time.perf_counter() - self.begun)
+
+    @property
+    def median(self) -> float:
+        """Median seconds of a step; the first, which warms up, does not count."""
+        steps = sorted(self.seconds[1:] or self.seconds)
+        return steps[len(steps) // 2] if steps else float("nan")
+
+
+class StopOnCtrlC(TrainerCallback):
+    """The first Ctrl-C finishes the step, saves a checkpoint and stops; the second stops at once."""
+
+    def __init__(self) -> None:
+        self.pressed = False
+
+    def __enter__(self) -> "StopOnCtrlC":
+        self.in_main = threading.current_thread() is threading.main_thread()
+        if self.in_main:
+            self.before = signal.signal(signal.SIGINT, self._press)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.in_main:
+            signal.signal(signal.SIGINT, self.before)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.pressed:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def _press(self, number: int, frame: FrameType | None) -> None:
+        if self.pressed:
+            raise KeyboardInterrupt
+        self.pressed = True
+        print("\nfinishing this step and saving a checkpoint; Ctrl-C again stops at once", file=sys.stderr)

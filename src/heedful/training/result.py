@@ -1,0 +1,48 @@
+"""What a finished run leaves behind."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """The figures of one run; `result.json` in its folder."""
+
+    attention: str
+    score: str
+    seed: int
+    lr: float
+    params: int
+    flops_per_token: int
+    """Forward FLOPs per token at the run's context; training costs three times it."""
+    tokens: int
+    """Tokens trained on."""
+    val_loss: float
+    """Nats per token."""
+    val_bpb: float | None
+    """Bits per byte; None for synthetic data."""
+    val_accuracy: float
+    seconds_per_step: float
+    tokens_per_second: float
+    cache_bytes_per_token: int
+    """Bytes of KV cache per token, all layers, in fp32."""
+    curve: list[tuple[int, float, float]]
+    """(tokens trained on, loss, accuracy) on some 64 rows of the validation data, while training."""
+    config: dict[str, Any]
+    """The settings of the run and the config of the model."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return dataclasses.asdict(self)
+
+    def save(self, path: Path) -> None:
+        """Write as JSON."""
+        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> "RunResult":
+        """Read what `save` wrote."""
+        return cls(**json.loads(path.read_text(encoding="utf-8")))

@@ -1,0 +1,276 @@
+"""One training run: data, model, Trainer, and the files it leaves."""
+
+import contextlib
+import logging
+import math
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import transformers
+from rich.console import Console
+from safetensors import SafetensorError
+from transformers import Trainer, TrainingArguments, default_data_collator, set_seed
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import PrinterCallback, TrainerCallback
+from transformers.trainer_callback import ProgressCallback as TqdmCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from heedful.attention.params import decayed_names
+from heedful.data import Data, TokenDataset, load_data
+from heedful.evaluation import evaluate
+from heedful.hf.modeling import HeedfulForCausalLM
+from heedful.training.progress import ProgressCallback, StepTimer, StopOnCtrlC
+from heedful.training.result import RunResult
+from heedful.training.settings import TrainSettings
+
+SETTINGS, RESULT, CHECKPOINTS = "train.json", "result.json", "checkpoints"
+
+
+class Interrupted(Exception):
+    """Ctrl-C: training stopped after saving a checkpoint."""
+
+
+class LanguageModelTrainer(Trainer):
+    """`Trainer` with heedful's weight decay rule and its evaluation over tokens, not batches."""
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """No decay on norms, biases and SAS's identity part."""
+        return decayed_names(model)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Validation loss (nats/token) and accuracy on labelled tokens."""
+        rows = eval_dataset if eval_dataset is not None else self.eval_dataset
+        assert isinstance(rows, TokenDataset)
+        with self.compute_loss_context_manager():
+            result = evaluate(self.model, rows, batch_size=self.args.eval_batch_size)
+        metrics = {
+            f"{metric_key_prefix}_loss": result.loss,
+            f"{metric_key_prefix}_accuracy": result.accuracy,
+        }
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def train(
+    settings: TrainSettings,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    data: Data | None = None,
+    console: Console | None = None,
+) -> RunResult:
+    """Train a model and leave it, with its settings and figures, in a folder.
+
+    The folder loads with `AutoModelForCausalLM.from_pretrained` once `heedful.hf` is imported. Every
+    checkpoint holds weights, optimizer, schedule and random state, so that a resumed run continues exactly.
+
+    Args:
+        settings: what to train.
+        out: the folder; made if missing. It must not hold a run already unless `resume`.
+        resume: go on from the last checkpoint of a run with these settings.
+        data: loaded data, to share it between runs; default: what the settings name.
+        console: where to show progress.
+
+    Returns:
+        The figures, also in `out/result.json`.
+
+    Raises:
+        ValueError: if the settings, the data or a checkpoint are unsound.
+        FileExistsError: if `out` holds a run and `resume` is False, or holds other files.
+        Interrupted: after Ctrl-C; `resume=True` goes on.
+        OSError: if `out` cannot be written.
+    """
+    out, console = Path(out), console or Console(stderr=True)
+    if resume and (out / RESULT).exists():
+        check_same_settings(settings, out)
+        return RunResult.load(out / RESULT)
+    if resume:
+        check_same_settings(settings, out)
+    data = data or load_settings_data(settings)
+    _prepare_folder(settings, out, resume)
+    checkpoint = _last_checkpoint(out) if resume else None
+
+    set_seed(settings.seed)
+    config = settings.to_config(data.vocab_size, data.context, data.bos_token_id)
+    model = HeedfulForCausalLM(config)
+    decoder = config.to_decoder_config()
+    tokens_per_step = settings.batch_size * data.context
+    timer, stop = StepTimer(), StopOnCtrlC()
+    title = f"{settings.attention} x {settings.score}"
+    progress = ProgressCallback(title, tokens_per_step, console)
+    with _quiet_transformers():
+        trainer = LanguageModelTrainer(
+            model=model,
+            args=_arguments(settings, out),
+            train_dataset=data.train,
+            eval_dataset=curve_rows(data.validation),
+            data_collator=default_data_collator,
+            callbacks=[timer, progress, stop],
+        )
+        if settings.track == "tensorboard":
+            trainer.add_callback(_tensorboard(out))
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(TqdmCallback)
+        try:
+            with stop:
+                trainer.train(resume_from_checkpoint=checkpoint)
+        except (SafetensorError, RuntimeError, EOFError) as error:
+            if checkpoint is None:
+                raise
+            raise ValueError(
+                f"the checkpoint {checkpoint} cannot be read ({_first_line(error)}); delete that folder to "
+                f"resume from the one before it"
+            ) from error
+        finally:
+            progress.close()
+    if stop.pressed and trainer.state.global_step < settings.steps:
+        raise Interrupted(f"stopped at step {trainer.state.global_step} of {settings.steps}")
+
+    with console.status(f"{title}: validation loss") if console.is_terminal else contextlib.nullcontext():
+        final = evaluate(model, data.validation, batch_size=2 * settings.batch_size)
+    if not math.isfinite(final.loss):
+        raise ValueError(
+            f"training diverged: the validation loss is {final.loss}; try a lower --lr than {settings.lr}"
+        )
+    model.save_pretrained(out)
+    if data.tokenizer is not None:
+        data.tokenizer.save_pretrained(out)  # type: ignore[union-attr]
+    result = RunResult(
+        attention=settings.attention,
+        score=settings.score,
+        seed=settings.seed,
+        lr=settings.lr,
+        params=decoder.parameter_count(),
+        flops_per_token=decoder.flops_per_token(data.context),
+        tokens=settings.steps * tokens_per_step,
+        val_loss=final.loss,
+        val_bpb=final.bits_per_byte(data.validation_bytes) if data.validation_bytes else None,
+        val_accuracy=final.accuracy,
+        seconds_per_step=timer.median,
+        tokens_per_second=tokens_per_step / timer.median,
+        cache_bytes_per_token=decoder.cache_bytes_per_token(),
+        curve=[
+            (entry["step"] * tokens_per_step, entry["eval_loss"], entry["eval_accuracy"])
+            for entry in trainer.state.log_history
+            if "eval_loss" in entry
+        ],
+        config={"train": settings.to_dict(), "model": config.to_dict()},
+    )
+    result.save(out / RESULT)
+    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)  # a finished run needs none
+    return result
+
+
+def curve_rows(validation: TokenDataset) -> TokenDataset:
+    """Some 64 rows, evenly spread: what the curve is measured on while training; the end takes all."""
+    stride = max(1, len(validation) // 64)
+    return TokenDataset({name: tensor[::stride] for name, tensor in validation.tensors.items()})
+
+
+def load_settings_data(settings: TrainSettings) -> Data:
+    """The data that the settings name."""
+    return load_data(
+        settings.data,
+        validation=settings.val_data,
+        tokenizer=settings.tokenizer,
+        vocab_size=settings.vocab_size,
+        context=settings.context,
+        seed=settings.seed,
+    )
+
+
+def check_same_settings(settings: TrainSettings, out: Path) -> None:
+    """Raise unless `out` holds a run with these settings."""
+    if not (out / SETTINGS).exists():
+        raise FileNotFoundError(f"{out} holds no run to resume: there is no {out / SETTINGS}")
+    before = TrainSettings.load(out / SETTINGS).to_dict()
+    changed = [
+        f"{name} was {before[name]!r} and is {value!r}"
+        for name, value in settings.to_dict().items()
+        if before[name] != value
+    ]
+    if changed:
+        raise ValueError(
+            f"a resumed run keeps its settings, but {'; '.join(changed)}; leave those out or use another --out"
+        )
+
+
+def _prepare_folder(settings: TrainSettings, out: Path, resume: bool) -> None:
+    """Make `out` and check that it can be written, before minutes of work depend on it."""
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file, expected a folder for the run; use another --out")
+    if out.exists() and any(out.iterdir()) and not resume:
+        what = "already holds a run" if (out / SETTINGS).exists() else "is not empty"
+        raise FileExistsError(f"{out} {what}; use --resume to go on with it, or another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / SETTINGS).exists():
+        settings.save(out / SETTINGS)
+
+
+def _last_checkpoint(out: Path) -> str | None:
+    folder = out / CHECKPOINTS
+    return get_last_checkpoint(str(folder)) if folder.exists() else None
+
+
+def _arguments(settings: TrainSettings, out: Path) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(out / CHECKPOINTS),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=2 * settings.batch_size,
+        learning_rate=settings.lr,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.1},
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        bf16=settings.precision == "bf16",
+        seed=settings.seed,
+        data_seed=settings.seed,
+        eval_strategy="steps",
+        eval_steps=max(1, settings.steps // settings.evaluations),
+        save_strategy="steps",
+        save_steps=max(1, settings.steps // settings.checkpoints),
+        save_total_limit=2,
+        logging_steps=max(1, settings.steps // 100),
+        report_to="none",  # tracking is added as a callback, which knows its folder
+        disable_tqdm=True,
+    )
+
+
+def _tensorboard(out: Path) -> TrainerCallback:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ImportError(
+            '--track tensorboard needs tensorboard: pip install "heedful[tensorboard]"'
+        ) from None
+    return TensorBoardCallback(SummaryWriter(str(out / "tensorboard")))
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Any:
+    """Progress is ours; only errors of the libraries below are worth a line."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    accelerate_logger = logging.getLogger("accelerate")
+    level = accelerate_logger.level
+    accelerate_logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*pin_memory.*")
+            yield
+    finally:
+        transformers.logging.set_verbosity(before)
+        accelerate_logger.setLevel(level)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).strip().split("\n")[0]

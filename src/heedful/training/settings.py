@@ -1,0 +1,126 @@
+"""Everything a training run can be told, and what it resolves to."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from heedful.attention.config import option
+from heedful.hf.configuration import HeedfulConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The size and the form of the model."""
+
+    attention: str = option("mha", "attention form (heedful ls)")
+    score: str = option("softmax", "score form (heedful ls)")
+    attention_options: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "options of the attention form"}
+    )
+    score_options: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "options of the score form"}
+    )
+    d_model: int = option(128, "width of the model")
+    n_layers: int = option(4, "number of blocks")
+    n_heads: int = option(4, "number of query heads")
+    n_kv_heads: int | None = option(None, "number of key/value heads; the form's default if left out")
+    d_ff: int | None = option(None, "width of the SwiGLU; 8/3 of d-model if left out")
+    positions: Literal["rope", "learned", "none"] = option("rope", "kind of positions")
+    qk_norm: bool = option(True, "RMS-normalise queries and keys")
+    init_logit_std: float = option(0.2, "standard deviation of the attention logits at the start")
+
+    def to_config(
+        self, vocab_size: int, context: int, bos_token_id: int | None = None
+    ) -> HeedfulConfig:
+        """The config of the model, for a vocabulary and a context."""
+        return HeedfulConfig(
+            vocab_size=vocab_size,
+            hidden_size=self.d_model,
+            num_hidden_layers=self.n_layers,
+            num_attention_heads=self.n_heads,
+            num_key_value_heads=self.n_kv_heads,
+            intermediate_size=self.d_ff,
+            max_position_embeddings=max(context, 2048),
+            attention=self.attention,
+            attention_options=dict(self.attention_options),
+            score=self.score,
+            score_options=dict(self.score_options),
+            positions=self.positions,
+            qk_norm=self.qk_norm,
+            init_logit_std=self.init_logit_std,
+            bos_token_id=bos_token_id,
+            eos_token_id=bos_token_id,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(ModelSettings):
+    """One training run."""
+
+    data: str = option("austen", "a text file, a folder of texts, austen, or synthetic:variable-assignment")
+    val_data: str | None = option(None, "validation text; the last tenth of the data if left out")
+    tokenizer: Literal["bpe", "bytes"] = option("bpe", "bpe (trained on the training text) or bytes")
+    vocab_size: int = option(2048, "size of the BPE vocabulary")
+    context: int = option(256, "tokens in a row")
+    steps: int = option(500, "optimizer steps")
+    batch_size: int = option(16, "rows in a step")
+    lr: float = option(2e-3, "peak learning rate; warm-up, then cosine to a tenth")
+    warmup: float = option(0.05, "part of the steps that warms up")
+    weight_decay: float = option(0.1, "weight decay, on matrices only")
+    precision: Literal["fp32", "bf16"] = option("fp32", "fp32, or bf16 autocast")
+    seed: int = option(0, "seed of the weights and of the data order")
+    evaluations: int = option(5, "times the validation loss is measured, evenly spread")
+    checkpoints: int = option(5, "times a checkpoint is saved, evenly spread")
+    track: Literal["none", "tensorboard"] = option("none", "where to log curves")
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "context", "vocab_size", "evaluations", "checkpoints"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"{_flag(name)} must be 1 or more, got {value}")
+        if self.context < 2:
+            raise ValueError(f"--context must be 2 or more, got {self.context}")
+        if not self.lr > 0:
+            raise ValueError(f"--lr must be greater than 0, got {self.lr}")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"--warmup must be at least 0 and below 1, got {self.warmup}")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"--weight-decay must be 0 or more, got {self.weight_decay}")
+        # Any vocabulary will do to see whether the form and its options are sound.
+        self.to_config(self.vocab_size, self.context)
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps that warm up."""
+        return round(self.warmup * self.steps)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return dataclasses.asdict(self)
+
+    def save(self, path: Path) -> None:
+        """Write as JSON."""
+        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> "TrainSettings":
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: if the file is damaged.
+        """
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (json.JSONDecodeError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}); start again with another --out") from None
+
+    def given(self) -> dict[str, Any]:
+        """The settings that differ from their defaults."""
+        default = type(self)()
+        return {k: v for k, v in self.to_dict().items() if v != getattr(default, k)}
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,348 @@
+"""Every attention x score keeps every promise of heedful.testing, and broken forms are caught."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from heedful import available
+from heedful.attention import (
+    Attention,
+    AttentionConfig,
+    GroupedQueryAttention,
+    LayerCache,
+    Score,
+    ScoreConfig,
+    SelectiveScore,
+    SoftmaxScore,
+    option,
+    register_attention,
+    register_score,
+)
+from heedful.attention.registry import ATTENTIONS, SCORES
+from heedful.testing import CHECKS, check_form
+
+REQUIRED = {"gqa": {"n_kv_heads": 2}}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "compact": {"cache": "compact"},
+    "identity": {"init": "identity"},
+    "gqa-host": {"n_kv_heads": 2},
+    "gqa-host-compact": {"n_kv_heads": 2, "cache": "compact", "init": "identity"},
+    "mlp": {"kernel_size": 1},
+    "bias": {"bias": True},
+    "no-norm": {"qk_norm": False},
+    "no-rope": {"rope": False},
+    "norm-after-rope": {"qk_norm_position": "after_rope", "cache": "compact"},
+    "same-size": {"sim_heads": 4, "sim_head_dim": 8},
+}
+FORMS = {
+    f"{attention}-{score}": (attention, score, REQUIRED.get(attention, {}))
+    for attention in available()["attention"]
+    for score in available()["score"]
+}
+for score in available()["score"]:
+    FORMS |= {f"sas-{name}-{score}": ("sas", score, options) for name, options in VARIANTS.items()}
+    FORMS[f"mha-plain-{score}"] = ("mha", score, {"qk_norm": False, "rope": False, "bias": True})
+    FORMS[f"gqa-after-{score}"] = ("gqa", score, {"n_kv_heads": 2, "qk_norm_position": "after_rope"})
+    FORMS[f"mha-reference-{score}"] = ("mha", score, {"impl": "reference"})
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("form", FORMS)
+def test_promise(form: str, check: str):
+    attention, score, options = FORMS[form]
+    CHECKS[check](attention, score, **options)
+
+
+SIZES = {"batch": st.integers(1, 3), "length": st.integers(2, 14), "seed": st.integers(0, 10**6)}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@settings(max_examples=4)
+@given(at=st.integers(1, 13), **SIZES)
+def test_causality_at_any_size(form: str, at: int, batch: int, length: int, seed: int):
+    attention, score, options = FORMS[form]
+    sizes = {"batch": batch, "length": length, "seed": seed}
+    CHECKS["causality"](attention, score, at=min(at, length - 1), **sizes, **options)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@settings(max_examples=5)
+@given(chunks=st.lists(st.integers(1, 5), min_size=1, max_size=6), **SIZES)
+def test_any_chunking(form: str, chunks: list[int], batch: int, length: int, seed: int):
+    attention, score, options = FORMS[form]
+    sizes = {"batch": batch, "length": length, "seed": seed}
+    CHECKS["cached_equals_full"](attention, score, chunks=chunks, **sizes, **options)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@settings(max_examples=5)
+@given(padding=st.lists(st.integers(0, 13), min_size=3, max_size=3), **SIZES)
+def test_any_left_padding(form: str, padding: list[int], batch: int, length: int, seed: int):
+    attention, score, options = FORMS[form]
+    sizes = {"batch": batch, "length": length, "seed": seed}
+    padding = [min(amount, length - 1) for amount in padding[:batch]]
+    CHECKS["left_padded_equals_unpadded"](attention, score, padding=padding, **sizes, **options)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@settings(max_examples=4)
+@given(segments=st.lists(st.integers(1, 4), min_size=1, max_size=4), left=st.integers(0, 3), **SIZES)
+def test_any_packing(form: str, segments: list[int], left: int, batch: int, length: int, seed: int):
+    attention, score, options = FORMS[form]
+    sizes = {"batch": batch, "length": length, "seed": seed}
+    left = min(left, length - 1)
+    CHECKS["packed_equals_separate"](attention, score, segments=segments, left=left, **sizes, **options)
+
+
+# Forms with one fault each, and the promises that fault breaks.
+
+
+class SeesTheFuture(SoftmaxScore):
+    def forward(self, q, k, v, *, scale, **rest):
+        return nn.functional.scaled_dot_product_attention(q, k, v, scale=scale), {}
+
+
+class ForgetsItsVotes(SelectiveScore):
+    def forward(self, *qkv, state, **rest):
+        return super().forward(*qkv, state={}, **rest)
+
+
+class AttendsToPadding(SoftmaxScore):
+    def forward(self, *qkv, key_mask, **rest):
+        return super().forward(*qkv, key_mask=None, **rest)
+
+
+class IgnoresSegments(SelectiveScore):
+    def forward(self, *qkv, segment_ids, **rest):
+        return super().forward(*qkv, segment_ids=None, **rest)
+
+
+class NaNWithoutKeys(SoftmaxScore):
+    def forward(self, *qkv, key_mask, **rest):
+        out, state = super().forward(*qkv, key_mask=key_mask, **rest)
+        if key_mask is not None:
+            out = out / key_mask.any(-1)[:, None, None, None]
+        return out, state
+
+
+class AnswersPadding(SoftmaxScore):
+    def forward(self, *qkv, key_mask, **rest):
+        out, state = super().forward(*qkv, key_mask=key_mask, **rest)
+        return (out if key_mask is None else out + ~key_mask[:, None, :, None]), state
+
+
+class DetachesTheSelector(SelectiveScore):
+    def forward(self, q, k, v, **rest):
+        q = torch.cat((q[:, :1].detach(), q[:, 1:]), dim=1)
+        return super().forward(q, k, v, **rest)
+
+
+class MixesTheBatch(SoftmaxScore):
+    def forward(self, q, k, v, **rest):
+        return super().forward(q, k, v + v.mean(0, keepdim=True), **rest)
+
+
+class BreaksTheGraph(SoftmaxScore):
+    def forward(self, q, k, v, **rest):
+        if v.sum() > 1e9:
+            v = -v
+        return super().forward(q, k, v, **rest)
+
+
+class RoundsToBfloat16(SoftmaxScore):
+    def forward(self, q, k, v, **rest):
+        out, state = super().forward(q.bfloat16(), k.bfloat16(), v.bfloat16(), **rest)
+        return out.to(v.dtype), state
+
+
+class FailsInBfloat16(SoftmaxScore):
+    def forward(self, q, k, v, **rest):
+        return super().forward(q + 0.2 * (q.dtype == torch.bfloat16), k, v, **rest)
+
+
+class LearnsNothing(SoftmaxScore):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.unused = nn.Parameter(torch.zeros(3))
+
+
+class HoldsABuffer(SoftmaxScore):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.register_buffer("steps", torch.zeros(()))
+
+
+class UncountedState(SoftmaxScore):
+    def forward(self, q, k, v, **rest):
+        out, _ = super().forward(q, k, v, **rest)
+        return out, {"norms": k.norm(dim=-1)}
+
+
+class Miscounts(SoftmaxScore):
+    @dataclass(frozen=True)
+    class Config(ScoreConfig):
+        def parameter_count(self, n_heads: int, d_model: int) -> int:
+            return 7
+
+        def flops_per_token(self, context: int, n_heads: int, qk_dim: int, v_dim: int) -> int:
+            return context * n_heads * (qk_dim + v_dim)
+
+
+@pytest.fixture
+def registries() -> Iterator[None]:
+    """Forget what a test registers."""
+    before = [(registry, dict(registry.forms)) for registry in (ATTENTIONS, SCORES)]
+    yield
+    for registry, forms in before:
+        registry.forms.clear()
+        registry.forms.update(forms)
+
+
+BROKEN: list[tuple[type[Score], list[str]]] = [
+    (SeesTheFuture, ["causality", "cached_equals_full"]),
+    (ForgetsItsVotes, ["cached_equals_full", "left_padded_equals_unpadded"]),
+    (AttendsToPadding, ["left_padded_equals_unpadded", "padding_content_is_ignored"]),
+    (IgnoresSegments, ["packed_equals_separate"]),
+    (NaNWithoutKeys, ["all_padding_is_finite"]),
+    (AnswersPadding, ["padded_queries_get_zeros"]),
+    (DetachesTheSelector, ["gradients_are_right"]),
+    (MixesTheBatch, ["batch_order"]),
+    (BreaksTheGraph, ["compiled_equals_eager"]),
+    (RoundsToBfloat16, ["gradients_are_right"]),
+    (FailsInBfloat16, ["bfloat16_is_close"]),
+    (LearnsNothing, ["gradients_reach_everything", "parameter_count_is_exact"]),
+    (HoldsABuffer, ["state_dict_is_stable"]),
+    (UncountedState, ["cache_bytes_are_exact"]),
+    (Miscounts, ["parameter_count_is_exact", "flops_are_exact"]),
+]
+CASES = [(form, check) for form, checks in BROKEN for check in checks]
+
+
+@pytest.mark.parametrize(("form", "check"), CASES, ids=[f"{form.__name__}-{check}" for form, check in CASES])
+def test_broken_score_is_caught(form: type[Score], check: str, registries: None):
+    register_score("broken")(form)
+    with pytest.raises(
+        AssertionError, match=f"mha x broken breaks {check}: .* At batch=2, length=9, seed=0: "
+    ):
+        CHECKS[check]("mha", "broken")
+
+
+class ForgetsTheCache(GroupedQueryAttention):
+    def forward(self, x: Tensor, *, cache: LayerCache | None = None, **rest: Any) -> Tensor:
+        return super().forward(x, **rest)
+
+
+class PositionsRestart(GroupedQueryAttention):
+    def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return super().project(x, torch.arange(x.shape[1])[None])
+
+
+class OneNumberTooMany(GroupedQueryAttention):
+    @dataclass(frozen=True)
+    class Config(ATTENTIONS["mha"].config_class):
+        def parameter_count(self) -> int:
+            return super().parameter_count() + 1
+
+
+@pytest.mark.parametrize(
+    ("form", "check"),
+    [
+        (ForgetsTheCache, "cached_equals_full"),
+        (PositionsRestart, "cached_equals_full"),
+        (PositionsRestart, "packed_equals_separate"),
+        (OneNumberTooMany, "parameter_count_is_exact"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_broken_attention_is_caught(form: type[Attention], check: str, registries: None):
+    config = form.Config if "Config" in vars(form) else type("Config", (ATTENTIONS["mha"].config_class,), {})
+    register_attention("broken", config=config)(form)
+    with pytest.raises(AssertionError, match=f"broken x softmax breaks {check}: "):
+        CHECKS[check]("broken")
+
+
+def test_check_form_reports_all_that_is_broken(registries: None):
+    register_score("broken")(Miscounts)
+    with pytest.raises(AssertionError) as raised:
+        check_form("mha", "broken")
+    message = str(raised.value)
+    assert message.startswith(f"2 of {len(CHECKS)} broken:")
+    assert "parameter_count_is_exact: config.parameter_count() is the number of parameters." in message
+    assert "expected 4112, got 4119" in message
+    assert "flops_are_exact" in message
+
+
+def test_checks_leave_the_global_seed_alone():
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    CHECKS["shapes_and_finite"]("mha")
+    assert torch.equal(torch.rand(3), expected)
+
+
+# What a stranger writes: a form of attention and a score in a file of their own.
+
+
+class SharedKeyValue(Attention):
+    """One projection for keys and values."""
+
+    @dataclass(frozen=True)
+    class Config(AttentionConfig):
+        """Keys are values."""
+
+        gain: float = option(1.0, "times the values")
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config = self.config
+        self.q_proj = nn.Linear(config.d_model, config.n_heads * config.size, bias=config.bias)
+        self.kv_proj = nn.Linear(config.d_model, config.kv_heads * config.size, bias=config.bias)
+        self.reset_parameters()
+
+    def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        q = self.split_heads(self.q_proj(x), self.config.n_heads)
+        v = self.split_heads(self.kv_proj(x), self.config.kv_heads)
+        keys = self.place_keys(v, positions)
+        return self.place_queries(q, positions), {"k": keys, "v": v * self.config.gain}
+
+
+class Temperature(Score):
+    """A learned temperature per head."""
+
+    @dataclass(frozen=True)
+    class Config(ScoreConfig):
+        """Scaled by a learned temperature."""
+
+        start: float = option(1.0, "the temperature at the start")
+
+        def parameter_count(self, n_heads: int, d_model: int) -> int:
+            return n_heads
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.temperature = nn.Parameter(torch.full((self.n_heads,), self.config.start))
+        self.plain = SoftmaxScore(SoftmaxScore.Config(impl=self.config.impl), self.n_heads, self.d_model)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, **rest: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.plain(q * self.temperature[:, None, None], k, v, **rest)
+
+
+@pytest.mark.parametrize(
+    ("attention", "score", "options"),
+    [
+        ("shared_kv", "softmax", {"gain": 2.0}),
+        ("shared_kv", "temperature", {"n_kv_heads": 2, "start": 0.5}),
+        ("sas", "temperature", {"cache": "compact"}),
+    ],
+    ids=["attention", "both", "score"],
+)
+def test_a_strangers_form(attention: str, score: str, options: dict[str, Any], registries: None):
+    register_attention("shared_kv")(SharedKeyValue)
+    register_score("temperature")(Temperature)
+    check_form(attention, score, **options)
