@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import heedful
-from heedful.attention.base import ATTENTIONS, SCORES
+from heedful.attention.registry import ATTENTIONS, SCORES
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "heedful"
@@ -48,9 +48,7 @@ def torch_only_modules() -> list[str]:
 
 def test_layers_are_kept():
     lint_imports = Path(sys.executable).with_name("lint-imports")
-    done = subprocess.run(
-        [lint_imports, "--no-cache", "--no-logo"], cwd=ROOT, capture_output=True, text=True
-    )
+    done = subprocess.run([lint_imports, "--no-cache", "--no-logo"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

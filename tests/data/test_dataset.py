@@ -25,9 +25,7 @@ TASK = "synthetic:variable-assignment"
 def small(tmp_path):
     """A file of 60 paragraphs, some of them not ASCII."""
     file = tmp_path / "small.txt"
-    file.write_text(
-        "\n\n".join(f"Paragraph {i}: très joli, № {i * i}." for i in range(60)), "utf-8"
-    )
+    file.write_text("\n\n".join(f"Paragraph {i}: très joli, № {i * i}." for i in range(60)), "utf-8")
     return file
 
 
@@ -160,9 +158,7 @@ def test_synthetic_draws_its_own_validation():
 
 
 def test_unknown_tokenizer():
-    with pytest.raises(
-        ValueError, match="must be one of bpe, bytes or a tokenizer object, got 'w'"
-    ):
+    with pytest.raises(ValueError, match="must be one of bpe, bytes or a tokenizer object, got 'w'"):
         load_data("austen", tokenizer="w")
 
 

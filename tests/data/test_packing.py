@@ -100,9 +100,7 @@ def test_validation_shorter_than_a_row_is_padded():
 
 
 def test_too_little_text_to_train_on():
-    with pytest.raises(
-        ValueError, match=r"needs 64 tokens, but the text has 4; .*smaller --context"
-    ):
+    with pytest.raises(ValueError, match=r"needs 64 tokens, but the text has 4; .*smaller --context"):
         pack([[1, 2, 3]], context=64, bos=BOS)
 
 
@@ -119,9 +117,7 @@ def test_context_too_small():
 
 @pytest.mark.parametrize("stride", [0, -1, 5])
 def test_stride_out_of_range(stride):
-    with pytest.raises(
-        ValueError, match=rf"stride must be between 1 and context \(4\), got {stride}"
-    ):
+    with pytest.raises(ValueError, match=rf"stride must be between 1 and context \(4\), got {stride}"):
         pack([[1, 2, 3, 4]], context=4, bos=BOS, stride=stride)
 
 

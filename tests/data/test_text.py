@@ -110,9 +110,7 @@ def test_file_holds_out_its_tail_at_a_boundary(tmp_path, separator):
     characters = len("".join(text.train)), len("".join(text.validation))
     assert 0.05 <= characters[1] / sum(characters) <= 0.15
     # Cut between words: nothing lost, nothing in both.
-    train, held_out = (
-        re.findall(r"w\d{6}", "\n".join(part)) for part in (text.train, text.validation)
-    )
+    train, held_out = (re.findall(r"w\d{6}", "\n".join(part)) for part in (text.train, text.validation))
     if separator:
         assert train + held_out == unique_text(500).split()
     else:

@@ -192,9 +192,7 @@ def test_token_bytes_needs_a_byte_level_tokenizer():
         token_bytes(PreTrainedTokenizerFast(tokenizer_object=core))
 
 
-@pytest.mark.parametrize(
-    "build", [byte_tokenizer, lambda: train_bpe(["abc"])], ids=["bytes", "bpe"]
-)
+@pytest.mark.parametrize("build", [byte_tokenizer, lambda: train_bpe(["abc"])], ids=["bytes", "bpe"])
 @pytest.mark.parametrize("package", ["tokenizers", "transformers"])
 def test_missing_package_says_what_to_install(monkeypatch, build, package):
     monkeypatch.setitem(sys.modules, package, None)

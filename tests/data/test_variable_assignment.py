@@ -69,9 +69,7 @@ def test_deterministic_and_apart_from_the_global_generator():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize(
-    ("name", "least"), [("n", 1), ("statements", 2), ("variables", 1), ("values", 2)]
-)
+@pytest.mark.parametrize(("name", "least"), [("n", 1), ("statements", 2), ("variables", 1), ("values", 2)])
 def test_sizes_below_their_minimum(name, least):
     arguments = {"n": 4, name: least - 1}
     with pytest.raises(ValueError, match=f"{name} must be at least {least}, got {least - 1}"):

@@ -143,8 +143,8 @@ class Attention(nn.Module):
         earlier = 0
         if cache is not None:
             earlier = cache.seen
-            key_mask = cache.whole_mask("key_mask", key_mask, (batch, length), fill=1)
-            segment_ids = cache.whole_mask("segment_ids", segment_ids, (batch, length), fill=0)
+            key_mask = cache.whole_mask("key_mask", key_mask, (batch, length))
+            segment_ids = cache.whole_mask("segment_ids", segment_ids, (batch, length))
         if positions is None:
             rank = rank_in_segment(earlier + length, key_mask, segment_ids, x.device)
             positions = rank[:, earlier:]
@@ -201,7 +201,7 @@ class Attention(nn.Module):
                     gain = self.config.init_logit_std**0.5
                     nn.init.normal_(projection.weight, std=gain * projection.in_features**-0.5)
 
-    def identity_parameters(self) -> list[nn.Parameter]:
+    def identity_parameters(self) -> list[Tensor]:
         """Parameters that hold an identity map, which weight decay must not pull to zero."""
         return []
 
@@ -238,4 +238,3 @@ class Attention(nn.Module):
         if name == "key_mask" and mask.dtype != torch.bool:
             raise TypeError(f"key_mask must be bool (True = real token), got {show(mask)}")
         check_shape(name, mask, shape, "(B, T)")
-

@@ -45,27 +45,25 @@ class LayerCache:
         storage = self._storage[name]
         return storage.narrow(_token_axis(storage), 0, self.seen)
 
-    def whole_mask(
-        self, name: str, new: Tensor | None, shape: tuple[int, int], fill: int
-    ) -> Tensor | None:
+    def whole_mask(self, name: str, new: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
         """An optional `(B, S)` mask for all tokens, the new ones included.
 
-        Where one part was given and another was not, `fill` stands in. None when no token ever had one.
+        Tokens without a key mask are real. Tokens without segment ids before any were given are segment 0,
+        and later ones continue the segment of the token before them. None when no token ever had a mask.
 
         Args:
             name: "key_mask" or "segment_ids".
             new: (B, T), or None.
             shape: (B, T).
-            fill: the value that means "not given".
         """
         old = self.masks.get(name)
         like = old if new is None else new
         if like is None:
             return None
         if old is None:
-            old = like.new_full((shape[0], self.seen), fill)
+            old = like.new_full((shape[0], self.seen), name == "key_mask")
         if new is None:
-            new = like.new_full(shape, fill)
+            new = like.new_full(shape, True) if name == "key_mask" else old[:, -1:].expand(shape)
         return torch.cat((old, new), dim=1)
 
     def remember_mask(self, name: str, mask: Tensor | None) -> None:

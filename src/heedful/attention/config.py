@@ -204,9 +204,7 @@ class AttentionConfig:
 
     def shared_flops_per_token(self, context: int) -> int:
         """The FLOPs of the score and of the output projection."""
-        score = self.score_config.flops_per_token(
-            context, self.score_heads, self.qk_dim, self.v_dim
-        )
+        score = self.score_config.flops_per_token(context, self.score_heads, self.qk_dim, self.v_dim)
         return score + 2 * self.n_heads * self.v_dim * self.d_model
 
     def build(self) -> Any:

@@ -89,7 +89,7 @@ class GroupedQueryAttention(Attention):
         self.reset_parameters()
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """q (B, H, T, D); k and v (B, G, T, D)."""
+        """Q (B, H, T, D); k and v (B, G, T, D)."""
         q = self.split_heads(self.q_proj(x), self.config.n_heads)
         k = self.split_heads(self.k_proj(x), self.config.kv_heads)
         v = self.split_heads(self.v_proj(x), self.config.kv_heads)

@@ -9,9 +9,7 @@ from heedful.attention.base import Attention
 
 def decayed_names(module: nn.Module) -> list[str]:
     """The names of the parameters that weight decay may touch: matrices that hold no identity map."""
-    kept = {
-        id(p) for m in module.modules() if isinstance(m, Attention) for p in m.identity_parameters()
-    }
+    kept = {id(p) for m in module.modules() if isinstance(m, Attention) for p in m.identity_parameters()}
     return [n for n, p in module.named_parameters() if p.ndim > 1 and id(p) not in kept]
 
 

@@ -42,10 +42,9 @@ class Registry:
 
         def add(module_class: Any) -> Any:
             taken = self.forms.get(name)
-            if taken and taken.module_class.__qualname__ != module_class.__qualname__:
+            if taken and _where(taken.module_class) != _where(module_class):
                 raise ValueError(
-                    f"{self.kind} {name!r} is already {taken.module_class.__qualname__}; "
-                    f"choose another name"
+                    f"{self.kind} {name!r} is already {_where(taken.module_class)}; choose another name"
                 )
             config_class = config or module_class.Config
             own = config is not None or "Config" in vars(module_class)
@@ -73,6 +72,11 @@ class Registry:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.forms)
+
+
+def _where(module_class: Any) -> str:
+    """Module and name: the same for a file that is loaded again, as notebooks do."""
+    return f"{module_class.__module__}.{module_class.__qualname__}"
 
 
 ATTENTIONS = Registry("attention")

@@ -77,8 +77,7 @@ class SASConfig(AttentionConfig):
         rows = (self.n_heads + 2 * self.kv_heads) * self.size
         heads, width = self.score_heads, self.kernel_size
         conv = sum(
-            heads * (h + heads) * width + 2 * heads
-            for h in (self.n_heads, self.kv_heads, self.kv_heads)
+            heads * (h + heads) * width + 2 * heads for h in (self.n_heads, self.kv_heads, self.kv_heads)
         )
         linear = 2 * (self.qk_dim * (self.size + self.qk_dim) + 2 * self.qk_dim)
         projections = rows * (self.d_model + self.bias)
@@ -89,8 +88,7 @@ class SASConfig(AttentionConfig):
         rows = (self.n_heads + 2 * self.kv_heads) * self.size
         heads, width = self.score_heads, self.kernel_size
         conv = sum(
-            self.size * heads * (h + heads) * width
-            for h in (self.n_heads, self.kv_heads, self.kv_heads)
+            self.size * heads * (h + heads) * width for h in (self.n_heads, self.kv_heads, self.kv_heads)
         )
         linear = 2 * heads * self.qk_dim * (self.size + self.qk_dim)
         return 2 * (rows * self.d_model + conv + linear) + self.shared_flops_per_token(context)
@@ -204,7 +202,7 @@ class SASAttention(Attention):
         self.reset_parameters()
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """q (B, Ĥ, T, D̂); k (B, Ĥ, T, D̂) and v (B, Ĥ, T, D), or both unexpanded with their positions."""
+        """Q (B, Ĥ, T, D̂); k (B, Ĥ, T, D̂) and v (B, Ĥ, T, D), or both unexpanded with their positions."""
         config = self.config
         q = self.q_expand(self.split_heads(self.q_proj(x), config.n_heads))
         k = self.split_heads(self.k_proj(x), config.kv_heads)
@@ -246,14 +244,13 @@ class SASAttention(Attention):
             for norm in (self.q_norm, self.k_norm):
                 nn.init.constant_(norm.weight, config.init_logit_std**0.5 / gain)
 
-    def identity_parameters(self) -> list[nn.Parameter]:
+    def identity_parameters(self) -> list[Tensor]:
         """The taps that copy heads and features, when the module started from them."""
         if self.config.init == "published":
             return []
         expansions = (self.q_expand, self.k_expand, self.v_expand)
-        return [e.conv1.weight for e in expansions] + [
-            e.lin1.weight for e in expansions if e.widens
-        ]
+        layers = [e.conv1 for e in expansions] + [e.lin1 for e in expansions if e.widens]
+        return [layer.weight for layer in layers]
 
 
 class SASCore(nn.Module):
@@ -307,9 +304,7 @@ class SASCore(nn.Module):
 
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         scale = self.config.qk_dim**-0.5
-        out = attention_sdpa(
-            self.q_expand(q), self.k_expand(k), self.v_expand(v), scale, causal=True
-        )
+        out = attention_sdpa(self.q_expand(q), self.k_expand(k), self.v_expand(v), scale, causal=True)
         return aggregate_heads(out, self.config.n_heads, self.o_proj.weight, self.o_proj.bias)
 
     def load_published_state_dict(self, state_dict: dict[str, Tensor]) -> None:

@@ -123,7 +123,9 @@ def _load_forms() -> None:
         except FileNotFoundError:
             raise UsageError(f"--forms: there is no file {name}") from None
         except Exception as error:
-            raise UsageError(f"--forms: {name} cannot be imported: {type(error).__name__}: {error}") from error
+            raise UsageError(
+                f"--forms: {name} cannot be imported: {type(error).__name__}: {error}"
+            ) from error
 
 
 def _load_file(path: str) -> None:

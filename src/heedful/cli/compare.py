@@ -41,7 +41,12 @@ def run(arguments: Sequence[str]) -> int:
                 "none",
                 "held equal to the first form within 1 %, by the width of the SwiGLU",
             ),
-            flag("lr_sweep", str, "", "learning rates to try on each form, e.g. 1e-3,3e-3; default: --lr for all"),
+            flag(
+                "lr_sweep",
+                str,
+                "",
+                "learning rates to try on each form, e.g. 1e-3,3e-3; default: --lr for all",
+            ),
             *kept,
             form_options("attention", ATTENTIONS, split("--attention", attention, str)),
             form_options("score", SCORES, split("--score", score, str)),

@@ -51,7 +51,7 @@ def form_options(kind: str, registry: Registry, names: Sequence[str]) -> tuple[s
             fields.setdefault(f.name, flag(f.name, f.type, default, help))
     if not fields:
         return None
-    section = dataclasses.make_dataclass(f"options of {', '.join(names)}", list(fields.values()))
+    section: Any = dataclasses.make_dataclass(f"options of {', '.join(names)}", list(fields.values()))
     annotated = Annotated[section, tyro.conf.arg(name=kind, help="")]
     return f"{kind}_options", annotated, dataclasses.field(default_factory=section)
 
@@ -86,9 +86,7 @@ def parse(
     # fields without a default come first, as in any dataclass
     wanted.sort(key=lambda f: f[2].default is not dataclasses.MISSING or _has_factory(f[2]))
     settings = dataclasses.make_dataclass(command, wanted)
-    parsed = tyro.cli(
-        settings, prog=f"heedful {command}", description=description, args=list(arguments)
-    )
+    parsed: Any = tyro.cli(settings, prog=f"heedful {command}", description=description, args=list(arguments))
     values: dict[str, Any] = {}
     for f in dataclasses.fields(parsed):
         value = getattr(parsed, f.name)

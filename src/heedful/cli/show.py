@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -81,7 +82,7 @@ def _costs(console: Console, name: str, kind: str) -> None:
     for column in ("form", "parameters", "FLOPs/token", "cache bytes/token (bf16)"):
         table.add_column(column, justify="left" if column == "form" else "right")
     base = configure("mha", d_model=WIDTH, n_heads=HEADS)
-    extra = {"n_kv_heads": HEADS // 3} if name == "gqa" else {}
+    extra: dict[str, Any] = {"n_kv_heads": HEADS // 3} if name == "gqa" else {}
     pair = (name, "softmax") if kind == "attention" else ("mha", name)
     own = configure(*pair, d_model=WIDTH, n_heads=HEADS, **extra)
     for label, config in (("mha x softmax", base), (" x ".join(pair), own)):

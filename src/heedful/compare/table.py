@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 
+from rich import box
 from rich.table import Table
 
 from heedful.training import RunResult
@@ -99,14 +100,26 @@ def _difference(s: FormSummary) -> str:
     return f"{mean(d):+.4f} ({min(d):+.4f} to {max(d):+.4f})"
 
 
+TERMINAL = ("form", "loss", "- baseline", "bits/byte", "answers", "parameters", "ms/step", "cache B/token")
+
+
 def rich_table(summaries: Sequence[FormSummary], title: str) -> Table:
-    """For a terminal."""
+    """For a terminal: the columns that fit 80 characters; summary.md has all."""
     headers, cells = rows(summaries)
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold cyan")
-    for i, header in enumerate(headers):
-        table.add_column(header, justify="left" if i == 0 else "right", no_wrap=i == 0)
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        header_style="bold cyan",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    order = [headers.index(name) for name in TERMINAL if name in headers]
+    for i in order:
+        left, folds = headers[i] == "form", headers[i] == "- baseline"
+        table.add_column(headers[i], justify="left" if left else "right", no_wrap=not folds)
     for row in cells:
-        table.add_row(*row)
+        table.add_row(*(row[i] for i in order))
     return table
 
 

@@ -121,8 +121,7 @@ def load_data(
     if isinstance(data, str) and (data == "synthetic" or data.startswith("synthetic:")):
         if validation is not None:
             raise ValueError(
-                f"validation {validation} does not apply to {data}, which draws its own; "
-                "leave it out"
+                f"validation {validation} does not apply to {data}, which draws its own; leave it out"
             )
         return _load_synthetic(data, context, seed, train_examples)
     return _load_text_data(data, validation, tokenizer, vocab_size, context, train_examples)
@@ -138,8 +137,7 @@ def _load_text_data(
 ) -> Data:
     if isinstance(tokenizer, str) and tokenizer not in TOKENIZERS:
         raise ValueError(
-            f"tokenizer must be one of {', '.join(TOKENIZERS)} or a tokenizer object, "
-            f"got {tokenizer!r}"
+            f"tokenizer must be one of {', '.join(TOKENIZERS)} or a tokenizer object, got {tokenizer!r}"
         )
     text = load_text(data, validation)
     if tokenizer == "bytes":

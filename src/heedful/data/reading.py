@@ -39,9 +39,7 @@ def find_text_files(path: str | Path) -> list[Path]:
         and not any(part.startswith(".") for part in file.relative_to(path).parts)
     )
     if not found:
-        raise ValueError(
-            f"the folder {path} holds no text: expected *.txt or *.md files in it or below it"
-        )
+        raise ValueError(f"the folder {path} holds no text: expected *.txt or *.md files in it or below it")
     return found
 
 

@@ -80,8 +80,7 @@ def train_bpe(documents: Iterable[str], vocab_size: int = 2048) -> PreTrainedTok
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise ValueError(
-            f"vocab_size must be at least {MIN_VOCAB_SIZE} (256 bytes and {END_OF_TEXT}), "
-            f"got {vocab_size}"
+            f"vocab_size must be at least {MIN_VOCAB_SIZE} (256 bytes and {END_OF_TEXT}), got {vocab_size}"
         )
     _require_lm()
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers

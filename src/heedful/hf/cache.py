@@ -73,7 +73,7 @@ class HeedfulCache(Cache):
     @property
     def memories(self) -> list[LayerCache]:
         """The cache of each layer."""
-        return [layer.memory for layer in self.layers]
+        return [layer.memory for layer in self.layers if isinstance(layer, _CacheLayer)]
 
     @property
     def seen(self) -> int:

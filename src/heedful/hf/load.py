@@ -32,17 +32,24 @@ def load_model(folder: str | Path) -> HeedfulForCausalLM:
         config, _ = HeedfulConfig.get_config_dict(folder)
         if config.get("model_type") != "heedful":
             raise ValueError(f"{folder} holds a {config.get('model_type')!r} model, expected a heedful one")
-        model, report = HeedfulForCausalLM.from_pretrained(
+        loaded: Any = HeedfulForCausalLM.from_pretrained(
             folder, local_files_only=True, output_loading_info=True
         )
     except (SafetensorError, OSError, RuntimeError, KeyError, TypeError) as error:
         reason = (str(error) or type(error).__name__).strip().split("\n")[0]
-        raise ValueError(f"the model in {folder} cannot be read ({reason}); train or copy it again") from error
+        raise ValueError(
+            f"the model in {folder} cannot be read ({reason}); train or copy it again"
+        ) from error
     finally:
         logging.set_verbosity(verbosity)
-    wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if names and kind != "error_msgs"}
+    model, report = loaded
+    wrong = {
+        kind: sorted(map(str, names)) for kind, names in report.items() if names and kind != "error_msgs"
+    }
     if wrong:
-        raise ValueError(f"the weights in {folder} do not fit its config.json: {wrong}; train or copy it again")
+        raise ValueError(
+            f"the weights in {folder} do not fit its config.json: {wrong}; train or copy it again"
+        )
     return model.eval()
 
 

@@ -40,9 +40,9 @@ class HeedfulForCausalLM(PreTrainedModel, DecoderParts, GenerationMixin):
         """The token embedding."""
         return self.embed_tokens
 
-    def set_input_embeddings(self, value: torch.nn.Embedding) -> None:
+    def set_input_embeddings(self, value: torch.nn.Module) -> None:
         """Replace the token embedding."""
-        self.embed_tokens = value
+        self.embed_tokens = value  # type: ignore[assignment]
 
     def get_output_embeddings(self) -> torch.nn.Linear:
         """The projection to logits."""
@@ -128,7 +128,7 @@ class HeedfulForCausalLM(PreTrainedModel, DecoderParts, GenerationMixin):
         # True would let generate() build a cache that knows keys and values only.
         return False
 
-    def _prepare_cache_for_generation(
+    def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         implementation = generation_config.cache_implementation

@@ -7,9 +7,7 @@ from heedful.ops.checks import check_float, check_tensor
 from heedful.ops.precision import wide_dtype
 
 
-def rope(
-    x: Tensor, positions: Tensor, *, theta: float = 10000.0, base_dim: int | None = None
-) -> Tensor:
+def rope(x: Tensor, positions: Tensor, *, theta: float = 10000.0, base_dim: int | None = None) -> Tensor:
     """Rotate feature pairs (i, i + D/2) of `x` by `positions * theta ** (-2 i / base_dim)`.
 
     Args:

@@ -44,7 +44,7 @@ class LanguageModelTrainer(Trainer):
     ) -> dict[str, float]:
         """Validation loss (nats/token) and accuracy on labelled tokens."""
         rows = eval_dataset if eval_dataset is not None else self.eval_dataset
-        assert isinstance(rows, TokenDataset)
+        assert isinstance(rows, TokenDataset) and self.model is not None
         with self.compute_loss_context_manager():
             result = evaluate(self.model, rows, batch_size=self.args.eval_batch_size)
         metrics = {
@@ -155,7 +155,7 @@ def train(
         tokens_per_second=tokens_per_step / timer.median,
         cache_bytes_per_token=decoder.cache_bytes_per_token(),
         curve=[
-            (entry["step"] * tokens_per_step, entry["eval_loss"], entry["eval_accuracy"])
+            (int(entry["step"]) * tokens_per_step, entry["eval_loss"], entry["eval_accuracy"])
             for entry in trainer.state.log_history
             if "eval_loss" in entry
         ],

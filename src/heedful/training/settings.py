@@ -31,9 +31,7 @@ class ModelSettings:
     qk_norm: bool = option(True, "RMS-normalise queries and keys")
     init_logit_std: float = option(0.2, "standard deviation of the attention logits at the start")
 
-    def to_config(
-        self, vocab_size: int, context: int, bos_token_id: int | None = None
-    ) -> HeedfulConfig:
+    def to_config(self, vocab_size: int, context: int, bos_token_id: int | None = None) -> HeedfulConfig:
         """The config of the model, for a vocabulary and a context."""
         return HeedfulConfig(
             vocab_size=vocab_size,

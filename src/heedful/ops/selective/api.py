@@ -34,7 +34,7 @@ class Implementation(Protocol):
         visible: Tensor,
         voted: Tensor,
         scale: float,
-    ) -> tuple[Tensor, Tensor]: ...  # noqa: D102
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
@@ -116,9 +116,7 @@ def selective_attention(
     visible = visible_keys(length, n_keys, key_mask, segment_ids, q.device)
     voted = voted_keys(visible, rank_in_segment(n_keys, key_mask, segment_ids, q.device))
     with no_autocast(q.device):
-        return run(
-            q, k, v, select, soft_mask, visible, voted, size**-0.5 if scale is None else scale
-        )
+        return run(q, k, v, select, soft_mask, visible, voted, size**-0.5 if scale is None else scale)
 
 
 def unmasked_count(
