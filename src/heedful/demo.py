@@ -4,8 +4,10 @@ import textwrap
 import time
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.panel import Panel
+from rich.table import Table
 from transformers import set_seed
 
 from heedful.compare import CompareSettings, compare
@@ -17,7 +19,7 @@ from heedful.hf.load import load_model, load_tokenizer
 from heedful.plotting import PALETTE, new_figure, save, spread_labels, titled
 from heedful.training import RunResult, TrainSettings, train
 
-# The small preset: what four forms can learn in some three minutes on two cores.
+# The small preset: what four forms can learn in some two minutes on two cores.
 TEXT = TrainSettings(d_model=64, n_layers=3, n_heads=4, context=256, batch_size=4, steps=400, lr=5e-3)
 
 # Variable assignment needs sharp attention soon: logits start at unit scale, and without QK-norm, which
@@ -66,9 +68,7 @@ def demo(out: str | Path, console: Console | None = None) -> None:
     )
     answers = {score: _learn_task(score, out, console) for score in SCORES}
     plot_task(answers, out / "variable-assignment.png")
-    for score, (_, accuracy) in answers.items():
-        shown = "   ".join(f"{n} statements {accuracy[n]:6.1%}" for n in STATEMENTS)
-        console.print(f"  mha x {score:<10} {shown}", highlight=False)
+    console.print(_answers_table(answers))
 
     console.rule("[bold]3 of 3  Text from the best language model[/bold]", align="left")
     best = min(results, key=lambda r: r.val_loss)
@@ -97,13 +97,24 @@ def _learn_task(score: str, out: Path, console: Console) -> tuple[RunResult, dic
     return result, accuracy
 
 
+def _answers_table(answers: dict[str, tuple[RunResult, dict[int, float]]]) -> Table:
+    """Right answers per score and length, for a terminal."""
+    table = Table(title="right answers", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table.add_column("form")
+    for n in STATEMENTS:
+        table.add_column(f"{n} statements", justify="right")
+    for score, (_, accuracy) in answers.items():
+        table.add_row(f"mha x {score}", *(f"{accuracy[n]:.1%}" for n in STATEMENTS))
+    return table
+
+
 def _sample(folder: Path, characters: int = 200) -> str:
     """`characters` of text, the prompt included."""
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     set_seed(0)
     text = "She was"
     while len(text) < characters:  # an end of text ends a continuation early
-        text = continue_text(model, tokenizer, text.rstrip() + " ", max_new_tokens=characters)
+        text = continue_text(model, tokenizer, text, max_new_tokens=characters)
     return text[:characters]
 
 

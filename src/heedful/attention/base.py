@@ -221,8 +221,10 @@ class Attention(nn.Module):
             )
         return args[0]
 
-    def _place(self, x: Tensor, positions: Tensor, norm: nn.Module | None) -> Tensor:
+    def _place(self, x: Tensor, positions: Tensor, norm: nn.RMSNorm | None) -> Tensor:
         config = self.config
+        if norm is not None:
+            x = x.to(norm.weight.dtype)  # under autocast x is bf16 and the gain is not
         if norm is not None and config.qk_norm_position == "before_rope":
             x = norm(x)
         if config.rope:

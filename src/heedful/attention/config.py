@@ -192,9 +192,17 @@ class AttentionConfig:
         return counter.get_total_flops() // context
 
     def cache_bytes_per_token(self, bytes_per_value: int = 4) -> int:
-        """Bytes one cached token takes, keys and values in `bytes_per_value`, the score's state added."""
-        values = self.kv_heads * 2 * self.size
-        return values * bytes_per_value + self.score_config.state_bytes_per_token()
+        """Bytes one cached token takes, its values in `bytes_per_value` (2, 4 or 8), the score's state added.
+
+        A form that does not override it is run on one token on the meta device and measured.
+        """
+        from heedful.attention.cache import LayerCache
+
+        dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[bytes_per_value]
+        cache = LayerCache()
+        with torch.device("meta"), torch.no_grad():
+            self.build().to(dtype)(torch.zeros(1, 1, self.d_model, dtype=dtype), cache=cache)
+        return cache.used_bytes
 
     def shared_parameter_count(self) -> int:
         """The parameters that the base class holds: output projection, QK-norm, the score's own."""

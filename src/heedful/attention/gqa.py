@@ -36,6 +36,10 @@ class GQAConfig(AttentionConfig):
         rows = (self.n_heads + 2 * self.kv_heads) * self.size
         return 2 * rows * self.d_model + self.shared_flops_per_token(context)
 
+    def cache_bytes_per_token(self, bytes_per_value: int = 4) -> int:
+        """2·G·D values, and the score's state."""
+        return 2 * self.kv_heads * self.size * bytes_per_value + self.score_config.state_bytes_per_token()
+
 
 @dataclass(frozen=True)
 class MHAConfig(GQAConfig):

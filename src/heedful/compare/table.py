@@ -56,7 +56,7 @@ COLUMNS = (
     "FLOPs/token",
     "lr",
     "loss",
-    "- baseline",
+    "vs first",
     "bits/byte",
     "answers",
     "ms/step",
@@ -69,7 +69,7 @@ def rows(summaries: Sequence[FormSummary]) -> tuple[list[str], list[list[str]]]:
     table = []
     for s in summaries:
         first = s.runs[0]
-        loss = f"{s.loss:.4f}" + (f" ± {s.spread:.4f}" if s.spread is not None else "")
+        loss = f"{s.loss:.3f}" + (f" ± {s.spread:.3f}" if s.spread is not None else "")
         bpb = s.mean_of("val_bpb")
         cells = [
             s.name,
@@ -91,16 +91,16 @@ def rows(summaries: Sequence[FormSummary]) -> tuple[list[str], list[list[str]]]:
 
 def _difference(s: FormSummary) -> str:
     if s.runs is s.baseline:
-        return "baseline"
+        return "first"
     d = s.differences
     if not d:
         return "no common seed"
     if len(d) == 1:
-        return f"{d[0]:+.4f} (1 seed)"
-    return f"{mean(d):+.4f} ({min(d):+.4f} to {max(d):+.4f})"
+        return f"{d[0]:+.3f}"
+    return f"{mean(d):+.3f} ({min(d):+.3f} to {max(d):+.3f})"
 
 
-TERMINAL = ("form", "loss", "- baseline", "bits/byte", "answers", "parameters", "ms/step", "cache B/token")
+TERMINAL = ("form", "loss", "vs first", "bits/byte", "answers", "parameters", "ms/step", "cache B/token")
 
 
 def rich_table(summaries: Sequence[FormSummary], title: str) -> Table:
@@ -116,7 +116,7 @@ def rich_table(summaries: Sequence[FormSummary], title: str) -> Table:
     )
     order = [headers.index(name) for name in TERMINAL if name in headers]
     for i in order:
-        left, folds = headers[i] == "form", headers[i] == "- baseline"
+        left, folds = headers[i] == "form", headers[i] == "vs first"
         table.add_column(headers[i], justify="left" if left else "right", no_wrap=not folds)
     for row in cells:
         table.add_row(*(row[i] for i in order))
@@ -141,6 +141,6 @@ def noise_note(summaries: Sequence[FormSummary]) -> str:
             "differ by as much as two forms do; run with more seeds (`--seeds`) before believing a difference."
         )
     return (
-        f"{seeds} seeds. The difference is paired: form minus baseline at the same seed, mean and range. "
+        f"{seeds} seeds. The difference is paired: form minus first form at the same seed, mean and range. "
         "A range that includes zero is no difference; resolving 0.02 nats takes 15 to 25 seeds at small sizes."
     )
