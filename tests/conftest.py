@@ -1,5 +1,9 @@
-"""What all tests share: few, always equal hypothesis examples and one thread."""
+"""What all tests share: few, always equal hypothesis examples, one thread, a small text to train on."""
 
+import random
+from pathlib import Path
+
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -13,3 +17,14 @@ settings.register_profile(
 settings.load_profile("heedful")
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of 3 kB that is easy to learn: a few words in random order."""
+    draw = random.Random(0)
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "dog", "run"]
+    paragraphs = (" ".join(draw.choices(words, k=60)) + "." for _ in range(12))
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text("\n\n".join(paragraphs), encoding="utf-8")
+    return path

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from heedful.attention.base import Attention
 from heedful.attention.cache import LayerCache
 from heedful.attention.config import AttentionConfig, option, own_fields, required
+from heedful.attention.eviction import EvictingCache
 from heedful.attention.registry import ATTENTIONS, SCORES
 from heedful.ops.checks import check_choice
 from heedful.ops.masks import rank_in_segment
@@ -234,7 +235,7 @@ class DecoderParts(nn.Module):
             collect: a list that receives the input of every layer and the result.
 
         Raises:
-            ValueError: if a token id or a learned position is out of range.
+            ValueError: if a learned position is out of range.
         """
         if embeds is None:
             assert input_ids is not None
@@ -287,6 +288,9 @@ class DecoderParts(nn.Module):
         caches: list[LayerCache] | None,
         device: torch.device,
     ) -> Tensor:
+        if caches and isinstance(caches[0], EvictingCache):
+            real = caches[0].real_tokens(key_mask, batch, length, device)
+            return caches[0].next_positions(real).clamp(min=0)
         earlier = 0
         if caches:
             earlier = caches[0].seen

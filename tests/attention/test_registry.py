@@ -177,7 +177,7 @@ def test_a_name_is_taken_once():
     class Mine(Score):
         pass
 
-    with says(ValueError, "score 'softmax' is already SoftmaxScore; choose another name"):
+    with says(ValueError, "score 'softmax' is already heedful.attention.softmax.SoftmaxScore; choose another name"):
         register_score("softmax")(Mine)
     for name in ("my form", "1st", "a-b", ""):
         with says(ValueError, "attention name must be letters, digits and _", repr(name)):

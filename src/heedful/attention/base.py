@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from heedful.attention.cache import LayerCache
 from heedful.attention.config import AttentionConfig, ScoreConfig
+from heedful.attention.eviction.attend import attend_evicting
+from heedful.attention.eviction.cache import EvictingCache
 from heedful.attention.registry import SCORES
 from heedful.ops.checks import check_shape, check_tensor, show
 from heedful.ops.masks import rank_in_segment
@@ -58,6 +60,52 @@ class Score(nn.Module):
             out (B, H, T, E), zeros at padded queries, and the state to hand to the next call.
         """
         raise NotImplementedError
+
+    # What a cache that evicts needs; a score that leaves these out works with every other cache.
+
+    state_names: ClassVar[list[str]] = []
+    """Names of the per-token tensors (B, R, S) in `state`."""
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        x: Tensor,
+        state: dict[str, Tensor],
+        visible: Tensor,
+        voted: Tensor,
+        scale: float,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`forward` over keys in any order, with ready masks.
+
+        Args:
+            q: (B, H, T, D).
+            k: (B, G, S, D).
+            v: (B, G, S, E).
+            x: (B, T, C).
+            state: per-token state of the first keys; keys beyond it start at 0.
+            visible: (B, T, S) bool, the keys each query attends to.
+            voted: (B, T, S) bool, the keys each query may vote on.
+            scale: multiplies the logits.
+
+        Returns:
+            out (B, H, T, E) and the state for all S keys.
+        """
+        raise NotImplementedError(f"score {self.config.form!r} does not support caches that evict")
+
+    def soft_mask_rows(
+        self, q: Tensor, k: Tensor, state: dict[str, Tensor], voted: Tensor, scale: float
+    ) -> Tensor:
+        """F before every query, (B, T, S), for the selective eviction policy."""
+        raise NotImplementedError(f"score {self.config.form!r} has no soft mask")
+
+    def weights(
+        self, q: Tensor, k: Tensor, state: dict[str, Tensor], visible: Tensor, scale: float
+    ) -> Tensor:
+        """The attention weights (B, H, T, S) of `attend`, for policies that evict by them."""
+        raise NotImplementedError(f"score {self.config.form!r} does not show its attention weights")
 
 
 class Attention(nn.Module):
@@ -140,6 +188,15 @@ class Attention(nn.Module):
         check_shape("x", x, (batch, length, self.config.d_model), "(B, T, C)")
         self._check_mask("key_mask", key_mask, (batch, length))
         self._check_mask("segment_ids", segment_ids, (batch, length))
+        if isinstance(cache, EvictingCache):
+            if segment_ids is not None:
+                raise ValueError("packed segments and a cache that evicts do not go together")
+            if positions is None:
+                positions = cache.next_positions(cache.real_tokens(key_mask, batch, length, x.device)).clamp(
+                    min=0
+                )
+            q, memory = self.project(x, positions)
+            return self.aggregate(attend_evicting(self, x, q, memory, key_mask, cache))
         earlier = 0
         if cache is not None:
             earlier = cache.seen

@@ -32,7 +32,7 @@ class LayerCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all storages, the room for tokens to come included."""
-        tensors = [*self._storage.values(), *self.masks.values(), *self.state.values()]
+        tensors = [t for group in self._groups() for t in group.values()]
         return sum(t.untyped_storage().nbytes() for t in tensors)
 
     @property
@@ -43,7 +43,7 @@ class LayerCache:
 
     def __getitem__(self, name: str) -> Tensor:
         storage = self._storage[name]
-        return storage.narrow(_token_axis(storage), 0, self.seen)
+        return storage.narrow(token_axis(storage), 0, self.seen)
 
     def whole_mask(self, name: str, new: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
         """An optional `(B, S)` mask for all tokens, the new ones included.
@@ -77,7 +77,7 @@ class LayerCache:
         Raises:
             ValueError: if the tensors disagree on T, or the names or the batch size changed.
         """
-        lengths = {n: t.shape[_token_axis(t)] for n, t in tensors.items()}
+        lengths = {n: t.shape[token_axis(t)] for n, t in tensors.items()}
         if len(set(lengths.values())) != 1:
             raise ValueError(f"all tensors of one append must hold as many tokens, got {lengths}")
         if self.seen and set(tensors) != set(self._storage):
@@ -99,17 +99,20 @@ class LayerCache:
     def reset(self) -> None:
         """Forget everything."""
         self.seen = 0
-        self.masks = {}
-        self.state = {}
-        self._storage = {}
+        for tensors in self._groups():
+            tensors.clear()
+
+    def _groups(self) -> tuple[dict[str, Tensor], ...]:
+        """All tensors that are held."""
+        return self._storage, self.masks, self.state
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
-        for tensors in (self._storage, self.masks, self.state):
+        for tensors in self._groups():
             for name, tensor in tensors.items():
                 tensors[name] = change(tensor)
 
     def _write(self, name: str, new: Tensor, total: int) -> None:
-        axis = _token_axis(new)
+        axis = token_axis(new)
         storage = self._storage.get(name)
         if storage is not None and storage.shape[0] != new.shape[0]:
             raise ValueError(
@@ -126,7 +129,7 @@ class LayerCache:
         self._storage[name].narrow(axis, self.seen, total - self.seen).copy_(new)
 
     def _grow(self, name: str, like: Tensor, total: int) -> None:
-        axis = _token_axis(like)
+        axis = token_axis(like)
         shape = list(like.shape)
         shape[axis] = -(-total // self.block) * self.block
         grown = like.new_empty(shape)
@@ -135,5 +138,6 @@ class LayerCache:
         self._storage[name] = grown
 
 
-def _token_axis(tensor: Tensor) -> int:
+def token_axis(tensor: Tensor) -> int:
+    """Which axis of a per-token tensor counts tokens."""
     return 2 if tensor.ndim == 4 else tensor.ndim - 1

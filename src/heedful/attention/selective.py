@@ -7,7 +7,11 @@ from torch import Tensor
 from heedful.attention.base import Score
 from heedful.attention.config import ScoreConfig
 from heedful.attention.registry import register_score
+from heedful.ops.dot_product import masked_softmax, repeat_kv
+from heedful.ops.precision import wide_dtype
 from heedful.ops.selective import selective_attention
+from heedful.ops.selective.api import attend_visible
+from heedful.ops.selective.reference import soft_masks
 
 
 @register_score("selective")
@@ -50,3 +54,39 @@ class SelectiveScore(Score):
             impl=self.config.impl,
         )
         return out, {"soft_mask": soft_mask}
+
+    state_names = ["soft_mask"]
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        x: Tensor,
+        state: dict[str, Tensor],
+        visible: Tensor,
+        voted: Tensor,
+        scale: float,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`softmax(L - F) v` over the visible keys."""
+        out, soft_mask = attend_visible(
+            q, k, v, state.get("soft_mask"), visible, voted, scale, impl=self.config.impl
+        )
+        return out, {"soft_mask": soft_mask}
+
+    def soft_mask_rows(
+        self, q: Tensor, k: Tensor, state: dict[str, Tensor], voted: Tensor, scale: float
+    ) -> Tensor:
+        """F before every query, (B, T, S): it depends on the votes only, not on what is evicted."""
+        dtype = wide_dtype(q)
+        logits = q[:, :1].to(dtype) @ k[:, :1].to(dtype).transpose(-1, -2) * scale
+        return soft_masks(logits, state.get("soft_mask"), voted)[:, 0, :-1]
+
+    def weights(
+        self, q: Tensor, k: Tensor, state: dict[str, Tensor], visible: Tensor, scale: float
+    ) -> Tensor:
+        """softmax(L - F), (B, H, T, S), for a state that covers all keys."""
+        dtype = wide_dtype(q)
+        logits = q.to(dtype) @ repeat_kv(k, q.shape[1]).to(dtype).transpose(-1, -2) * scale
+        return masked_softmax(logits - state["soft_mask"][:, :, None], visible[:, None])

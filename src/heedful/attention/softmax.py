@@ -7,9 +7,9 @@ from torch import Tensor
 from heedful.attention.base import Score
 from heedful.attention.config import ScoreConfig
 from heedful.attention.registry import register_score
-from heedful.ops.dot_product import attention_reference, attention_sdpa
+from heedful.ops.dot_product import attention_reference, attention_sdpa, masked_softmax, repeat_kv
 from heedful.ops.masks import visible_keys
-from heedful.ops.precision import no_autocast
+from heedful.ops.precision import no_autocast, wide_dtype
 
 
 @register_score("softmax")
@@ -42,9 +42,32 @@ class SoftmaxScore(Score):
             # A single query sees every key; a whole square needs no mask in memory.
             return attention_sdpa(q, k, v, scale, causal=length > 1), {}
         visible = visible_keys(length, n_keys, key_mask, segment_ids, q.device)
-        if reference:
+        return self.attend(q, k, v, x=x, state=state, visible=visible, voted=visible, scale=scale)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        x: Tensor,
+        state: dict[str, Tensor],
+        visible: Tensor,
+        voted: Tensor,
+        scale: float,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`softmax(q k^T * scale) v` over the visible keys; nobody votes."""
+        if self.config.impl == "reference":
             with no_autocast(q.device):
                 return attention_reference(q, k, v, visible, scale), {}
         alive = visible.any(-1, keepdim=True)
         out = attention_sdpa(q, k, v, scale, mask=(visible | ~alive)[:, None])
         return out.masked_fill(~alive[:, None], 0.0), {}
+
+    def weights(
+        self, q: Tensor, k: Tensor, state: dict[str, Tensor], visible: Tensor, scale: float
+    ) -> Tensor:
+        """softmax(q k^T * scale), (B, H, T, S)."""
+        dtype = wide_dtype(q)
+        logits = q.to(dtype) @ repeat_kv(k, q.shape[1]).to(dtype).transpose(-1, -2) * scale
+        return masked_softmax(logits, visible[:, None])

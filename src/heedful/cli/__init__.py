@@ -64,13 +64,15 @@ def usage() -> str:
 
 
 def _message(error: Exception) -> str:
+    from heedful.cli.errors import UsageError
+
     text = str(error).strip()
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or ''}: {error.strerror}".lstrip(": ")
     if isinstance(error, ImportError) and "heedful" not in text:
         return f'{text}; the command line needs: pip install "heedful[lm]"'
     lines = text.splitlines() or [type(error).__name__]
-    known = isinstance(error, ValueError | TypeError | OSError | ImportError | RuntimeError)
+    known = isinstance(error, UsageError | ValueError | TypeError | OSError | ImportError | RuntimeError)
     return " ".join(line.strip() for line in lines) if known else f"{type(error).__name__}: {lines[0]}"
 
 

@@ -1,7 +1,10 @@
 """From settings dataclasses to flags; the chosen forms' own options become `--attention.*`, `--score.*`."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+import difflib
+import io
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
 import tyro
@@ -33,12 +36,16 @@ def flag(name: str, type_: Any, default: Any, help: str) -> tuple[str, Any, Any]
 
 def positional(name: str, type_: Any, default: Any, help: str) -> tuple[str, Any, Any]:
     """One positional argument."""
-    annotated = Annotated[type_, tyro.conf.Positional, tyro.conf.arg(help=help)]
+    shown = tyro.conf.arg(help=help, metavar=name.upper())
+    annotated = Annotated[type_, tyro.conf.Positional, shown]
     return name, annotated, dataclasses.field(default=default)
 
 
-def form_options(kind: str, registry: Registry, names: Sequence[str]) -> tuple[str, Any, Any] | None:
+def form_options(
+    kind: str, registry: Registry, names: Sequence[str], defaults: Mapping[str, Any] | None = None
+) -> tuple[str, Any, Any] | None:
     """The own options of the named forms, as `--{kind}.*`; None when they have none."""
+    defaults = defaults or {}
     fields: dict[str, tuple[str, Any, Any]] = {}
     for name in names:
         try:
@@ -47,7 +54,7 @@ def form_options(kind: str, registry: Registry, names: Sequence[str]) -> tuple[s
             raise UsageError(f"--{kind}: {error}") from None
         for f in own_fields(config_class):
             help = f.metadata.get("help", "")
-            default = f.default if f.default is not dataclasses.MISSING else None
+            default = defaults.get(f.name, f.default if f.default is not dataclasses.MISSING else None)
             fields.setdefault(f.name, flag(f.name, f.type, default, help))
     if not fields:
         return None
@@ -80,13 +87,25 @@ def parse(
 ) -> dict[str, Any]:
     """Parse flags into a plain dict; option sections become dicts of what was changed from the default.
 
-    Exits with code 2 and one message for flags that cannot be parsed, with 0 after `--help`.
+    Raises:
+        UsageError: for flags that cannot be parsed.
+        SystemExit: with code 0, after `--help`.
     """
     wanted = [f for f in fields if f is not None]
     # fields without a default come first, as in any dataclass
     wanted.sort(key=lambda f: f[2].default is not dataclasses.MISSING or _has_factory(f[2]))
     settings = dataclasses.make_dataclass(command, wanted)
-    parsed: Any = tyro.cli(settings, prog=f"heedful {command}", description=description, args=list(arguments))
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            parsed: Any = tyro.cli(
+                settings, prog=f"heedful {command}", description=description, args=list(arguments)
+            )
+    except SystemExit as stopped:
+        if not stopped.code:
+            raise
+        problem = _unboxed(box.getvalue())
+        raise UsageError(f"{problem}{_hint(problem, wanted)}; see heedful {command} --help") from None
     values: dict[str, Any] = {}
     for f in dataclasses.fields(parsed):
         value = getattr(parsed, f.name)
@@ -104,3 +123,33 @@ def _changed(section: Any) -> dict[str, Any]:
         for f in dataclasses.fields(section)
         if getattr(section, f.name) != f.default
     }
+
+
+def _unboxed(box: str) -> str:
+    """The first paragraph of the box that tyro draws around what is wrong, as one line."""
+    paragraph: list[str] = []
+    for line in box.splitlines()[1:]:
+        text = line.strip("│╰╯ ")
+        if not text.strip("─"):
+            break
+        paragraph.append(text)
+    return " ".join(paragraph).rstrip(".")
+
+
+def _hint(problem: str, fields: Sequence[tuple[str, Any, Any]]) -> str:
+    """The flag that an unknown one could have been."""
+    known: list[str] = []
+    for name, type_, _ in fields:
+        if name in _OPTION_FIELDS:
+            section = name.removesuffix("_options")
+            known += [f"--{section}.{f.name}" for f in dataclasses.fields(type_.__origin__)]
+        else:
+            known.append(f"--{name}")
+    for word in problem.split():
+        flag_name = word.strip(",").partition("=")[0]
+        if "nrecognized" in problem and flag_name.startswith("--"):
+            alike = [k.replace("_", "-") for k in known if ("." in k) == ("." in flag_name)]
+            near = difflib.get_close_matches(flag_name, alike, 1, cutoff=0.75)
+            if near:
+                return f"; did you mean {near[0]}?"
+    return ""

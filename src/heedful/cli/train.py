@@ -1,6 +1,5 @@
 """`heedful train`."""
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from heedful.attention.registry import ATTENTIONS, SCORES
 from heedful.cli.errors import UsageError
 from heedful.cli.parsing import flag, flag_fields, form_options, parse, peek
 from heedful.training import Interrupted, TrainSettings, train
-from heedful.training.run import SETTINGS, check_same_settings
+from heedful.training.run import SETTINGS
 
 DESCRIPTION = """Train a language model and leave it in a folder that transformers loads.
 
@@ -25,27 +24,30 @@ processes: accelerate launch -m heedful train ..."""
 
 def run(arguments: Sequence[str]) -> int:
     """Train, or resume."""
-    attention, score = peek(arguments, "attention", "mha"), peek(arguments, "score", "softmax")
-    if "--resume" in arguments:
-        attention, score = _resumed_forms(arguments, attention, score)
+    saved = _saved(arguments)  # of a run to resume: what flags that are not given say
+    attention = peek(arguments, "attention", saved.attention)
+    score = peek(arguments, "score", saved.score)
+    kept = {
+        "attention_options": saved.attention_options if attention == saved.attention else {},
+        "score_options": saved.score_options if score == saved.score else {},
+    }
     values = parse(
         "train",
         DESCRIPTION,
         [
-            *flag_fields(TrainSettings),
-            form_options("attention", ATTENTIONS, [attention]),
-            form_options("score", SCORES, [score]),
+            *flag_fields(TrainSettings, **saved.to_dict()),
+            form_options("attention", ATTENTIONS, [attention], kept["attention_options"]),
+            form_options("score", SCORES, [score], kept["score_options"]),
             flag("out", str, "runs/train", "folder for the model, its settings and figures"),
             flag("resume", bool, False, "go on with the run in --out, with the settings it has"),
         ],
         arguments,
     )
     out, resume = Path(values.pop("out")), values.pop("resume")
+    for name, options in kept.items():
+        values[name] = {**options, **values.get(name, {})}
     settings = make_settings(values)
-    if resume:
-        settings = _resume(settings, out)
     console = Console(stderr=True)
-    console.print(f"training {settings.attention} x {settings.score} on {settings.data}, into {out}")
     try:
         result = train(settings, out, resume=resume, console=console)
     except Interrupted as stopped:
@@ -67,20 +69,7 @@ def make_settings(values: dict[str, Any]) -> TrainSettings:
         raise UsageError(str(error)) from error
 
 
-def _resumed_forms(arguments: Sequence[str], attention: str, score: str) -> tuple[str, str]:
-    """The forms of the run to resume, whose options the flags may repeat."""
+def _saved(arguments: Sequence[str]) -> TrainSettings:
+    """The settings of the run to resume; the defaults where there is none."""
     path = Path(peek(arguments, "out", "runs/train")) / SETTINGS
-    if not path.exists():
-        return attention, score
-    saved = TrainSettings.load(path)
-    return peek(arguments, "attention", saved.attention), peek(arguments, "score", saved.score)
-
-
-def _resume(settings: TrainSettings, out: Path) -> TrainSettings:
-    """The saved settings; flags that were given must agree with them."""
-    if not (out / SETTINGS).exists():
-        raise FileNotFoundError(f"{out} holds no run to resume (no {SETTINGS})")
-    saved = TrainSettings.load(out / SETTINGS)
-    merged = dataclasses.replace(saved, **settings.given())
-    check_same_settings(merged, out)
-    return saved
+    return TrainSettings.load(path) if "--resume" in arguments and path.exists() else TrainSettings()

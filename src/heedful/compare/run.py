@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,8 +45,9 @@ class CompareSettings:
                 raise ValueError(f"--{name} names a form twice: {','.join(values)}")
         if self.seeds < 1:
             raise ValueError(f"--seeds must be 1 or more, got {self.seeds}")
-        if any(not lr > 0 for lr in self.lr_sweep):
-            raise ValueError(f"--lr-sweep needs learning rates greater than 0, got {self.lr_sweep}")
+        for lr in self.lr_sweep:
+            if not 0 < lr < math.inf:
+                raise ValueError(f"--lr-sweep needs learning rates greater than 0, got {lr}")
         self.forms(self.train.vocab_size, self.train.context)
 
     def forms(self, vocab_size: int, context: int) -> list[TrainSettings]:
@@ -54,9 +56,9 @@ class CompareSettings:
         configs = [s.to_config(vocab_size, context).to_decoder_config() for s in settings]
         if self.match == "none":
             return settings
-        return [
+        return settings[:1] + [
             dataclasses.replace(s, d_ff=match_d_ff(c, configs[0], self.match, context))
-            for s, c in zip(settings, configs, strict=True)
+            for s, c in zip(settings[1:], configs[1:], strict=True)
         ]
 
     def _form(self, attention: str, score: str) -> TrainSettings:
@@ -94,12 +96,15 @@ def compare(
         RuntimeError: if runs failed; the others are written.
     """
     out, console = Path(out), console or Console()
-    _prepare_folder(settings, out)
+    _check_folder(settings, out)
     data = data or load_settings_data(settings.train)
+    forms = settings.forms(data.vocab_size, data.context)
+    out.mkdir(parents=True, exist_ok=True)
+    replace_text(out / "compare.json", json.dumps(_plain(settings), indent=2) + "\n")
     console.print(f"[bold]data[/bold] {data.description}")
     failures: list[str] = []
     results: list[RunResult] = []
-    for form in settings.forms(data.vocab_size, data.context):
+    for form in forms:
         lr = form.lr
         if settings.lr_sweep:
             best = _sweep(form, settings.lr_sweep, out, data, console, failures)
@@ -168,7 +173,8 @@ def _append_sweep(path: Path, form: TrainSettings, lr: float, loss: float) -> No
             file.write(line + "\n")
 
 
-def _prepare_folder(settings: CompareSettings, out: Path) -> None:
+def _check_folder(settings: CompareSettings, out: Path) -> None:
+    """Raise if `out` cannot hold this comparison."""
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file, expected a folder; use another --out")
     path, now = out / "compare.json", _plain(settings)
@@ -185,8 +191,6 @@ def _prepare_folder(settings: CompareSettings, out: Path) -> None:
             raise ValueError(f"{out} matched its forms to {before['attention'][0]}; keep it first")
     elif out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty and holds no comparison; use another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], changed: list[str]) -> str:

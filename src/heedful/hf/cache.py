@@ -1,11 +1,14 @@
 """All contact with transformers' cache API: its names in front, `LayerCache` behind."""
 
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from heedful.attention.cache import LayerCache
+from heedful.attention.eviction import EvictingCache
+from heedful.attention.eviction.rule import check_budget
 
 
 class _CacheLayer(CacheLayerMixin):
@@ -15,9 +18,9 @@ class _CacheLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = False
 
-    def __init__(self) -> None:
+    def __init__(self, memory: LayerCache) -> None:
         super().__init__()
-        self.memory = LayerCache()
+        self.memory = memory
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: storage appears with the first tokens."""
@@ -65,10 +68,19 @@ class HeedfulCache(Cache):
 
     Args:
         n_layers: the number of layers.
+        kv_budget: tokens held per layer: a number, a list with one per layer, or "full".
+        policy: which token goes when a layer is full (`heedful.attention.eviction`).
+
+    Raises:
+        ValueError: for a budget below 2, a list of the wrong length, or an unknown policy.
     """
 
-    def __init__(self, n_layers: int) -> None:
-        super().__init__(layers=[_CacheLayer() for _ in range(n_layers)])
+    def __init__(
+        self, n_layers: int, kv_budget: int | Sequence[int] | str = "full", policy: str = "selective"
+    ) -> None:
+        budgets = layer_budgets(kv_budget, n_layers)
+        memories = [LayerCache() if b is None else EvictingCache(b, policy) for b in budgets]
+        super().__init__(layers=[_CacheLayer(memory) for memory in memories])
 
     @property
     def memories(self) -> list[LayerCache]:
@@ -82,13 +94,33 @@ class HeedfulCache(Cache):
 
     @property
     def kept(self) -> list[int]:
-        """Tokens held, per layer."""
+        """Tokens held per layer, the maximum over the rows; without a budget padding counts."""
         return [memory.kept for memory in self.memories]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all storages that exist."""
         return sum(memory.nbytes for memory in self.memories)
+
+
+def layer_budgets(kv_budget: object, n_layers: int) -> list[int | None]:
+    """One budget per layer; None = everything is kept.
+
+    Raises:
+        ValueError: for anything but "full", a whole number >= 2, or a list of those for every layer.
+    """
+    if kv_budget == "full":
+        return [None] * n_layers
+    budgets = kv_budget if isinstance(kv_budget, list | tuple) else [kv_budget] * n_layers
+    if len(budgets) != n_layers:
+        raise ValueError(f"kv_budget must have one entry per layer ({n_layers}), got {len(budgets)}")
+    for budget in budgets:
+        if not isinstance(budget, int):
+            raise ValueError(
+                f'kv_budget must be "full", a whole number or a list with one per layer, got {kv_budget!r}'
+            )
+        check_budget(budget)
+    return list(budgets)
 
 
 def check_cache(cache: object, n_layers: int) -> HeedfulCache:

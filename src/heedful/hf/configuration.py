@@ -34,6 +34,7 @@ class HeedfulConfig(PreTrainedConfig):
         attention_bias: bias in the q, k, v and output projections.
         init_logit_std: standard deviation of the attention logits at the start.
         tie_word_embeddings: the output projection is the token embedding.
+        kv_budgets: tokens that the cache of each layer holds in `generate`; None keeps all.
 
     Raises:
         ValueError: for unknown forms or options and for contradictions, at construction.
@@ -62,6 +63,7 @@ class HeedfulConfig(PreTrainedConfig):
     attention_bias: bool = False
     init_logit_std: float = 0.2
     tie_word_embeddings: bool = True
+    kv_budgets: list[int] | None = None
     use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -78,6 +80,10 @@ class HeedfulConfig(PreTrainedConfig):
         if self.score_options is None:
             self.score_options = {}
         decoder = self.to_decoder_config()
+        if self.kv_budgets is not None and len(self.kv_budgets) != self.num_hidden_layers:
+            raise ValueError(
+                f"kv_budgets must have one entry per layer ({self.num_hidden_layers}), got {self.kv_budgets}"
+            )
         self.intermediate_size = decoder.d_ff
         super().__post_init__(**kwargs)
 

@@ -35,7 +35,7 @@ def continue_text(
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k}
-    output: Any = model.generate(  # type: ignore[misc]
+    output: Any = model.generate(
         torch.tensor([ids], device=model.device),
         attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=model.device),
         max_new_tokens=max_new_tokens,

@@ -35,7 +35,7 @@ def load_model(folder: str | Path) -> HeedfulForCausalLM:
         loaded: Any = HeedfulForCausalLM.from_pretrained(
             folder, local_files_only=True, output_loading_info=True
         )
-    except (SafetensorError, OSError, RuntimeError, KeyError, TypeError) as error:
+    except (SafetensorError, OSError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         reason = (str(error) or type(error).__name__).strip().split("\n")[0]
         raise ValueError(
             f"the model in {folder} cannot be read ({reason}); train or copy it again"

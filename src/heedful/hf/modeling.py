@@ -1,6 +1,6 @@
 """`HeedfulForCausalLM`: the decoder as a Hugging Face causal language model."""
 
-from typing import Any
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -35,6 +35,11 @@ class HeedfulForCausalLM(PreTrainedModel, DecoderParts, GenerationMixin):
 
     def _init_weights(self, module: torch.nn.Module) -> None:
         self.reset_module(module)
+
+    def _initialize_weights(self, module: torch.nn.Module, is_custom_code: bool = False) -> None:
+        # For code outside transformers this skips every module without parameters of its own, Block among
+        # them. Ours resets through torch.nn.init, where loaded parameters are marked and left alone.
+        super()._initialize_weights(module, False)
 
     def get_input_embeddings(self) -> torch.nn.Embedding:
         """The token embedding."""
@@ -121,6 +126,78 @@ class HeedfulForCausalLM(PreTrainedModel, DecoderParts, GenerationMixin):
             logits=logits,
             past_key_values=cache if use_cache or past_key_values is not None else None,
             hidden_states=tuple(collected) if collected is not None else None,
+        )
+
+    @torch.no_grad()
+    def generate(self, *args: Any, kv_budget: Any = None, kv_policy: str = "selective", **kwargs: Any) -> Any:
+        """`GenerationMixin.generate` with a bound on the tokens that the cache holds.
+
+        Args:
+            *args: as in transformers.
+            kv_budget: tokens held per layer while attending, the first and the newest included: a number >= 2,
+                a list with one per layer, or "full"; None takes `config.kv_budgets`, or all where it is None.
+            kv_policy: which token is evicted: "selective" needs a selective model; "streaming", "h2o",
+                "tova" and "random" go with any.
+            **kwargs: as in transformers.
+
+        Raises:
+            ValueError: for an unsound budget, an unknown policy, or a budget together with a cache of one's
+                own or `use_cache=False`.
+        """
+        budget = self._budget(kv_budget)
+        if budget != "full":
+            cache = HeedfulCache(len(self.layers), budget, kv_policy)
+            if kwargs.get("past_key_values") is not None or kwargs.get("use_cache") is False:
+                raise ValueError("kv_budget makes a cache: leave out past_key_values and use_cache=False")
+            kwargs["past_key_values"] = cache
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    @torch.no_grad()
+    def evaluate_nll(
+        self,
+        ids: Tensor,
+        attention_mask: Tensor | None = None,
+        kv_budget: Any = None,
+        policy: str = "selective",
+        reduction: Literal["mean", "none"] = "mean",
+    ) -> Tensor:
+        """Negative log-likelihood of a text as a cache with a budget would see it, in one forward pass.
+
+        The evictions are replayed exactly: the result is that of decoding token by token with `kv_budget`.
+
+        Args:
+            ids: (B, T) token ids.
+            attention_mask: (B, T), 0 = padding, which is not counted.
+            kv_budget: as in `generate`.
+            policy: as `kv_policy` in `generate`; "h2o" and "tova" run query by query.
+            reduction: "mean" over the real predicted tokens, or "none".
+
+        Returns:
+            A scalar, or (B, T-1), nats; 0 where the token is padding.
+
+        Raises:
+            ValueError: for an unsound budget, policy or reduction.
+        """
+        if reduction not in ("mean", "none"):
+            raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
+        cache = HeedfulCache(len(self.layers), self._budget(kv_budget), policy)
+        logits = self(ids, attention_mask=attention_mask, past_key_values=cache).logits[:, :-1].float()
+        nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        if attention_mask is not None:
+            counted = (attention_mask[:, 1:] * attention_mask[:, :-1]).bool()
+            nll = nll.masked_fill(~counted, 0.0)
+            return nll.sum() / counted.sum() if reduction == "mean" else nll
+        return nll.mean() if reduction == "mean" else nll
+
+    def _budget(self, kv_budget: Any) -> Any:
+        if kv_budget is None:
+            kv_budget = self.config.kv_budgets
+        return "full" if kv_budget is None else kv_budget
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Continuous batching needs paged attention: without this it would fail in a thread, unheard."""
+        raise NotImplementedError(
+            "continuous batching and paged caches are not supported; use generate() with its own cache"
         )
 
     @classmethod

@@ -96,6 +96,7 @@ class StepTimer(TrainerCallback):
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
+        self.begun: float | None = None
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -105,6 +106,7 @@ class StepTimer(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        assert self.begun is not None
         self.seconds.append(time.perf_counter() - self.begun)
 
     @property
@@ -136,6 +138,9 @@ class StopOnCtrlC(TrainerCallback):
         if self.pressed:
             control.should_save = True
             control.should_training_stop = True
+        if state.global_step >= state.max_steps:
+            # The model itself is saved next; Trainer would take one more step from a checkpoint here.
+            control.should_save = False
 
     def _press(self, number: int, frame: FrameType | None) -> None:
         if self.pressed:

@@ -8,14 +8,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from rich.console import Console
-from safetensors import SafetensorError
 from transformers import Trainer, TrainingArguments, default_data_collator, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 from transformers.trainer_callback import ProgressCallback as TqdmCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from heedful.attention.params import decayed_names
 from heedful.data import Data, TokenDataset, load_data
@@ -26,6 +25,14 @@ from heedful.training.result import RunResult
 from heedful.training.settings import TrainSettings
 
 SETTINGS, RESULT, CHECKPOINTS = "train.json", "result.json", "checkpoints"
+CHECKPOINT_PARTS = (
+    "config.json",
+    "model.safetensors",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state*.pth",
+    "trainer_state.json",
+)
 
 
 class Interrupted(Exception):
@@ -119,9 +126,9 @@ def train(
         try:
             with stop:
                 trainer.train(resume_from_checkpoint=checkpoint)
-        except (SafetensorError, RuntimeError, EOFError) as error:
-            if checkpoint is None:
-                raise
+        except Exception as error:
+            if checkpoint is None or timer.begun is not None:
+                raise  # not from reading the checkpoint, which ends before the first step
             raise ValueError(
                 f"the checkpoint {checkpoint} cannot be read ({_first_line(error)}); delete that folder to "
                 f"resume from the one before it"
@@ -213,8 +220,12 @@ def _prepare_folder(settings: TrainSettings, out: Path, resume: bool) -> None:
 
 
 def _last_checkpoint(out: Path) -> str | None:
-    folder = out / CHECKPOINTS
-    return get_last_checkpoint(str(folder)) if folder.exists() else None
+    """The newest checkpoint that was written to its end; Trainer would go on without what is missing."""
+    folders = [p for p in (out / CHECKPOINTS).glob("checkpoint-*") if p.name.partition("-")[2].isdigit()]
+    for folder in sorted(folders, key=lambda p: int(p.name.partition("-")[2]), reverse=True):
+        if all(any(folder.glob(part)) for part in CHECKPOINT_PARTS):
+            return str(folder)
+    return None
 
 
 def _arguments(settings: TrainSettings, out: Path) -> TrainingArguments:
@@ -231,6 +242,7 @@ def _arguments(settings: TrainSettings, out: Path) -> TrainingArguments:
         adam_beta2=0.95,
         max_grad_norm=1.0,
         bf16=settings.precision == "bf16",
+        use_cpu=not torch.accelerator.is_available(),  # without it, bf16 asks for a GPU
         seed=settings.seed,
         data_seed=settings.seed,
         eval_strategy="steps",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -80,12 +81,12 @@ class TrainSettings(ModelSettings):
                 raise ValueError(f"{_flag(name)} must be 1 or more, got {value}")
         if self.context < 2:
             raise ValueError(f"--context must be 2 or more, got {self.context}")
-        if not self.lr > 0:
-            raise ValueError(f"--lr must be greater than 0, got {self.lr}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"--lr must be greater than 0 and finite, got {self.lr}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"--warmup must be at least 0 and below 1, got {self.warmup}")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"--weight-decay must be 0 or more, got {self.weight_decay}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"--weight-decay must be 0 or more and finite, got {self.weight_decay}")
         # Any vocabulary will do to see whether the form and its options are sound.
         self.to_config(self.vocab_size, self.context)
 
@@ -113,11 +114,6 @@ class TrainSettings(ModelSettings):
             return cls(**json.loads(path.read_text(encoding="utf-8")))
         except (json.JSONDecodeError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}); start again with another --out") from None
-
-    def given(self) -> dict[str, Any]:
-        """The settings that differ from their defaults."""
-        default = type(self)()
-        return {k: v for k, v in self.to_dict().items() if v != getattr(default, k)}
 
 
 def _flag(name: str) -> str:

@@ -119,6 +119,36 @@ def selective_attention(
         return run(q, k, v, select, soft_mask, visible, voted, size**-0.5 if scale is None else scale)
 
 
+def attend_visible(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    soft_mask: Tensor | None,
+    visible: Tensor,
+    voted: Tensor,
+    scale: float,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`selective_attention` with head 0 selecting, over keys in any order and with ready masks.
+
+    Args:
+        q: (B, H, T, D).
+        k: (B, G, S, D).
+        v: (B, G, S, E).
+        soft_mask: (B, 1, N) votes on the first N <= S keys; the others start at 0.
+        visible: (B, T, S) bool, the keys each query attends to.
+        voted: (B, T, S) bool, the keys each query may vote on.
+        scale: multiplies the logits.
+        impl: as in `selective_attention`.
+
+    Returns:
+        out (B, H, T, E) and soft_mask (B, 1, S).
+    """
+    q, k, v = to_autocast_dtype(q, k, v)  # type: ignore[assignment]
+    with no_autocast(q.device):
+        return _implementation(impl)(q, k, v, None, soft_mask, visible, voted, scale)
+
+
 def unmasked_count(
     select_q: Tensor,
     select_k: Tensor,

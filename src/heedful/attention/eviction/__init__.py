@@ -1,0 +1,25 @@
+"""Eviction: the stepwise rule, the cache of slots, and one file per policy."""
+
+from heedful.attention.eviction.cache import EvictingCache
+from heedful.attention.eviction.policy import POLICIES, Policy, get_policy, register_policy
+from heedful.attention.eviction.rule import eviction_mask
+
+from heedful.attention.eviction.h2o import H2OPolicy  # isort: skip
+from heedful.attention.eviction.random import RandomPolicy  # isort: skip
+from heedful.attention.eviction.selective import SelectivePolicy  # isort: skip
+from heedful.attention.eviction.streaming import StreamingPolicy  # isort: skip
+from heedful.attention.eviction.tova import TOVAPolicy  # isort: skip
+
+__all__ = [
+    "POLICIES",
+    "EvictingCache",
+    "H2OPolicy",
+    "Policy",
+    "RandomPolicy",
+    "SelectivePolicy",
+    "StreamingPolicy",
+    "TOVAPolicy",
+    "eviction_mask",
+    "get_policy",
+    "register_policy",
+]

@@ -1,0 +1,79 @@
+"""What an eviction policy is: a score per held token; the token with the highest score goes first."""
+
+import difflib
+from typing import ClassVar
+
+from torch import Tensor
+
+
+class Policy:
+    """Which token to evict. A new policy is one small file: a subclass, registered by its name.
+
+    The engine never evicts the first real token of a row nor the newest one, and among equal scores the
+    oldest goes.
+    """
+
+    name: ClassVar[str]
+    selective: ClassVar[bool] = False
+    """Scores are the soft mask F of selective attention: the model must be selective."""
+    needs_weights: ClassVar[bool] = False
+    """Scores depend on attention weights after earlier evictions: queries run one by one."""
+
+    def start(self, positions: Tensor) -> Tensor:
+        """The scores of new tokens.
+
+        Args:
+            positions: (B, T) position of each token in its row.
+
+        Returns:
+            (B, T) float32.
+        """
+        return positions.new_zeros(positions.shape).float()
+
+    def update(self, scores: Tensor, weights: Tensor) -> Tensor:
+        """The scores after a query attended; called only if `needs_weights`.
+
+        Args:
+            scores: (B, S).
+            weights: (B, H, S) attention weights of the query.
+
+        Returns:
+            (B, S).
+        """
+        return scores
+
+    def priority(self, scores: Tensor, positions: Tensor, newest: Tensor, budget: int) -> Tensor:
+        """What the engine takes the maximum of; the scores, unless a policy also protects by age.
+
+        Args:
+            scores: (B, S).
+            positions: (B, S).
+            newest: (B, 1) position of the token that just arrived.
+            budget: tokens that may be held.
+
+        Returns:
+            (B, S).
+        """
+        return scores
+
+
+POLICIES: dict[str, type[Policy]] = {}
+
+
+def register_policy(cls: type[Policy]) -> type[Policy]:
+    """Decorator: make a policy available under its `name`."""
+    POLICIES[cls.name] = cls
+    return cls
+
+
+def get_policy(name: str) -> Policy:
+    """The policy called `name`.
+
+    Raises:
+        ValueError: for an unknown name, saying what it could have been.
+    """
+    if name not in POLICIES:
+        near = difflib.get_close_matches(str(name), POLICIES, 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown eviction policy {name!r}; {hint}available: {', '.join(POLICIES)}")
+    return POLICIES[name]()

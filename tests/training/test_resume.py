@@ -1,0 +1,147 @@
+"""A run that was stopped goes on as if it had not been, or says why it cannot."""
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import heedful.training.run as run_module
+from heedful.hf.load import load_model
+from heedful.training import RunResult, TrainSettings
+
+Settings = Callable[..., TrainSettings]
+Train = Callable[..., RunResult]
+Interrupt = Callable[..., None]
+
+
+@pytest.mark.parametrize(("attention", "score"), [("mha", "softmax"), ("sas", "selective")])
+@pytest.mark.parametrize("step", [3, 12], ids=["first-epoch", "second-epoch"])
+def test_resume_continues_exactly(
+    settings: Settings,
+    quiet_train: Train,
+    interrupt: Interrupt,
+    tmp_path: Path,
+    attention: str,
+    score: str,
+    step: int,
+):
+    s = settings(attention=attention, score=score, weight_decay=0.1)
+    whole = quiet_train(s, tmp_path / "whole")
+    interrupt(s, tmp_path / "parts", step)
+    assert not (tmp_path / "parts" / "result.json").exists()
+    torch.randn(7)  # the random state comes from the checkpoint
+    resumed = quiet_train(s, tmp_path / "parts", resume=True)
+
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+    assert resumed.curve == whole.curve
+    timing = ("seconds_per_step", "tokens_per_second")
+    assert {k: v for k, v in resumed.to_dict().items() if k not in timing} == {
+        k: v for k, v in whole.to_dict().items() if k not in timing
+    }
+    assert not (tmp_path / "parts" / "checkpoints").exists()
+
+
+def test_interrupted_folder(settings: Settings, interrupt: Interrupt, tmp_path: Path):
+    interrupt(settings(), tmp_path / "run")
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"train.json", "checkpoints"}
+    assert (tmp_path / "run" / "checkpoints" / "checkpoint-12").is_dir()
+    with pytest.raises(FileNotFoundError, match="training has not finished: heedful train --resume --out"):
+        load_model(tmp_path / "run")
+
+
+def test_stopped_after_the_last_step(
+    settings: Settings, quiet_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Stopped in the final evaluation: no step is taken twice."""
+    whole = quiet_train(settings(), tmp_path / "whole")
+
+    def stop(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module.HeedfulForCausalLM, "save_pretrained", stop)
+        with pytest.raises(KeyboardInterrupt):
+            quiet_train(settings(checkpoints=16), tmp_path / "run")
+    resumed = quiet_train(settings(checkpoints=16), tmp_path / "run", resume=True)
+    assert (resumed.val_loss, resumed.curve) == (whole.val_loss, whole.curve)
+    assert resumed.seconds_per_step > 0
+
+
+def test_killed_before_the_first_checkpoint(settings: Settings, quiet_train: Train, tmp_path: Path):
+    whole = quiet_train(settings(), tmp_path / "whole")
+    (tmp_path / "run").mkdir()
+    settings().save(tmp_path / "run" / "train.json")
+    assert quiet_train(settings(), tmp_path / "run", resume=True).val_loss == whole.val_loss
+
+
+def test_finished_run_is_returned(settings: Settings, quiet_train: Train, tmp_path: Path):
+    done = quiet_train(settings(), tmp_path / "run")
+    before = (tmp_path / "run" / "model.safetensors").stat().st_mtime_ns
+    again = quiet_train(settings(), tmp_path / "run", resume=True)
+    assert again.val_loss == done.val_loss
+    assert (tmp_path / "run" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_settings_must_agree(settings: Settings, quiet_train: Train, interrupt: Interrupt, tmp_path: Path):
+    interrupt(settings(), tmp_path / "run")
+    other = dataclasses.replace(settings(), lr=0.1, score="selective")
+    message = (
+        r"score was 'softmax' and is 'selective'; lr was 0\.01 and is 0\.1; leave those out or use another"
+    )
+    with pytest.raises(ValueError, match=message):
+        quiet_train(other, tmp_path / "run", resume=True)
+    with pytest.raises(FileNotFoundError, match="holds no run to resume"):
+        quiet_train(settings(), tmp_path / "nowhere", resume=True)
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.fixture
+def stopped(settings: Settings, interrupt: Interrupt, tmp_path: Path) -> Path:
+    """A run with the checkpoints 8 and 10."""
+    interrupt(settings(), tmp_path / "run", 10)
+    return tmp_path / "run"
+
+
+PARTS = [
+    "config.json",
+    "model.safetensors",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+    "trainer_state.json",
+]
+
+
+def test_corrupt_checkpoint(settings: Settings, quiet_train: Train, stopped: Path, tmp_path: Path):
+    for part in PARTS:
+        for damage in (b"", b"\x00garbage" * 9, None):
+            run = tmp_path / "copy"
+            shutil.copytree(stopped, run)
+            file = run / "checkpoints" / "checkpoint-10" / part
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2] if damage is None else damage)
+            message = (
+                r"the checkpoint .*checkpoint-10 cannot be read \(.*\); delete that folder to resume from the"
+            )
+            with pytest.raises(ValueError, match=message) as error:
+                quiet_train(settings(), run, resume=True)
+            assert "\n" not in str(error.value)
+            assert not (run / "result.json").exists()
+            shutil.rmtree(run)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_checkpoint_that_was_not_written_to_its_end(
+    settings: Settings, quiet_train: Train, stopped: Path, tmp_path: Path, part: str
+):
+    """Killed while saving: the checkpoint before counts, and nothing starts afresh in silence."""
+    (stopped / "checkpoints" / "checkpoint-10" / part).unlink()
+    resumed = quiet_train(settings(), stopped, resume=True)
+    whole = quiet_train(settings(), tmp_path / "whole")
+    assert (resumed.val_loss, resumed.curve) == (whole.val_loss, whole.curve)

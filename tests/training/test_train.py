@@ -1,0 +1,234 @@
+"""One run: the files it leaves, what it promises about seeds and order, what it refuses."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import heedful.training.run as run_module
+from heedful.data import TokenDataset
+from heedful.evaluation import evaluate
+from heedful.hf import HeedfulForCausalLM
+from heedful.hf.generation import continue_text
+from heedful.hf.load import load_model, load_tokenizer
+from heedful.training import RunResult, TrainSettings
+from heedful.training.run import LanguageModelTrainer, curve_rows, load_settings_data
+
+Settings = Callable[..., TrainSettings]
+Train = Callable[..., RunResult]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(out).state_dict()
+
+
+def test_files(settings: Settings, quiet_train: Train, tmp_path: Path):
+    out = tmp_path / "new" / "run"
+    s = settings(attention="sas", score="selective", attention_options={"sim_heads": 4})
+    result = quiet_train(s, out)
+    assert {p.name for p in out.iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "result.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "train.json",
+    }
+    assert RunResult.load(out / "result.json").to_dict() == json.loads(json.dumps(result.to_dict()))
+    assert TrainSettings.load(out / "train.json") == s
+
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert isinstance(model, HeedfulForCausalLM)
+    assert (model.config.attention, model.config.score) == ("sas", "selective")
+    assert model.config.attention_options == {"sim_heads": 4}
+    assert AutoTokenizer.from_pretrained(out)("cat")["input_ids"] == list(b"cat")
+
+    data = load_settings_data(s)
+    again = evaluate(model, data.validation)
+    assert again.loss == pytest.approx(result.val_loss, abs=1e-6)
+
+
+def test_result(settings: Settings, quiet_train: Train, tmp_path: Path):
+    s = settings(attention="sas", score="selective", seed=3)
+    result = quiet_train(s, tmp_path / "run")
+    decoder = s.to_config(257, 32).to_decoder_config()
+    assert (result.attention, result.score, result.seed, result.lr) == ("sas", "selective", 3, 1e-2)
+    assert result.params == decoder.parameter_count() == load_model(tmp_path / "run").num_parameters()
+    assert result.flops_per_token == decoder.flops_per_token(32)
+    assert result.cache_bytes_per_token == decoder.cache_bytes_per_token()
+    assert result.tokens == 16 * 8 * 32
+    assert 0 < result.val_loss < result.curve[0][1] < 5.6  # it learns
+    assert result.val_bpb == pytest.approx(result.val_loss / 0.6931472, rel=0.02)  # a byte is a token
+    assert 0 < result.val_accuracy < 1
+    assert result.tokens_per_second == pytest.approx(8 * 32 / result.seconds_per_step)
+    assert [tokens for tokens, _, _ in result.curve] == [8 * 32 * step for step in (4, 8, 12, 16)]
+    assert result.config["train"] == s.to_dict()
+    assert result.config["model"]["hidden_size"] == 16
+
+
+def test_synthetic_task(settings: Settings, quiet_train: Train, tmp_path: Path):
+    s = settings(data="synthetic:variable-assignment", context=16, steps=2, batch_size=2)
+    result = quiet_train(s, tmp_path / "run")
+    assert result.val_bpb is None
+    assert not (tmp_path / "run" / "tokenizer.json").exists()
+    with pytest.raises(FileNotFoundError, match="its model was not trained on text"):
+        load_tokenizer(tmp_path / "run")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_seeds(settings: Settings, quiet_train: Train, tmp_path: Path, precision: str):
+    s = settings(score="selective", precision=precision, steps=4)
+    quiet_train(s, tmp_path / "a")
+    torch.randn(3)  # what happened before does not matter
+    quiet_train(s, tmp_path / "b")
+    quiet_train(dataclasses.replace(s, seed=1), tmp_path / "c")
+    a, b, c = (weights(tmp_path / name) for name in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["lm_head.weight"], c["lm_head.weight"])
+
+
+def test_every_form_sees_the_same_rows(
+    settings: Settings, quiet_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seen: dict[str, list[torch.Tensor]] = {}
+
+    class Spy(LanguageModelTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            seen.setdefault(f"{model.config.attention}-{self.args.seed}", []).append(inputs["input_ids"])
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(run_module, "LanguageModelTrainer", Spy)
+    for attention, seed in (("mha", 0), ("sas", 0), ("mqa", 0), ("mha", 1)):
+        quiet_train(settings(attention=attention, seed=seed), tmp_path / f"{attention}-{seed}")
+    order = {name: torch.cat(batches) for name, batches in seen.items()}
+    assert torch.equal(order["mha-0"], order["sas-0"])
+    assert torch.equal(order["mha-0"], order["mqa-0"])
+    assert not torch.equal(order["mha-0"], order["mha-1"])
+
+
+def test_weight_decay_groups(
+    settings: Settings, quiet_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """In the optimizer that trains: no decay on norms, biases and the taps of the identity start."""
+    groups: dict[float, set[str]] = {}
+
+    class Spy(LanguageModelTrainer):
+        def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+            optimizer = super().create_optimizer(*args, **kwargs)
+            name_of = {id(p): n for n, p in self.model.named_parameters()}
+            for group in optimizer.param_groups:
+                groups.setdefault(group["weight_decay"], set()).update(
+                    name_of[id(p)] for p in group["params"]
+                )
+            return optimizer
+
+    monkeypatch.setattr(run_module, "LanguageModelTrainer", Spy)
+    s = settings(attention="sas", attention_options={"init": "identity"}, weight_decay=0.3, steps=1)
+    quiet_train(s, tmp_path / "run")
+    attention = "layers.0.attention."
+    expands = [f"{attention}{part}_expand." for part in "qkv"]
+    taps = {f"{e}conv1.weight" for e in expands} | {f"{e}lin1.weight" for e in expands[:2]}
+    assert set(groups) == {0.3, 0.0}
+    assert taps <= groups[0.0]
+    assert all("norm" in name or "bias" in name or name in taps for name in groups[0.0])
+    assert {f"{e}conv2.weight" for e in expands} <= groups[0.3]
+    assert {"embed_tokens.weight", f"{attention}q_proj.weight", f"{attention}o_proj.weight"} <= groups[0.3]
+    named = {name for name, _ in load_model(tmp_path / "run").named_parameters()}
+    assert groups[0.3] | groups[0.0] == named
+
+
+def test_curve_rows():
+    def data(n: int) -> TokenDataset:
+        return TokenDataset({"input_ids": torch.arange(n)[:, None]})
+
+    assert len(curve_rows(data(5))) == 5
+    assert len(curve_rows(data(100))) == 100
+    assert curve_rows(data(640)).tensors["input_ids"].flatten().tolist() == list(range(0, 640, 10))
+
+
+def test_divergence(settings: Settings, quiet_train: Train, tmp_path: Path):
+    with pytest.raises(
+        ValueError, match=r"training diverged: the validation loss is nan; try a lower --lr than 1e"
+    ):
+        quiet_train(settings(lr=1e30, qk_norm=False, steps=4), tmp_path / "run")
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_tensorboard(settings: Settings, quiet_train: Train, tmp_path: Path):
+    pytest.importorskip("tensorboard")
+    quiet_train(settings(track="tensorboard"), tmp_path / "run")
+    assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
+
+
+def test_folder_is_never_overwritten(settings: Settings, quiet_train: Train, tmp_path: Path):
+    file, run, other = tmp_path / "file", tmp_path / "run", tmp_path / "other"
+    file.write_text("mine")
+    with pytest.raises(FileExistsError, match="file is a file, expected a folder for the run"):
+        quiet_train(settings(), file)
+    assert file.read_text() == "mine"
+
+    quiet_train(settings(), run)
+    before = {p.name: p.read_bytes() for p in run.iterdir()}
+    with pytest.raises(
+        FileExistsError, match="already holds a run; use --resume to go on with it, or another"
+    ):
+        quiet_train(settings(), run)
+    assert {p.name: p.read_bytes() for p in run.iterdir()} == before
+
+    other.mkdir()
+    (other / "thesis.tex").write_text("mine")
+    with pytest.raises(FileExistsError, match="is not empty; use"):
+        quiet_train(settings(), other)
+    assert [p.name for p in other.iterdir()] == ["thesis.tex"]
+
+
+def test_bad_data_leaves_nothing(settings: Settings, quiet_train: Train, tmp_path: Path):
+    with pytest.raises(FileNotFoundError):
+        quiet_train(settings(data=str(tmp_path / "nowhere.txt")), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "steps": ({"steps": -5}, "--steps must be 1 or more, got -5"),
+    "batch": ({"batch_size": 0}, "--batch-size must be 1 or more, got 0"),
+    "context": ({"context": 1}, "--context must be 2 or more, got 1"),
+    "lr": ({"lr": 0.0}, r"--lr must be greater than 0 and finite, got 0\.0"),
+    "lr-nan": ({"lr": float("nan")}, "--lr must be greater than 0 and finite, got nan"),
+    "lr-inf": ({"lr": float("inf")}, "--lr must be greater than 0 and finite, got inf"),
+    "warmup": ({"warmup": 1.0}, r"--warmup must be at least 0 and below 1, got 1\.0"),
+    "decay": ({"weight_decay": -0.1}, r"--weight-decay must be 0 or more and finite, got -0\.1"),
+    "form": ({"attention": "sass"}, "unknown attention 'sass'; did you mean 'sas'?"),
+    "option": ({"attention": "sas", "attention_options": {"sim_heads": 3}}, "sim_heads must be a multiple"),
+}
+
+
+@pytest.mark.parametrize(("wrong", "message"), WRONG.values(), ids=WRONG.keys())
+def test_unsound_settings(settings: Settings, wrong: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        settings(**wrong)
+
+
+def test_damaged_settings_file(tmp_path: Path):
+    for damage in ("", "{", '{"stepz": 3}', "[]"):
+        (tmp_path / "train.json").write_text(damage)
+        with pytest.raises(ValueError, match=r"train\.json is damaged .*; start again with another --out"):
+            TrainSettings.load(tmp_path / "train.json")
+
+
+def test_continue_text(settings: Settings, quiet_train: Train, tmp_path: Path):
+    quiet_train(settings(), tmp_path / "run")
+    model, tokenizer = load_model(tmp_path / "run"), load_tokenizer(tmp_path / "run")
+    for prompt in ("the cat", "", "naïve — 猫 🐈 <|endoftext|>"):
+        text = continue_text(model, tokenizer, prompt, max_new_tokens=6, temperature=0)
+        assert text.startswith(prompt)
+        assert text == continue_text(model, tokenizer, prompt, max_new_tokens=6, temperature=0)
+    torch.manual_seed(0)
+    drawn = continue_text(model, tokenizer, "the", max_new_tokens=12, temperature=5.0, top_k=0)
+    torch.manual_seed(1)
+    assert drawn != continue_text(model, tokenizer, "the", max_new_tokens=12, temperature=5.0, top_k=0)
