@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from heedful import Decoder, DecoderConfig
+from heedful import Decoder, DecoderConfig, LayerCache
 
 SIZES: dict[str, Any] = {"vocab_size": 50, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_positions": 32}
 FORMS = [(a, s) for a in ("mha", "mqa", "gqa", "sas") for s in ("softmax", "selective")]
@@ -261,7 +261,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "gqa-unsaid": ({"attention": "gqa"}, "attention 'gqa' needs n_kv_heads, a divisor of n_heads"),
     "odd-head": ({"head_dim": 7}, "rotary positions need an even head_dim, got 7; use 6 or 8, or rope=False"),
-    "init": ({"init_logit_std": 0.0}, "init_logit_std must be greater than 0, got 0.0"),
+    "init": ({"init_logit_std": 0.0}, "init_logit_std must be a number greater than 0, got 0.0"),
     "norm": ({"qk_norm_position": "later"}, "qk_norm_position must be"),
 }
 
@@ -272,3 +272,25 @@ def test_contradictions_raise(wrong: dict[str, Any], message: str):
         DecoderConfig(**{**SIZES, **wrong})
     with pytest.raises(ValueError, match=message):
         Decoder(**{**SIZES, **wrong})
+
+
+def test_padding_on_the_right_needs_no_more_learned_positions():
+    torch.manual_seed(0)
+    decoder = Decoder(
+        vocab_size=20, d_model=16, n_layers=1, n_heads=2, positions="learned", max_positions=4
+    ).eval()
+    ids = torch.randint(0, 20, (2, 5))
+    mask = torch.tensor([[True] * 4 + [False], [True] * 3 + [False] * 2])
+    out = decoder(ids, key_mask=mask)
+    torch.testing.assert_close(out[0, :4], decoder(ids[:1, :4])[0])
+    with pytest.raises(ValueError, match="learned positions end at 4"):
+        decoder(ids)
+
+
+def test_caches_must_be_one_per_layer():
+    decoder = Decoder(vocab_size=20, d_model=16, n_layers=2, n_heads=2)
+    shared = [LayerCache()] * 2
+    with pytest.raises(ValueError, match="one cache of its own for each of the 2 layers"):
+        decoder(torch.zeros(1, 3, dtype=torch.long), caches=shared)
+    with pytest.raises(TypeError, match="not both"):
+        Decoder(decoder.config, n_layers=7)

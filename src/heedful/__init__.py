@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name in ("ops", "attention", "decoder", "testing"):
+        return importlib.import_module(f"heedful.{name}")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'heedful' has no attribute {name!r}")
     value = getattr(importlib.import_module(_MODULE_OF[name]), name)

@@ -1,4 +1,4 @@
-"""`python -m heedful`, which is also what `accelerate launch -m heedful` runs."""
+"""`python -m heedful`, which is also what `torchrun -m heedful` runs."""
 
 import sys
 

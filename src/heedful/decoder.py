@@ -18,7 +18,7 @@ from heedful.attention.cache import LayerCache
 from heedful.attention.config import AttentionConfig, option, own_fields, required
 from heedful.attention.eviction import EvictingCache
 from heedful.attention.registry import ATTENTIONS, SCORES
-from heedful.ops.checks import check_choice
+from heedful.ops.checks import check_choice, check_tensor
 from heedful.ops.masks import rank_in_segment
 
 
@@ -239,15 +239,21 @@ class DecoderParts(nn.Module):
         """
         if embeds is None:
             assert input_ids is not None
+            check_tensor("input_ids", input_ids, "(B, T)")
             embeds = self.embed_tokens(input_ids)
         batch, length, _ = embeds.shape
+        if caches is not None and len({id(cache) for cache in caches}) != len(self.layers):
+            raise ValueError(
+                f"caches must be one cache of its own for each of the {len(self.layers)} layers; use new_cache()"
+            )
         if positions is None:
             positions = self._positions(batch, length, key_mask, segment_ids, caches, embeds.device)
         x = embeds
         if self.embed_positions is not None:
-            # padding may carry any position; it must only stay inside the table
+            if key_mask is not None:  # padding may carry any position; it must only stay inside the table
+                positions = positions.expand(batch, -1).masked_fill(~key_mask, 0)
             longest = self.embed_positions.num_embeddings
-            if not torch.compiler.is_compiling() and int(positions.max()) >= longest:
+            if length and not torch.compiler.is_compiling() and int(positions.max()) >= longest:
                 raise ValueError(
                     f"learned positions end at {longest}, got a sequence of {int(positions.max()) + 1} "
                     f"tokens; shorten it or build the model with more positions"
@@ -309,6 +315,8 @@ class Decoder(DecoderParts):
 
     def __init__(self, config: DecoderConfig | None = None, **fields: Any) -> None:
         super().__init__()
+        if config is not None and fields:
+            raise TypeError(f"Decoder takes a config or its fields, not both; got {sorted(fields)} as well")
         self.config = config if config is not None else DecoderConfig(**fields)
         self.add_parts(self.config)
         self.apply(self.reset_module)

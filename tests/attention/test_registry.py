@@ -1,6 +1,7 @@
 """Names, options, and what is said about wrong ones."""
 
 import dataclasses
+import importlib
 import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -134,7 +135,7 @@ SHARED_ERRORS: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"qk_norm_position": "after"},
         ["qk_norm_position must be 'before_rope' or 'after_rope', got 'after'"],
     ),
-    "init std": ({"init_logit_std": 0.0}, ["init_logit_std must be greater than 0, got 0.0"]),
+    "init std": ({"init_logit_std": 0.0}, ["init_logit_std must be a number greater than 0, got 0.0"]),
     "impl": ({"impl": "fast"}, ["impl must be 'auto' or 'reference' or 'sdpa', got 'fast'"]),
 }
 SAS_ERRORS: dict[str, tuple[dict[str, Any], list[str]]] = {
@@ -146,7 +147,10 @@ SAS_ERRORS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no sim_heads": ({"sim_heads": 0}, ["sim_heads must be a whole number >= 1, got 0"]),
     "odd size": ({"sim_head_dim": 11}, ["even sim_head_dim, got 11; use 10 or 12, or rope=False"]),
     "odd start": ({"sim_head_dim": 9}, ["even sim_head_dim, got 9", "rope=False"]),
-    "narrow": ({"sim_head_dim": 6}, ["sim_head_dim must be at least head_dim (8), got 6", "use 8 or more"]),
+    "narrow": (
+        {"sim_head_dim": 6, "init": "identity"},
+        ["sim_head_dim must be at least head_dim (8) to start as an identity, got 6", "use 8 or more"],
+    ),
     "init": ({"init": "zero"}, ["init must be 'published' or 'identity', got 'zero'"]),
     "cache": ({"cache": "small"}, ["cache must be 'expanded' or 'compact', got 'small'"]),
     "fraction": ({"sim_heads": 12.0}, ["sim_heads must be a whole number >= 1, got 12.0"]),
@@ -177,7 +181,9 @@ def test_a_name_is_taken_once():
     class Mine(Score):
         pass
 
-    with says(ValueError, "score 'softmax' is already heedful.attention.softmax.SoftmaxScore; choose another name"):
+    with says(
+        ValueError, "score 'softmax' is already heedful.attention.softmax.SoftmaxScore; choose another name"
+    ):
         register_score("softmax")(Mine)
     for name in ("my form", "1st", "a-b", ""):
         with says(ValueError, "attention name must be letters, digits and _", repr(name)):
@@ -267,3 +273,19 @@ def test_summaries():
             summary = registry[name].summary
             assert summary.endswith("."), f"{name}: {summary!r}"
             assert len(summary) < 120
+
+
+def test_a_form_without_a_config_of_its_own_can_be_pickled(tmp_path, monkeypatch):
+    lines = [
+        "from heedful.attention import GroupedQueryAttention, register_attention",
+        '@register_attention("pickled_form")',
+        "class PickledForm(GroupedQueryAttention):",
+        "    pass",
+    ]
+    (tmp_path / "pickled_form.py").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("pickled_form")
+    module = build("pickled_form", **SIZES, n_kv_heads=2)
+    assert module.config.form == "pickled_form"
+    assert pickle.loads(pickle.dumps(module)).config == module.config
+    del ATTENTIONS.forms["pickled_form"]

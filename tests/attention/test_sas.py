@@ -146,7 +146,7 @@ def test_core_sizes_are_checked():
     for wrong, message in (
         ({"sim_heads": 3}, r"sim_heads must be a multiple of n_heads \(2\), got 3; use 2 or 4"),
         ({"kernel_size": 2}, "kernel_size must be odd"),
-        ({"sim_head_dim": 2}, "sim_head_dim must be at least head_dim"),
+        ({"sim_head_dim": 0}, "sim_head_dim must be a whole number >= 1"),
     ):
         with pytest.raises(ValueError, match=message):
             SASCore(**{**CORE, **wrong})

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache, Trainer, TrainingArguments
 
-from heedful.hf import HeedfulCache, HeedfulForCausalLM
+from heedful.hf import HeedfulCache, HeedfulConfig, HeedfulForCausalLM
 
 Make = Callable[..., HeedfulForCausalLM]
 FORMS = [(a, s) for a in ("mha", "sas") for s in ("softmax", "selective")]
@@ -200,3 +200,70 @@ def test_mask_must_cover_the_cache(make_model: Make, ids: Tensor):
 def test_a_heedful_cache_is_only_for_heedful(ids: Tensor):
     with pytest.raises(TypeError, match="filled by heedful's attention"):
         HeedfulCache(1).update(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), 0)
+
+
+def test_positions_that_start_over_mark_packed_documents():
+    torch.manual_seed(0)
+    config = HeedfulConfig(vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+    model = HeedfulForCausalLM(config).eval()
+    ids = torch.randint(0, 20, (1, 9))
+    packed = model(ids, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])).logits
+    torch.testing.assert_close(packed[:, 4:], model(ids[:, 4:]).logits)
+    torch.testing.assert_close(packed[:, :4], model(ids[:, :4]).logits)
+
+
+def test_return_dict_false_gives_a_tuple():
+    config = HeedfulConfig(vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    model = HeedfulForCausalLM(config).eval()
+    ids = torch.randint(0, 20, (1, 5))
+    (logits,) = model(ids, use_cache=False, return_dict=False)
+    torch.testing.assert_close(logits, model(ids).logits)
+    assert len(model(ids, output_hidden_states=True).hidden_states) == 2
+
+
+def test_kv_budget_bounds_the_cache_and_evaluates_exactly():
+    torch.manual_seed(0)
+    config = HeedfulConfig(
+        vocab_size=40,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        score="selective",
+        init_logit_std=2.0,
+    )
+    model = HeedfulForCausalLM(config).double().eval()
+    ids, mask = torch.randint(0, 40, (2, 30)), torch.ones(2, 30, dtype=torch.long)
+    mask[1, :6] = 0
+    out = model.generate(
+        ids, attention_mask=mask, max_new_tokens=20, kv_budget=[6, 4], return_dict_in_generate=True
+    )
+    assert (out.past_key_values.kept, out.past_key_values.seen) == ([6, 4], 49)
+    chunked = model.generate(
+        ids, attention_mask=mask, max_new_tokens=20, kv_budget=[6, 4], prefill_chunk_size=7
+    )
+    assert torch.equal(chunked, out.sequences)
+
+    nll = model.evaluate_nll(ids, mask, kv_budget=[6, 4], reduction="none")
+    cache, steps = HeedfulCache(2, [6, 4]), []
+    with torch.no_grad():
+        for t in range(29):
+            steps.append(
+                model(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=cache).logits
+            )
+    stepwise = torch.nn.functional.cross_entropy(
+        torch.cat(steps, 1).float().transpose(1, 2), ids[:, 1:], reduction="none"
+    )
+    counted = (mask[:, 1:] * mask[:, :-1]).bool()
+    torch.testing.assert_close(nll[counted], stepwise[counted])
+    mean = model.evaluate_nll(ids, mask, kv_budget=[6, 4])
+    torch.testing.assert_close(mean, nll[counted].mean())
+    assert model.evaluate_nll(ids, mask, kv_budget=[6, 4]) != model.evaluate_nll(ids, mask)
+
+
+@pytest.mark.parametrize("budget", [1, [4], [4, "x"], "foo", 2.5])
+def test_an_unsound_kv_budget_is_refused(budget):
+    config = HeedfulConfig(
+        vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, score="selective"
+    )
+    with pytest.raises(ValueError, match="budget"):
+        HeedfulForCausalLM(config).generate(torch.zeros(1, 3, dtype=torch.long), kv_budget=budget)

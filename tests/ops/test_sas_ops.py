@@ -142,3 +142,18 @@ def test_errors(case: str):
         function(*arguments)
     for part in parts:
         assert part in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["weight1", "bias1", "weight2", "bias2"])
+def test_a_parameter_of_another_dtype_or_device_is_refused(name):
+    x = torch.randn(1, 2, 3, 4)
+    good = {
+        "weight1": torch.randn(4, 2, 3),
+        "bias1": torch.randn(4),
+        "weight2": torch.randn(4, 4, 3),
+        "bias2": torch.randn(4),
+    }
+    with pytest.raises(TypeError, match=f"{name} and x must have one dtype"):
+        simulate_heads(x, **{**good, name: good[name].double()})
+    with pytest.raises(ValueError, match=f"{name} and x must be on one device"):
+        simulate_heads(x, **{**good, name: good[name].to("meta")})

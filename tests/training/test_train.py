@@ -1,7 +1,6 @@
 """One run: the files it leaves, what it promises about seeds and order, what it refuses."""
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,13 +39,14 @@ def test_files(settings: Settings, quiet_train: Train, tmp_path: Path):
         "tokenizer_config.json",
         "train.json",
     }
-    assert RunResult.load(out / "result.json").to_dict() == json.loads(json.dumps(result.to_dict()))
+    assert RunResult.load(out / "result.json") == result
     assert TrainSettings.load(out / "train.json") == s
 
     model = AutoModelForCausalLM.from_pretrained(out)
     assert isinstance(model, HeedfulForCausalLM)
     assert (model.config.attention, model.config.score) == ("sas", "selective")
     assert model.config.attention_options == {"sim_heads": 4}
+    assert model.config.use_cache
     assert AutoTokenizer.from_pretrained(out)("cat")["input_ids"] == list(b"cat")
 
     data = load_settings_data(s)
@@ -70,6 +70,7 @@ def test_result(settings: Settings, quiet_train: Train, tmp_path: Path):
     assert [tokens for tokens, _, _ in result.curve] == [8 * 32 * step for step in (4, 8, 12, 16)]
     assert result.config["train"] == s.to_dict()
     assert result.config["model"]["hidden_size"] == 16
+    assert result.config["model"]["init_logit_std"] == 0.2  # defaults too: they may change
 
 
 def test_synthetic_task(settings: Settings, quiet_train: Train, tmp_path: Path):

@@ -296,4 +296,6 @@ class Attention(nn.Module):
         check_tensor(name, mask, "(B, T)")
         if name == "key_mask" and mask.dtype != torch.bool:
             raise TypeError(f"key_mask must be bool (True = real token), got {show(mask)}")
+        if name == "segment_ids" and (mask.is_floating_point() or mask.dtype == torch.bool):
+            raise TypeError(f"segment_ids must be integers, got {show(mask)}")
         check_shape(name, mask, shape, "(B, T)")

@@ -62,6 +62,8 @@ class LayerCache:
             return None
         if old is None:
             old = like.new_full((shape[0], self.seen), name == "key_mask")
+        if old.shape[0] != shape[0]:
+            raise _another_batch(old.shape[0], shape[0])
         if new is None:
             new = like.new_full(shape, True) if name == "key_mask" else old[:, -1:].expand(shape)
         return torch.cat((old, new), dim=1)
@@ -115,9 +117,11 @@ class LayerCache:
         axis = token_axis(new)
         storage = self._storage.get(name)
         if storage is not None and storage.shape[0] != new.shape[0]:
-            raise ValueError(
-                f"the cache holds {storage.shape[0]} sequences but got {new.shape[0]} new ones; "
-                f"use one cache per batch"
+            raise _another_batch(storage.shape[0], new.shape[0])
+        if storage is not None and storage.dtype != new.dtype:
+            raise TypeError(
+                f"the cache holds {name} in {storage.dtype}, got {new.dtype}; keep one precision (autocast on or "
+                f"off) from the first token to the last, or start a new cache"
             )
         if torch.is_grad_enabled():
             # Writing in place would break gradients: those of earlier queries need the keys as they were.
@@ -141,3 +145,7 @@ class LayerCache:
 def token_axis(tensor: Tensor) -> int:
     """Which axis of a per-token tensor counts tokens."""
     return 2 if tensor.ndim == 4 else tensor.ndim - 1
+
+
+def _another_batch(held: int, new: int) -> ValueError:
+    return ValueError(f"the cache holds {held} sequences but got {new} new ones; use one cache per batch")

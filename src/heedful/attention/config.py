@@ -111,8 +111,12 @@ class AttentionConfig:
             self._set("head_dim", self.d_model // self.n_heads)
         self._set("n_kv_heads", self.resolve_kv_heads())
         check_divides("n_heads", self.n_heads, "n_kv_heads", self.kv_heads)
-        if not self.init_logit_std > 0:
-            raise ValueError(f"init_logit_std must be greater than 0, got {self.init_logit_std}")
+        for name in ("init_logit_std", "rope_theta", "norm_eps"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be a number greater than 0, got {value!r}")
+        if not isinstance(self.score, str | ScoreConfig):
+            raise TypeError(f"score must be a name or the config of a score, got {self.score!r}")
         if isinstance(self.score, str):
             self._set("score", SCORES[self.score].config_class())
         check_literals(self)

@@ -6,11 +6,20 @@ from torch import nn
 
 from heedful.attention.base import Attention
 
+NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+
 
 def decayed_names(module: nn.Module) -> list[str]:
     """The names of the parameters that weight decay may touch: matrices that hold no identity map."""
-    kept = {id(p) for m in module.modules() if isinstance(m, Attention) for p in m.identity_parameters()}
-    return [n for n, p in module.named_parameters() if p.ndim > 1 and id(p) not in kept]
+    kept = {
+        id(p) for m in module.modules() for p in (m.identity_parameters() if isinstance(m, Attention) else ())
+    }
+    kept |= {id(p) for m in module.modules() if isinstance(m, NORMS) for p in m.parameters()}
+    return [
+        name
+        for name, p in module.named_parameters()
+        if p.ndim > 1 and id(p) not in kept and not name.rsplit(".", 1)[-1].startswith("bias")
+    ]
 
 
 def param_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -50,7 +50,9 @@ class Registry:
             own = config is not None or "Config" in vars(module_class)
             if not own or vars(config_class).get("form", name) != name:
                 # An inherited config, or one that bears another name: this name needs its own class.
-                config_class = type(config_class.__name__, (config_class,), {"__doc__": None})
+                place = {"__module__": module_class.__module__, "__doc__": None}
+                config_class = type("Config", (config_class,), place)
+                config_class.__qualname__ = f"{module_class.__qualname__}.Config"  # where pickle finds it
             config_class.form = name
             if config is None:
                 module_class.Config = config_class

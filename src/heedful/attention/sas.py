@@ -10,7 +10,8 @@ from heedful.attention.base import Attention
 from heedful.attention.config import AttentionConfig, check_whole, option
 from heedful.attention.init import fill_
 from heedful.attention.registry import register_attention
-from heedful.ops.checks import check_divides
+from heedful.ops.checks import check_divides, check_shape, check_tensor
+from heedful.ops.dot_product import attention_sdpa
 from heedful.ops.sas import aggregate_heads, simulate_features, simulate_heads
 
 
@@ -26,9 +27,7 @@ class SASConfig(AttentionConfig):
     """
 
     sim_heads: int | None = option(None, "simulated heads Ĥ, a multiple of n_heads; 3 x n_heads if None")
-    sim_head_dim: int | None = option(
-        None, "simulated size D̂ of queries and keys, >= head_dim; 1.5 x head_dim if None"
-    )
+    sim_head_dim: int | None = option(None, "simulated size D̂ of queries and keys; 1.5 x head_dim if None")
     kernel_size: int = option(3, "width W of the convolution over features, odd; 1 = MLP over heads")
     init: Literal["published", "identity"] = option(
         "published", "start: published (PyTorch's default) or identity (equals plain attention)"
@@ -45,14 +44,16 @@ class SASConfig(AttentionConfig):
             self._set("sim_heads", 3 * self.n_heads)
         for name in ("sim_heads", "sim_head_dim", "kernel_size"):
             check_whole(name, getattr(self, name))
+        if self.kernel_size is None:
+            raise ValueError("kernel_size must be a whole number >= 1, got None")
         check_divides("sim_heads", self.score_heads, "n_heads", self.n_heads)
         if self.sim_head_dim is None:
             wide = -(-3 * self.size // 2)
             self._set("sim_head_dim", wide + wide % 2)
-        if self.qk_dim < self.size:
+        if self.qk_dim < self.size and self.init == "identity":
             raise ValueError(
-                f"sim_head_dim must be at least head_dim ({self.size}), got {self.qk_dim}; "
-                f"SAS widens heads, so use {self.size} or more"
+                f"sim_head_dim must be at least head_dim ({self.size}) to start as an identity, "
+                f"got {self.qk_dim}; use {self.size} or more, or init='published'"
             )
         if self.kernel_size % 2 == 0:
             raise ValueError(
@@ -300,8 +301,11 @@ class SASCore(nn.Module):
         Returns:
             (B, T, H * D).
         """
-        from heedful.ops.dot_product import attention_sdpa
-
+        batch, length = check_tensor("q", q, "(B, T, H, D)").shape[:2]
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            check_tensor(name, x, "(B, T, H, D)")
+            expected = (batch, length, self.config.n_heads, self.config.size)
+            check_shape(name, x, expected, "(B, T, H, D)")
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         scale = self.config.qk_dim**-0.5
         out = attention_sdpa(self.q_expand(q), self.k_expand(k), self.v_expand(v), scale, causal=True)

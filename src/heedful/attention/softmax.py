@@ -40,7 +40,8 @@ class SoftmaxScore(Score):
         reference = self.config.impl == "reference"
         if key_mask is None and segment_ids is None and not reference and length in (1, n_keys):
             # A single query sees every key; a whole square needs no mask in memory.
-            return attention_sdpa(q, k, v, scale, causal=length > 1), {}
+            # a plain bool, not `length > 1`: with a symbolic length that is no bool to the compiler
+            return attention_sdpa(q, k, v, scale, causal=True if length > 1 else False), {}  # noqa: SIM210
         visible = visible_keys(length, n_keys, key_mask, segment_ids, q.device)
         return self.attend(q, k, v, x=x, state=state, visible=visible, voted=visible, scale=scale)
 

@@ -1,5 +1,6 @@
 """`heedful train`."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ DESCRIPTION = """Train a language model and leave it in a folder that transforme
     heedful generate runs/a "Once upon a time"
 
 The options of the chosen attention and score are below as --attention.* and --score.*. On several
-processes: accelerate launch -m heedful train ..."""
+processes: torchrun --nproc-per-node 2 -m heedful train ... (--batch-size is per process)"""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -47,7 +48,7 @@ def run(arguments: Sequence[str]) -> int:
     for name, options in kept.items():
         values[name] = {**options, **values.get(name, {})}
     settings = make_settings(values)
-    console = Console(stderr=True)
+    console = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
     try:
         result = train(settings, out, resume=resume, console=console)
     except Interrupted as stopped:

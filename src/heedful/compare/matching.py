@@ -21,7 +21,8 @@ def match_d_ff(
         context: tokens in a row.
 
     Returns:
-        `d_ff`: a multiple of 8 where one comes within 1 %, else any whole number.
+        `d_ff`: what it is where the cost is the same, else a multiple of 8 where one comes within 1 %, else any
+        whole number.
 
     Raises:
         ValueError: if no width comes within 1 %.
@@ -38,6 +39,8 @@ def match_d_ff(
         return cost(dataclasses.replace(config, d_ff=d_ff))
 
     wanted, base, slope = cost(target), at(1), at(2) - at(1)
+    if config.d_ff and cost(config) == wanted:
+        return config.d_ff
     exact = 1 + (wanted - base) / slope
     for step in (8, 1):
         d_ff = max(round(exact / step) * step, 1)
@@ -45,6 +48,6 @@ def match_d_ff(
             return d_ff
     raise ValueError(
         f"--match {by} cannot be reached: {config.attention} x {config.score} costs {base:,} with the "
-        f"narrowest SwiGLU and {target.attention} x {target.score} costs {wanted:,} in all; use a smaller "
-        f"form, a wider model or --match none"
+        f"narrowest SwiGLU and {target.attention} x {target.score} costs {wanted:,} in all; name the costliest "
+        f"form first, which the others then match, use a smaller one or --match none"
     )

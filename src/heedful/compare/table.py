@@ -117,9 +117,14 @@ def rich_table(summaries: Sequence[FormSummary], title: str) -> Table:
     order = [headers.index(name) for name in TERMINAL if name in headers]
     for i in order:
         left, folds = headers[i] == "form", headers[i] == "vs first"
-        table.add_column(headers[i], justify="left" if left else "right", no_wrap=not folds)
+        table.add_column(
+            headers[i].replace(" ", "\n"),
+            justify="left" if left else "right",
+            no_wrap=not folds,
+            min_width=10 if folds else None,  # room for "(-0.123 to"
+        )
     for row in cells:
-        table.add_row(*(row[i] for i in order))
+        table.add_row(*(row[i].replace(" ±", "\n±").replace(" (", "\n(") for i in order))
     return table
 
 

@@ -75,6 +75,9 @@ class HeedfulConfig(PreTrainedConfig):
             # Unknown names are kept, as everywhere in transformers, but a typo must not be one.
             if near := difflib.get_close_matches(name, own, 1, cutoff=0.85):
                 raise ValueError(f"HeedfulConfig has no field {name!r}; did you mean {near[0]!r}?")
+        for name in ("rope_parameters", "rope_scaling"):
+            if kwargs.get(name):
+                raise ValueError(f"HeedfulConfig has no {name}; set rope_theta")
         if self.attention_options is None:
             self.attention_options = {}
         if self.score_options is None:

@@ -70,13 +70,14 @@ class HeedfulForCausalLM(PreTrainedModel, DecoderParts, GenerationMixin):
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | tuple:
         """Next-token logits, and the loss where labels are given.
 
         Args:
             input_ids: (B, T) token ids; or give `inputs_embeds` (B, T, C).
             attention_mask: (B, S) of 1 = real and 0 = padding, over cached and new tokens.
-            position_ids: (B, T); default: counted over the real tokens of each row and segment.
+            position_ids: (B, T); default: counted over the real tokens of each row and segment. Without a
+                mask or a cache, positions that start over mark packed documents, as `segment_ids` do.
             past_key_values: what an earlier call returned.
             inputs_embeds: (B, T, C) embeddings instead of ids.
             labels: (B, T) token ids, -100 = ignored; shifted inside, as in every causal LM here.
@@ -103,6 +104,10 @@ class HeedfulForCausalLM(PreTrainedModel, DecoderParts, GenerationMixin):
         given = input_ids if input_ids is not None else inputs_embeds
         assert given is not None
         batch, length = given.shape[:2]
+        if position_ids is not None and segment_ids is None and attention_mask is None and cache is None:
+            segment_ids = segments_of(position_ids, batch)
+        if output_hidden_states is None:
+            output_hidden_states = getattr(self.config, "output_hidden_states", False)
         collected: list[Tensor] | None = [] if output_hidden_states else None
         hidden = self.hidden_states(
             input_ids,
@@ -121,12 +126,16 @@ class HeedfulForCausalLM(PreTrainedModel, DecoderParts, GenerationMixin):
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs
             )
-        return CausalLMOutputWithPast(
+        output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=cache if use_cache or past_key_values is not None else None,
             hidden_states=tuple(collected) if collected is not None else None,
         )
+        return_dict = kwargs.get("return_dict")
+        if return_dict is None:
+            return_dict = getattr(self.config, "return_dict", True)
+        return output if return_dict else output.to_tuple()
 
     @torch.no_grad()
     def generate(self, *args: Any, kv_budget: Any = None, kv_policy: str = "selective", **kwargs: Any) -> Any:
@@ -144,6 +153,8 @@ class HeedfulForCausalLM(PreTrainedModel, DecoderParts, GenerationMixin):
             ValueError: for an unsound budget, an unknown policy, or a budget together with a cache of one's
                 own or `use_cache=False`.
         """
+        if kwargs.get("segment_ids") is not None:
+            raise ValueError("generate() continues one text per row: leave out segment_ids")
         budget = self._budget(kv_budget)
         if budget != "full":
             cache = HeedfulCache(len(self.layers), budget, kv_policy)
@@ -248,3 +259,12 @@ class HeedfulForCausalLM(PreTrainedModel, DecoderParts, GenerationMixin):
         if not padded and not torch.compiler.is_compiling() and bool(mask.all()):
             return None
         return mask
+
+
+def segments_of(position_ids: Tensor, batch: int) -> Tensor | None:
+    """Segment ids (B, T) of packed documents, whose positions start over; None where none do."""
+    breaks = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    if not torch.compiler.is_compiling() and not bool(breaks.any()):
+        return None
+    segments = torch.nn.functional.pad(breaks.long().cumsum(-1), (1, 0))
+    return segments.expand(batch, -1)

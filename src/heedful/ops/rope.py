@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from heedful.ops.checks import check_float, check_tensor
+from heedful.ops.checks import check_device, check_float, check_tensor
 from heedful.ops.precision import wide_dtype
 
 
@@ -28,6 +28,11 @@ def rope(x: Tensor, positions: Tensor, *, theta: float = 10000.0, base_dim: int 
     batch, _, length, size = x.shape
     if size % 2:
         raise ValueError(f"rope rotates pairs of features, so D must be even, got {size}")
+    if not isinstance(positions, Tensor):
+        raise TypeError(f"positions must be a tensor of integers, got {type(positions).__name__}")
+    check_device("positions", positions, "x", x)
+    if not theta > 0:
+        raise ValueError(f"theta must be greater than 0, got {theta}")
     if positions.shape not in ((length,), (1, length), (batch, length)):
         raise ValueError(
             f"positions must have shape (T,) = ({length},) or (B, T) = ({batch}, {length}), "

@@ -1,9 +1,10 @@
 """The three steps of SAS, Simulated Attention Score (Zheng et al., arXiv 2507.07694), as functions."""
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from heedful.ops.checks import check_divides, check_float, check_shape, check_tensor
+from heedful.ops.checks import check_device, check_divides, check_float, check_same, check_shape, check_tensor
 
 
 def simulate_heads(
@@ -36,6 +37,7 @@ def simulate_heads(
         )
     check_shape("weight1", weight1, (sim_heads, heads, width), "(Ĥ, H, W)")
     check_shape("weight2", weight2, (sim_heads, sim_heads, width), "(Ĥ, Ĥ, W)")
+    _check_parameters(x, sim_heads, weight1=weight1, bias1=bias1, weight2=weight2, bias2=bias2)
     # One row per token, heads in the last (dense) axis: "channels last" is what oneDNN and cuDNN like.
     rows = x.permute(0, 2, 3, 1).reshape(batch * length, 1, size, heads).permute(0, 3, 1, 2)
     padding = (0, width // 2)
@@ -68,6 +70,7 @@ def simulate_features(
     sim_dim = check_tensor("weight1", weight1, "(D̂, D)").shape[0]
     check_shape("weight1", weight1, (sim_dim, x.shape[-1]), "(D̂, D)")
     check_shape("weight2", weight2, (sim_dim, sim_dim), "(D̂, D̂)")
+    _check_parameters(x, sim_dim, weight1=weight1, bias1=bias1, weight2=weight2, bias2=bias2)
     wide = F.linear(x, weight1, bias1)
     return wide + F.linear(F.relu(wide), weight2, bias2)
 
@@ -95,6 +98,20 @@ def aggregate_heads(x: Tensor, n_heads: int, weight: Tensor, bias: Tensor | None
     check_divides("the number of heads Ĥ", sim_heads, "n_heads", n_heads)
     expected = (check_tensor("weight", weight, "(C, H*E)").shape[0], n_heads * size)
     check_shape("weight", weight, expected, "(C, H*E)")
+    _check_parameters(x, expected[0], weight=weight, bias=bias)
     groups = x.reshape(batch, sim_heads // n_heads, n_heads, length, size)
     merged = groups.mean(1).transpose(1, 2).reshape(batch, length, n_heads * size)
     return F.linear(merged, weight, bias)
+
+
+def _check_parameters(x: Tensor, rows: int, **parameters: Tensor | None) -> None:
+    """Raise unless all are on the device of `x`, in its dtype (autocast may differ), biases (rows,)."""
+    for name, value in parameters.items():
+        if value is None:
+            continue
+        if name.startswith("bias"):
+            check_shape(name, value, (rows,), "(rows of the weight,)")
+        if torch.is_autocast_enabled(x.device.type if x.device.type != "meta" else "cpu"):
+            check_device(name, value, "x", x)
+        else:
+            check_same(name, value, "x", x)

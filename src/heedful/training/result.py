@@ -45,4 +45,5 @@ class RunResult:
     @classmethod
     def load(cls, path: Path) -> "RunResult":
         """Read what `save` wrote."""
-        return cls(**json.loads(path.read_text(encoding="utf-8")))
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        return cls(**{**fields, "curve": [tuple(point) for point in fields["curve"]]})

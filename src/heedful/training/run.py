@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -92,21 +93,24 @@ def train(
         Interrupted: after Ctrl-C; `resume=True` goes on.
         OSError: if `out` cannot be written.
     """
-    out, console = Path(out), console or Console(stderr=True)
+    # Under a launcher such as torchrun every process trains, the first one talks and writes.
+    processes, first = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
+    out, console = Path(out), console or Console(stderr=True, quiet=not first)
     if resume and (out / RESULT).exists():
         check_same_settings(settings, out)
         return RunResult.load(out / RESULT)
     if resume:
         check_same_settings(settings, out)
     data = data or load_settings_data(settings)
-    _prepare_folder(settings, out, resume)
+    if first:
+        _prepare_folder(settings, out, resume)
     checkpoint = _last_checkpoint(out) if resume else None
 
     set_seed(settings.seed)
     config = settings.to_config(data.vocab_size, data.context, data.bos_token_id)
     model = HeedfulForCausalLM(config)
     decoder = config.to_decoder_config()
-    tokens_per_step = settings.batch_size * data.context
+    tokens_per_step = settings.batch_size * data.context * processes
     timer, stop = StepTimer(), StopOnCtrlC()
     title = f"{settings.attention} x {settings.score}"
     progress = ProgressCallback(title, tokens_per_step, console)
@@ -144,8 +148,10 @@ def train(
         raise ValueError(
             f"training diverged: the validation loss is {final.loss}; try a lower --lr than {settings.lr}"
         )
-    model.save_pretrained(out)
-    if data.tokenizer is not None:
+    model.config.use_cache = True  # Trainer turned it off
+    if first:
+        model.save_pretrained(out)
+    if first and data.tokenizer is not None:
         data.tokenizer.save_pretrained(out)  # type: ignore[union-attr]
     result = RunResult(
         attention=settings.attention,
@@ -166,10 +172,11 @@ def train(
             for entry in trainer.state.log_history
             if "eval_loss" in entry
         ],
-        config={"train": settings.to_dict(), "model": config.to_dict()},
+        config={"train": settings.to_dict(), "model": config.to_diff_dict()},
     )
-    result.save(out / RESULT)
-    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)  # a finished run needs none
+    if first:
+        result.save(out / RESULT)
+        shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)  # a finished run needs none
     return result
 
 
@@ -251,6 +258,7 @@ def _arguments(settings: TrainSettings, out: Path) -> TrainingArguments:
         save_steps=max(1, settings.steps // settings.checkpoints),
         save_total_limit=2,
         logging_steps=max(1, settings.steps // 100),
+        ddp_find_unused_parameters=False,
         report_to="none",  # tracking is added as a callback, which knows its folder
         disable_tqdm=True,
     )

@@ -182,6 +182,7 @@ def unmasked_count(
     """
     if not tau > 0:
         raise ValueError(f"tau must be greater than 0, got {tau}")
+    select_q, select_k = to_autocast_dtype(select_q, select_k)  # type: ignore[assignment]
     check_float("select_q", check_tensor("select_q", select_q, "(B, R, T, D)"))
     check_tensor("select_k", select_k, "(B, R, S, D)")
     n_keys = select_k.shape[2]
