@@ -1,6 +1,7 @@
 """The torch-only language model: its arithmetic, its caches, its layers by name."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import pytest
@@ -132,7 +133,7 @@ def test_cached_equals_full(of: dict[str, Any], cuts: set[int]):
     ids, caches = tokens(), model.new_cache()
     edges = [0, *sorted(cuts), 12]
     with torch.no_grad():
-        pieces = [model(ids[:, a:b], caches=caches) for a, b in zip(edges, edges[1:], strict=False)]
+        pieces = [model(ids[:, a:b], caches=caches) for a, b in itertools.pairwise(edges)]
         torch.testing.assert_close(torch.cat(pieces, 1), model(ids), rtol=0, atol=1e-9)
 
 

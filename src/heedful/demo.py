@@ -114,7 +114,7 @@ def _sample(folder: Path, characters: int = 200) -> str:
     set_seed(0)
     text = "She was"
     while len(text) < characters:  # an end of text ends a continuation early
-        text = continue_text(model, tokenizer, text, max_new_tokens=characters)
+        text, _ = continue_text(model, tokenizer, text, max_new_tokens=characters)
     return text[:characters]
 
 

@@ -1,14 +1,20 @@
 """`heedful generate`."""
 
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import MISSING
 
+from heedful.attention.eviction import POLICIES
 from heedful.cli.errors import UsageError
 from heedful.cli.parsing import flag, parse, positional
 
 DESCRIPTION = """Continue a prompt with a trained model.
 
-    heedful generate runs/a "It is a truth" --max-new-tokens 100 --temperature 0.8"""
+    heedful generate runs/a "It is a truth" --max-new-tokens 100 --temperature 0.8
+    heedful generate runs/a "It is a truth" --kv-budget 32 --stats      # a cache of 32 tokens per layer
+
+The policy "selective" needs a model with --score selective; the others go with any."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -23,6 +29,9 @@ def run(arguments: Sequence[str]) -> int:
             flag("temperature", float, 0.8, "0 takes the most likely token; higher is more varied"),
             flag("top_k", int, 50, "draw from the k most likely tokens; 0 draws from all"),
             flag("seed", int, 0, "seed of the draws"),
+            flag("kv_budget", str, "", "tokens the cache of each layer holds: 64, 64,32,..., or full"),
+            flag("kv_policy", str, "selective", "which token is evicted: " + ", ".join(POLICIES)),
+            flag("stats", bool, False, "say afterwards what the cache held, and how fast it went"),
         ],
         arguments,
     )
@@ -40,13 +49,34 @@ def run(arguments: Sequence[str]) -> int:
 
     model, tokenizer = load_model(values["run"]), load_tokenizer(values["run"])
     set_seed(values["seed"])
-    continue_text(
+    started = time.perf_counter()
+    _, cache = continue_text(
         model,
         tokenizer,
         values["prompt"],
         max_new_tokens=values["max_new_tokens"],
         temperature=values["temperature"],
         top_k=values["top_k"],
+        kv_budget=_budget(values["kv_budget"]),
+        kv_policy=values["kv_policy"],
         streamer=TextStreamer(tokenizer, skip_special_tokens=True),
     )
+    if values["stats"]:
+        seconds = time.perf_counter() - started
+        print(
+            f"cache: {cache.seen} tokens seen, {', '.join(map(str, cache.kept))} kept per layer, "
+            f"{cache.nbytes:,} bytes; {cache.seen / seconds:,.0f} tokens/s",
+            file=sys.stderr,
+        )
     return 0
+
+
+def _budget(text: str) -> int | list[int] | str | None:
+    """`64`, `64,32`, `full`, or nothing: what the model's config says."""
+    if text in ("", "full"):
+        return text or None
+    try:
+        budgets = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--kv-budget takes a number, one per layer, or full; got {text!r}") from None
+    return budgets[0] if len(budgets) == 1 else budgets

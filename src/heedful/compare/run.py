@@ -179,7 +179,7 @@ def _check_folder(settings: CompareSettings, out: Path) -> None:
         raise FileExistsError(f"{out} is a file, expected a folder; use another --out")
     path, now = out / "compare.json", _plain(settings)
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = _read(path)
         grows = {"attention", "score", "seeds"}  # more forms or seeds may join a comparison
         changed = [k for k in now if k not in grows and before.get(k) != now[k]]
         if changed:
@@ -191,6 +191,16 @@ def _check_folder(settings: CompareSettings, out: Path) -> None:
             raise ValueError(f"{out} matched its forms to {before['attention'][0]}; keep it first")
     elif out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty and holds no comparison; use another --out")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if not {"attention", "score", "train"} <= set(before):
+            raise ValueError("settings are missing")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); use another --out") from None
+    return before
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], changed: list[str]) -> str:

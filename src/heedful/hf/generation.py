@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from heedful.hf.cache import HeedfulCache
 from heedful.hf.modeling import HeedfulForCausalLM
 
 
@@ -15,8 +16,10 @@ def continue_text(
     max_new_tokens: int,
     temperature: float = 0.8,
     top_k: int = 50,
+    kv_budget: Any = None,
+    kv_policy: str = "selective",
     streamer: Any = None,
-) -> str:
+) -> tuple[str, HeedfulCache]:
     """Continue `prompt` as the model's training text would begin: after the start-of-text token.
 
     Args:
@@ -26,10 +29,12 @@ def continue_text(
         max_new_tokens: tokens to add, at most; an end of text ends earlier.
         temperature: 0 takes the most likely token.
         top_k: draw from the k most likely tokens; 0 draws from all.
+        kv_budget: tokens the cache of each layer holds, as in `generate`.
+        kv_policy: which token is evicted.
         streamer: receives tokens as they come, for `generate`.
 
     Returns:
-        Prompt and continuation.
+        Prompt and continuation, and the cache as it was at the end.
     """
     ids = [tokenizer.bos_token_id, *tokenizer(prompt)["input_ids"]]
     sampling: dict[str, Any] = {"do_sample": False}
@@ -40,7 +45,10 @@ def continue_text(
         attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=model.device),
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.bos_token_id,
+        kv_budget=kv_budget,
+        kv_policy=kv_policy,
+        return_dict_in_generate=True,
         streamer=streamer,
         **sampling,
     )
-    return tokenizer.decode(output[0], skip_special_tokens=True)
+    return tokenizer.decode(output.sequences[0], skip_special_tokens=True), output.past_key_values

@@ -1,6 +1,7 @@
 """One training run: data, model, Trainer, and the files it leaves."""
 
 import contextlib
+import errno
 import logging
 import math
 import os
@@ -131,6 +132,8 @@ def train(
             with stop:
                 trainer.train(resume_from_checkpoint=checkpoint)
         except Exception as error:
+            if shutil.disk_usage(out).free < 2**20:  # torch.save has other words for it
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out)) from error
             if checkpoint is None or timer.begun is not None:
                 raise  # not from reading the checkpoint, which ends before the first step
             raise ValueError(
