@@ -213,26 +213,23 @@ def test_a_form_of_ones_own(heedful: Heedful, small: list[str], form_file: Path,
     assert rows[1]["config"]["model"]["attention_options"] == {"shrink": 2}
 
 
-def test_a_form_from_the_environment(form_file: Path, small: list[str], tmp_path: Path):
-    def run(*arguments: object, forms: object = "") -> Any:
-        return subprocess.run(
-            [sys.executable, "-m", "heedful", *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "HEEDFUL_FORMS": str(forms), "COLUMNS": "200"},
-        )
-
-    out = tmp_path / "run"
-    flags = ["train", *small, "--attention", "tied_kv", "--out", out]
-    unknown = run(*flags)
-    assert unknown.returncode == 2
-    assert "unknown attention 'tied_kv'" in unknown.stderr
-    assert "HEEDFUL_FORMS=my_form.py" in unknown.stderr
-    assert run(*flags, forms=form_file).returncode == 0
-    assert run("generate", out, "the", forms=form_file).returncode == 0
-    lost = run("generate", out, "the")
-    assert lost.returncode == 1
-    assert "unknown attention 'tied_kv'" in lost.stderr
+def test_a_form_from_the_environment(
+    heedful: Heedful, form_file: Path, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    flags = ["train", *small, "--attention", "tied_kv", "--out", tmp_path / "run"]
+    unknown = heedful(*flags).error(2)
+    assert "unknown attention 'tied_kv'" in unknown
+    assert "HEEDFUL_FORMS=my_form.py" in unknown
+    done = subprocess.run(
+        [sys.executable, "-m", "heedful", *map(str, flags)],
+        env={**os.environ, "HEEDFUL_FORMS": str(form_file)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "unknown attention 'tied_kv'" in heedful("generate", tmp_path / "run", "the").error(1)
+    monkeypatch.setenv("HEEDFUL_FORMS", str(form_file))
+    assert heedful("generate", tmp_path / "run", "the").out.startswith("the")
 
 
 @pytest.mark.parametrize(

@@ -226,10 +226,12 @@ def test_continue_text(settings: Settings, quiet_train: Train, tmp_path: Path):
     quiet_train(settings(), tmp_path / "run")
     model, tokenizer = load_model(tmp_path / "run"), load_tokenizer(tmp_path / "run")
     for prompt in ("the cat", "", "naïve — 猫 🐈 <|endoftext|>"):
-        text = continue_text(model, tokenizer, prompt, max_new_tokens=6, temperature=0)
+        text, cache = continue_text(model, tokenizer, prompt, max_new_tokens=6, temperature=0)
         assert text.startswith(prompt)
-        assert text == continue_text(model, tokenizer, prompt, max_new_tokens=6, temperature=0)
-    torch.manual_seed(0)
-    drawn = continue_text(model, tokenizer, "the", max_new_tokens=12, temperature=5.0, top_k=0)
-    torch.manual_seed(1)
-    assert drawn != continue_text(model, tokenizer, "the", max_new_tokens=12, temperature=5.0, top_k=0)
+        assert text == continue_text(model, tokenizer, prompt, max_new_tokens=6, temperature=0)[0]
+        assert cache.seen <= 1 + len(prompt.encode()) + 6
+    drawn = set()
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        drawn.add(continue_text(model, tokenizer, "the", max_new_tokens=12, temperature=5.0, top_k=0)[0])
+    assert len(drawn) == 2
