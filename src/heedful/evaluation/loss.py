@@ -55,7 +55,6 @@ def evaluate(
         ValueError: if no token is labelled, or for a budget with packed rows, an unsound budget or policy.
     """
     device = next(model.parameters()).device
-    n_layers = len(model.layers)  # type: ignore[arg-type]
     was_training = model.training
     model.eval()
     nll, right, tokens = 0.0, 0, 0
@@ -69,7 +68,7 @@ def evaluate(
             if kv_budget == "full":
                 batch["use_cache"] = False
             else:
-                batch["past_key_values"] = HeedfulCache(n_layers, kv_budget, policy)
+                batch["past_key_values"] = HeedfulCache(len(model.layers), kv_budget, policy)  # type: ignore[arg-type]
             logits = model(**batch).logits[:, :-1][labelled].float()
             targets = labels[labelled]
             nll += F.cross_entropy(logits, targets, reduction="sum").double().item()
