@@ -245,8 +245,12 @@ def _write(results: list[RunResult], settings: CompareSettings, data: Data, out:
         summaries,
         out / "compare.png",
         f"Validation loss on {data.name}",
-        f"width {t.d_model}, {t.n_layers} layers, context {data.context}; mean of the seeds, band: their range",
+        f"width {t.d_model}, {t.n_layers} layers, context {data.context}; {_seeds(settings.seeds)}",
     )
+
+
+def _seeds(n: int) -> str:
+    return "one seed" if n == 1 else f"mean of {n} seeds, band: their range"
 
 
 def replace_text(path: Path, text: str) -> None:
