@@ -142,3 +142,9 @@ def test_assisted_decoding_raises(make_model: Make, ids: Tensor):
 def test_packed_prompts_raise(make_model: Make, ids: Tensor):
     with pytest.raises(ValueError, match="leave out segment_ids"):
         make_model().generate(ids, max_new_tokens=3, segment_ids=torch.zeros_like(ids))
+
+
+@pytest.mark.parametrize("how", [{"prompt_lookup_num_tokens": 2}, {"assistant_model": object()}])
+def test_assisted_decoding_raises_before_it_starts(how, make_model: Make, ids: Tensor):
+    with pytest.raises(NotImplementedError, match="assisted decoding"):
+        make_model().generate(ids[:1], max_new_tokens=1, **how)

@@ -152,9 +152,15 @@ class HeedfulForCausalLM(PreTrainedModel, DecoderParts, GenerationMixin):
         Raises:
             ValueError: for an unsound budget, an unknown policy, or a budget together with a cache of one's
                 own or `use_cache=False`.
+            NotImplementedError: for assisted decoding.
         """
         if kwargs.get("segment_ids") is not None:
             raise ValueError("generate() continues one text per row: leave out segment_ids")
+        if kwargs.get("assistant_model") is not None or kwargs.get("prompt_lookup_num_tokens"):
+            raise NotImplementedError(
+                "a HeedfulCache cannot forget its last tokens yet, which assisted decoding needs; generate "
+                "without an assistant"
+            )
         budget = self._budget(kv_budget)
         if budget != "full":
             cache = HeedfulCache(len(self.layers), budget, kv_policy)
