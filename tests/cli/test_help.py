@@ -78,6 +78,7 @@ def test_show(heedful: Heedful, name: str):
     done = heedful("show", name)
     assert (done.code, done.err) == (0, "")
     assert done.out.startswith(name)
+    assert "formula" in done.out
     assert "parameters" in done.out
     assert "FLOPs/token" in done.out
     assert "cache bytes/token" in done.out

@@ -25,6 +25,8 @@ class Score(nn.Module):
     """
 
     Config: ClassVar[type[ScoreConfig]] = ScoreConfig
+    formula: ClassVar[str] = ""
+    """What it computes, for `heedful show`."""
 
     def __init__(self, config: ScoreConfig, n_heads: int, d_model: int) -> None:
         super().__init__()
@@ -120,6 +122,8 @@ class Attention(nn.Module):
     """
 
     Config: ClassVar[type[AttentionConfig]] = AttentionConfig
+    formula: ClassVar[str] = ""
+    """What it computes, for `heedful show`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()

@@ -82,6 +82,10 @@ class GroupedQueryAttention(Attention):
     """Linear q, k and v, heads side by side; see the configs for the three names it goes by."""
 
     Config = GQAConfig
+    formula = """
+        q^h = W_q^h x     k^g = W_k^g x     v^g = W_v^g x          h < H, g < G
+        out = W_o concat_h score(q^h, k^(h G // H)) v^(h G // H)
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

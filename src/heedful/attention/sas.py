@@ -183,6 +183,13 @@ class SASAttention(Attention):
     """
 
     Config = SASConfig
+    formula = """
+        q, k, v per token:    x1 = conv1(x)              H -> Ĥ heads, W features wide
+                              x2 = x1 + conv2(relu(x1))
+        q, k, heads alike:    x3 = lin1(x2)              D -> D̂ features
+                              x4 = x3 + lin2(relu(x3))
+        out = W_o mean over the Ĥ/H groups of H heads of score(q̂, k̂) v̂
+    """
     config: SASConfig
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

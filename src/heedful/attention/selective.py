@@ -18,6 +18,12 @@ from heedful.ops.selective.reference import soft_masks
 class SelectiveScore(Score):
     """softmax(L - F) with F[i,j] = sum_{u<i} relu(L^0[u,j]): tokens vote earlier tokens away."""
 
+    formula = """
+        S[i,j]   = relu(q^0_i . k^0_j / sqrt(D)),  0 for the first token and for j = i
+        F[i,j]   = sum_{u<i} S[u,j]
+        out^h[i] = sum_{j<=i} softmax_j(q^h_i . k^h_j / sqrt(D) - F[i,j]) v^h_j
+    """
+
     @dataclass(frozen=True)
     class Config(ScoreConfig):
         """Selective attention: one head's positive logits mask earlier tokens for all heads. No parameters.

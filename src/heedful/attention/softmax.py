@@ -16,6 +16,8 @@ from heedful.ops.precision import no_autocast, wide_dtype
 class SoftmaxScore(Score):
     """softmax(q k^T / sqrt(D)) v: nothing else happens to the logits."""
 
+    formula = "out[i] = sum_{j<=i} softmax_j(q_i . k_j / sqrt(D)) v_j"
+
     @dataclass(frozen=True)
     class Config(ScoreConfig):
         """Plain softmax over the logits.

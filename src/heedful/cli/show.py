@@ -49,8 +49,7 @@ def show(form: Form, kind: str) -> None:
     for doc in (form.config_class.__doc__, form.module_class.__doc__):
         if doc:
             console.print(escape(_unwrapped(doc)) + "\n")
-    formula = getattr(form.module_class, "formula", "")
-    if formula:
+    if formula := form.module_class.formula:
         console.print("[bold]formula[/bold]")
         console.print(escape(inspect.cleandoc(formula)) + "\n", style="green")
     options = own_fields(form.config_class)
