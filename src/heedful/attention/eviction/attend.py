@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from heedful.attention.cache import token_axis
 from heedful.attention.eviction.cache import EvictingCache
 from heedful.attention.eviction.rule import evict
 
@@ -50,7 +51,7 @@ def attend_evicting(
         return _many(layer, x, q, memory, real, cache)
     outputs = []
     for t in range(length):
-        now = {n: v[:, :, t : t + 1] if v.ndim == 4 else v[:, t : t + 1] for n, v in memory.items()}
+        now = {n: v.narrow(token_axis(v), t, 1) for n, v in memory.items()}
         part = slice(t, t + 1)
         outputs.append(_one(layer, x[:, part], q[:, :, part], now, real[:, part], cache))
     return torch.cat(outputs, dim=2)
@@ -101,7 +102,7 @@ def _many(
     if cache.filled:
         held = cache.n_slots
         old = cache.held()
-        memory = {n: torch.cat((old[n], t), dim=2 if t.ndim == 4 else 1) for n, t in memory.items()}
+        memory = {n: torch.cat((old[n], t), dim=token_axis(t)) for n, t in memory.items()}
         positions = torch.cat((cache.positions, newest), dim=1)
         scores = None if policy.selective else torch.cat((cache.scores, fresh), dim=1)
         state = cache.state
