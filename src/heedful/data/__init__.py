@@ -5,8 +5,8 @@ import transformers or tokenizers.
 """
 
 from heedful.data.dataset import Data, TokenDataset, load_data
-from heedful.data.packing import count_bytes, pack
-from heedful.data.text import Text, load_text
+from heedful.data.packing import by_document, count_bytes, pack
+from heedful.data.text import Text, load_text, read_validation
 from heedful.data.tokenizer import (
     END_OF_TEXT,
     ByteTokenizer,
@@ -28,12 +28,14 @@ __all__ = [
     "Text",
     "TokenDataset",
     "answer_accuracy",
+    "by_document",
     "byte_tokenizer",
     "count_bytes",
     "encode_documents",
     "load_data",
     "load_text",
     "pack",
+    "read_validation",
     "token_bytes",
     "train_bpe",
     "variable_assignment",

@@ -70,6 +70,44 @@ def pack(
     return {"input_ids": input_ids, "segment_ids": segment_ids, "labels": labels}
 
 
+def by_document(documents: Sequence[Sequence[int]], context: int, bos: int) -> dict[str, Tensor]:
+    """Rows that never mix documents, for a cache that evicts: it holds one text per row.
+
+    A document longer than a row goes on in the next one, which begins with the last token of the row
+    before. Every token is predicted exactly once, and after every document but the last its end: the same
+    targets as `pack(..., stride=context - 1)`.
+
+    Args:
+        documents: token ids of each document.
+        context: row length in tokens, at least 2.
+        bos: id of the token before every document; it also fills the padding, on the right.
+
+    Returns:
+        int64 tensors of shape (rows, context): `input_ids`; `attention_mask`, 0 = padding; `labels`, -100
+        where nothing is predicted, to be shifted by the model.
+
+    Raises:
+        ValueError: an argument out of range, or no token to predict.
+    """
+    if context < 2:
+        raise ValueError(f"context must be at least 2 (to predict one token), got {context}")
+    columns: dict[str, list[Tensor]] = {"input_ids": [], "attention_mask": [], "labels": []}
+    for number, document in enumerate(documents):
+        end = [bos] if number < len(documents) - 1 else []
+        stream = torch.tensor([bos, *document, *end], dtype=torch.long)
+        for start in range(0, len(stream) - 1, context - 1):
+            piece = stream[start : start + context]
+            missing = context - len(piece)
+            labels = piece.clone()
+            labels[0] = IGNORE
+            columns["input_ids"].append(_extend(piece, missing, bos))
+            columns["attention_mask"].append(_extend(torch.ones_like(piece), missing, 0))
+            columns["labels"].append(_extend(labels, missing, IGNORE))
+    if not columns["labels"]:
+        raise ValueError("the text has no token to predict; give a longer one")
+    return {name: torch.stack(rows) for name, rows in columns.items()}
+
+
 def count_bytes(labels: Tensor, token_bytes: Tensor) -> int:
     """UTF-8 bytes that the predicted tokens of `labels` (rows, context) stand for.
 

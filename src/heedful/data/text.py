@@ -48,7 +48,7 @@ def load_text(data: str | Path = "austen", validation: str | Path | None = None)
     """
     if data == "austen":
         train, held_out = load_austen()
-        return Text("austen", train, held_out if validation is None else _read_all(validation))
+        return Text("austen", train, held_out if validation is None else read_validation(validation))
 
     files = find_text_files(data)
     name = Path(data).expanduser().resolve().name
@@ -63,7 +63,7 @@ def load_text(data: str | Path = "austen", validation: str | Path | None = None)
 
 def _keep_apart(files: list[Path], validation: str | Path) -> tuple[list[str], list[str]]:
     """Documents of the training files that are no validation files, and those of the latter."""
-    held_out = _read_all(validation)
+    held_out = read_validation(validation)
     taken: set[Path] = set()
     if validation != "austen":
         taken = {file.resolve() for file in find_text_files(validation)}
@@ -76,8 +76,16 @@ def _keep_apart(files: list[Path], validation: str | Path) -> tuple[list[str], l
     return [document for file in kept for document in read_documents(file)], held_out
 
 
-def _read_all(source: str | Path) -> list[str]:
-    """Every document of an explicit validation source."""
+def read_validation(source: str | Path) -> list[str]:
+    """Every document of a text to measure on.
+
+    Args:
+        source: `"austen"` (the novel that training never sees), a UTF-8 file or a folder.
+
+    Raises:
+        FileNotFoundError: a path does not exist.
+        ValueError: no text files, or an empty, binary or badly encoded one.
+    """
     if source == "austen":
         return load_austen()[1]
     documents = [document for file in find_text_files(source) for document in read_documents(file)]

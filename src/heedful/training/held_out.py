@@ -1,0 +1,76 @@
+"""The rows that a trained model is measured on, one text per row, as a cache that evicts needs them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from heedful.data import (
+    TokenDataset,
+    by_document,
+    count_bytes,
+    encode_documents,
+    load_data,
+    load_text,
+    read_validation,
+    token_bytes,
+)
+from heedful.training.run import SETTINGS
+from heedful.training.settings import TrainSettings
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Rows to measure on."""
+
+    name: str
+    """What the text or the task is called."""
+    rows: TokenDataset
+    """input_ids, labels and, for text, attention_mask; one document or a piece of one per row."""
+    n_bytes: int | None
+    """UTF-8 bytes that the labelled tokens stand for; None for a synthetic task."""
+    context: int
+    """Tokens in a row."""
+
+    def part(self, start: int, stop: int, tokenizer: Any = None) -> "HeldOut":
+        """Rows `start` to `stop`; the tokenizer counts their bytes."""
+        tensors = {name: tensor[start:stop] for name, tensor in self.rows.tensors.items()}
+        n_bytes = None
+        if self.n_bytes is not None and tokenizer is not None:
+            n_bytes = count_bytes(tensors["labels"], token_bytes(tokenizer))
+        return HeldOut(self.name, TokenDataset(tensors), n_bytes, self.context)
+
+
+def held_out(run: str | Path, tokenizer: Any | None, data: str | None = None) -> HeldOut:
+    """What the model in `run` is measured on.
+
+    Args:
+        run: the folder of a finished training run, which says its context and its data.
+        tokenizer: the one saved with the model; None for a synthetic task.
+        data: a text file, a folder or "austen", all of it; None takes the validation data of the run.
+
+    Raises:
+        FileNotFoundError: if `run` has no settings or `data` does not exist.
+        ValueError: for a synthetic task with `data`, or a text that cannot be used.
+    """
+    path = Path(run) / SETTINGS
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{run} holds no training run (no {SETTINGS}); expected what heedful train left"
+        )
+    settings = TrainSettings.load(path)
+    if settings.data.startswith("synthetic"):
+        if data is not None:
+            raise ValueError(f"{run} was trained on {settings.data} and reads no text; leave out --data")
+        own = load_data(settings.data, context=settings.context, seed=settings.seed, train_examples=1)
+        return HeldOut(own.name, own.validation, None, own.context)
+    if tokenizer is None:
+        raise ValueError(f"{run} was trained on text: its tokenizer is needed")
+    if data is not None:
+        documents, name = read_validation(data), data if data == "austen" else Path(data).name
+    else:
+        text = load_text(settings.data, settings.val_data)
+        documents, name = text.validation, f"{text.name} (validation)"
+    ids = encode_documents(tokenizer, documents)
+    tensors = by_document(ids, settings.context, tokenizer.bos_token_id)
+    n_bytes = count_bytes(tensors["labels"], token_bytes(tokenizer))
+    return HeldOut(name, TokenDataset(tensors), n_bytes, settings.context)
