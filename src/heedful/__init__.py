@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 _HOME = {
     "heedful.ops": (
         "aggregate_heads",
+        "memory_share",
         "rope",
         "selective_attention",
         "simulate_features",

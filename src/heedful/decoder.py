@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from heedful.attention.base import Attention
+from heedful.attention.base import Attention, LayerLoss
 from heedful.attention.cache import LayerCache
 from heedful.attention.config import AttentionConfig, option, own_fields, required
 from heedful.attention.eviction import EvictingCache
@@ -161,11 +161,16 @@ class Block(nn.Module):
         key_mask: Tensor | None = None,
         segment_ids: Tensor | None = None,
         cache: LayerCache | None = None,
+        losses: list[LayerLoss] | None = None,
     ) -> Tensor:
         """(B, T, C) -> (B, T, C); the other arguments go to the attention."""
-        normed = self.attention_norm(x)
         x = x + self.attention(
-            normed, positions=positions, key_mask=key_mask, segment_ids=segment_ids, cache=cache
+            self.attention_norm(x),
+            positions=positions,
+            key_mask=key_mask,
+            segment_ids=segment_ids,
+            cache=cache,
+            losses=losses,
         )
         return x + self.mlp(self.mlp_norm(x))
 
@@ -222,6 +227,7 @@ class DecoderParts(nn.Module):
         segment_ids: Tensor | None = None,
         caches: list[LayerCache] | None = None,
         collect: list[Tensor] | None = None,
+        losses: list[LayerLoss] | None = None,
     ) -> Tensor:
         """Token ids (B, T), or embeddings (B, T, C), to the normed last hidden states (B, T, C).
 
@@ -233,6 +239,7 @@ class DecoderParts(nn.Module):
             segment_ids: (B, T) integers for packed documents.
             caches: one per layer; the new tokens are added.
             collect: a list that receives the input of every layer and the result.
+            losses: a list that receives the own losses of the layers whose scores train one.
 
         Raises:
             ValueError: if a learned position is out of range.
@@ -264,9 +271,11 @@ class DecoderParts(nn.Module):
                 collect.append(x)
             cache = caches[i] if caches is not None else None
             if self.gradient_checkpointing and self.training and cache is None:
-                x = self._gradient_checkpointing_func(layer, x, positions, key_mask, segment_ids)
+                x = self._gradient_checkpointing_func(
+                    layer, x, positions, key_mask, segment_ids, None, losses
+                )
             else:
-                x = layer(x, positions, key_mask, segment_ids, cache)
+                x = layer(x, positions, key_mask, segment_ids, cache, losses)
         x = self.norm(x)
         if collect is not None:
             collect.append(x)

@@ -1,5 +1,6 @@
 """The base classes of all forms. Read this first: an Attention makes q, k, v; a Score uses them."""
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +14,16 @@ from heedful.attention.registry import SCORES
 from heedful.ops.checks import check_shape, check_tensor, show
 from heedful.ops.masks import rank_in_segment
 from heedful.ops.rope import rope
+
+
+@dataclass(frozen=True)
+class LayerLoss:
+    """What a layer adds to the training loss."""
+
+    loss: Tensor
+    """(B,), per row, weighted."""
+    kept: Tensor
+    """(B, T), the tokens that each query still holds, softly counted; 0 at padding. Detached."""
 
 
 class Score(nn.Module):
@@ -62,6 +73,26 @@ class Score(nn.Module):
             out (B, H, T, E), zeros at padded queries, and the state to hand to the next call.
         """
         raise NotImplementedError
+
+    def layer_loss(
+        self,
+        q: Tensor,
+        k: Tensor,
+        *,
+        key_mask: Tensor | None,
+        segment_ids: Tensor | None,
+        scale: float,
+    ) -> LayerLoss | None:
+        """A loss of this layer's own, for scores that train one; None where there is none.
+
+        Args:
+            q: (B, H, T, D).
+            k: (B, G, T, D).
+            key_mask: (B, T) bool, False = padding, or None.
+            segment_ids: (B, T) integers, or None.
+            scale: multiplies the logits.
+        """
+        return None
 
     # What a cache that evicts needs; a score that leaves these out works with every other cache.
 
@@ -170,6 +201,7 @@ class Attention(nn.Module):
         key_mask: Tensor | None = None,
         segment_ids: Tensor | None = None,
         cache: LayerCache | None = None,
+        losses: list[LayerLoss] | None = None,
     ) -> Tensor:
         """Attend causally.
 
@@ -180,6 +212,7 @@ class Attention(nn.Module):
             key_mask: (B, T) bool, False = padding. The cache remembers it.
             segment_ids: (B, T) integers for packed sequences. The cache remembers them.
             cache: what earlier tokens left; the new tokens are added to it.
+            losses: receives the layer's own loss where its score trains one; not together with a cache.
 
         Returns:
             (B, T, C).
@@ -217,6 +250,11 @@ class Attention(nn.Module):
             cache.remember_mask("key_mask", key_mask)
             cache.remember_mask("segment_ids", segment_ids)
         k, v = self.keys_values(memory)
+        scale = self.config.qk_dim**-0.5
+        if losses is not None and cache is None:
+            own = self.score.layer_loss(q, k, key_mask=key_mask, segment_ids=segment_ids, scale=scale)
+            if own is not None:
+                losses.append(own)
         out, state = self.score(
             q,
             k,
@@ -225,7 +263,7 @@ class Attention(nn.Module):
             state=state,
             key_mask=key_mask,
             segment_ids=segment_ids,
-            scale=self.config.qk_dim**-0.5,
+            scale=scale,
         )
         if cache is not None:
             cache.state = state

@@ -1,15 +1,17 @@
 """Selective attention as a Score: head 0 votes, the votes are subtracted from every head's logits."""
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-from heedful.attention.base import Score
-from heedful.attention.config import ScoreConfig
+from heedful.attention.base import LayerLoss, Score
+from heedful.attention.config import ScoreConfig, option
 from heedful.attention.registry import register_score
 from heedful.ops.dot_product import masked_softmax, repeat_kv
 from heedful.ops.precision import wide_dtype
-from heedful.ops.selective import selective_attention
+from heedful.ops.selective import memory_share, selective_attention, unmasked_count
 from heedful.ops.selective.api import attend_visible
 from heedful.ops.selective.reference import soft_masks
 
@@ -32,9 +34,25 @@ class SelectiveScore(Score):
         token, the votes against it; the logits of the selection head are those of attention head 0.
         """
 
+        memory_loss: float = option(
+            0.0, "weight of the memory loss, which trains for small caches; paper: 0.1"
+        )
+        memory_tau: float = option(1.0, "votes at which a token counts as gone in the memory loss")
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            for name, least in (("memory_loss", 0.0), ("memory_tau", None)):
+                value = getattr(self, name)
+                sound = isinstance(value, int | float) and not isinstance(value, bool) and value < math.inf
+                if not sound or not (value > 0 if least is None else value >= least):
+                    bound = "greater than 0" if least is None else "0 or more"
+                    raise ValueError(f"{name} must be a finite number, {bound}, got {value!r}")
+
         def state_bytes_per_token(self) -> int:
             """One float32 per token: F."""
             return 4
+
+    config: Config
 
     def forward(
         self,
@@ -60,6 +78,23 @@ class SelectiveScore(Score):
             impl=self.config.impl,
         )
         return out, {"soft_mask": soft_mask}
+
+    def layer_loss(
+        self,
+        q: Tensor,
+        k: Tensor,
+        *,
+        key_mask: Tensor | None,
+        segment_ids: Tensor | None,
+        scale: float,
+    ) -> LayerLoss | None:
+        """The memory loss: the largest share of a row that is held, times `memory_loss`."""
+        if not self.config.memory_loss:
+            return None
+        masks: dict[str, Any] = {"key_mask": key_mask, "segment_ids": segment_ids}
+        counts = unmasked_count(q[:, :1], k[:, :1], tau=self.config.memory_tau, scale=scale, **masks)
+        share = memory_share(counts, **masks)[:, 0]
+        return LayerLoss(self.config.memory_loss * share, counts[:, 0].detach())
 
     state_names = ["soft_mask"]
 

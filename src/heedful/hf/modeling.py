@@ -1,5 +1,6 @@
 """`HeedfulForCausalLM`: the decoder as a Hugging Face causal language model."""
 
+from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -7,12 +8,23 @@ from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from heedful.attention.base import LayerLoss
 from heedful.decoder import DecoderParts
 from heedful.hf.cache import HeedfulCache, check_cache
 from heedful.hf.configuration import HeedfulConfig
 
 # What Trainer and generate pass along and this model may ignore or hands to the loss.
 _PASSED_ALONG = {"num_items_in_batch", "return_dict", "cache_position", "output_attentions"}
+
+
+@dataclass
+class HeedfulOutput(CausalLMOutputWithPast):
+    """What `HeedfulForCausalLM.forward` returns."""
+
+    memory_loss: Tensor | None = None
+    """The part of `loss` that is the memory loss, in training; detached."""
+    kept_tokens: tuple[Tensor, ...] | None = None
+    """(B, T) per layer that trains a memory loss: the tokens each query still holds, softly counted."""
 
 
 class HeedfulForCausalLM(PreTrainedModel, DecoderParts, GenerationMixin):
@@ -70,8 +82,12 @@ class HeedfulForCausalLM(PreTrainedModel, DecoderParts, GenerationMixin):
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast | tuple:
+    ) -> HeedfulOutput | tuple:
         """Next-token logits, and the loss where labels are given.
+
+        In training mode the loss includes the memory loss of the layers that have one (`--score.memory-loss`):
+        its mean over rows and layers. Where `num_items_in_batch` says that these rows are a part of a larger
+        batch, they count by their share of its labelled tokens, as the rest of the loss does.
 
         Args:
             input_ids: (B, T) token ids; or give `inputs_embeds` (B, T, C).
@@ -109,6 +125,7 @@ class HeedfulForCausalLM(PreTrainedModel, DecoderParts, GenerationMixin):
         if output_hidden_states is None:
             output_hidden_states = getattr(self.config, "output_hidden_states", False)
         collected: list[Tensor] | None = [] if output_hidden_states else None
+        losses: list[LayerLoss] | None = [] if self.training and labels is not None else None
         hidden = self.hidden_states(
             input_ids,
             embeds=inputs_embeds,
@@ -117,20 +134,27 @@ class HeedfulForCausalLM(PreTrainedModel, DecoderParts, GenerationMixin):
             segment_ids=segment_ids,
             caches=cache.memories if cache is not None else None,
             collect=collected,
+            losses=losses,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden[:, kept])
-        loss = None
+        loss = memory_loss = None
         if labels is not None:
-            loss_kwargs = {k: v for k, v in kwargs.items() if k == "num_items_in_batch"}
+            items = kwargs.get("num_items_in_batch")
             loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, num_items_in_batch=items
             )
-        output = CausalLMOutputWithPast(
+        if losses:
+            assert loss is not None and labels is not None
+            memory_loss = self._memory_loss(losses, labels, items)
+            loss = loss + memory_loss
+        output = HeedfulOutput(
             loss=loss,
             logits=logits,
             past_key_values=cache if use_cache or past_key_values is not None else None,
             hidden_states=tuple(collected) if collected is not None else None,
+            memory_loss=None if memory_loss is None else memory_loss.detach(),
+            kept_tokens=tuple(own.kept for own in losses) if losses else None,
         )
         return_dict = kwargs.get("return_dict")
         if return_dict is None:
@@ -205,6 +229,16 @@ class HeedfulForCausalLM(PreTrainedModel, DecoderParts, GenerationMixin):
             nll = nll.masked_fill(~counted, 0.0)
             return nll.sum() / counted.sum() if reduction == "mean" else nll
         return nll.mean() if reduction == "mean" else nll
+
+    def _memory_loss(self, losses: list[LayerLoss], labels: Tensor, items: Tensor | int | None) -> Tensor:
+        """The layers' own losses, averaged over rows and layers."""
+        loss = torch.stack([own.loss for own in losses]).sum(0).mean() / len(self.layers)
+        if torch.is_grad_enabled() and self.gradient_checkpointing and not loss.requires_grad:
+            raise ValueError(
+                "the memory loss has no gradient under reentrant gradient checkpointing; use "
+                'gradient_checkpointing_kwargs={"use_reentrant": False}'
+            )
+        return loss if items is None else loss * (labels[:, 1:] != -100).sum() / items
 
     def _budget(self, kv_budget: Any) -> Any:
         if kv_budget is None:

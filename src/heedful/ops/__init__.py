@@ -2,10 +2,11 @@
 
 from heedful.ops.rope import rope
 from heedful.ops.sas import aggregate_heads, simulate_features, simulate_heads
-from heedful.ops.selective import selective_attention, unmasked_count
+from heedful.ops.selective import memory_share, selective_attention, unmasked_count
 
 __all__ = [
     "aggregate_heads",
+    "memory_share",
     "rope",
     "selective_attention",
     "simulate_features",

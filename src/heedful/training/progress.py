@@ -1,9 +1,11 @@
 """What a person sees while a model trains, and what Ctrl-C does."""
 
+import json
 import signal
 import sys
 import threading
 import time
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -67,6 +69,8 @@ class ProgressCallback(TrainerCallback):
             self._line(state, f"validation loss {loss:.3f}, next token right {accuracy:.1%}")
         elif "loss" in logs:
             self.loss = f"loss {float(logs['loss']):.3f}"
+            if "memory_loss" in logs:
+                self.loss += f", of it memory {logs['memory_loss']:.3f}"
             if self.bar is None and time.perf_counter() - self.last_line > 10:
                 self._line(state, self._info(state))
 
@@ -114,6 +118,22 @@ class StepTimer(TrainerCallback):
         """Median seconds of a step; the first, which warms up, does not count."""
         steps = sorted(self.seconds[1:] or self.seconds)
         return steps[len(steps) // 2] if steps else float("nan")
+
+
+class LogFile(TrainerCallback):
+    """Writes what Trainer logs, a line per entry, at every evaluation, checkpoint and end."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            lines = "".join(json.dumps(entry) + "\n" for entry in state.log_history)
+            self.path.write_text(lines, encoding="utf-8")
+
+    on_save = on_train_end = on_evaluate
 
 
 class StopOnCtrlC(TrainerCallback):

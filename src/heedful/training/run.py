@@ -21,12 +21,12 @@ from transformers.trainer_callback import ProgressCallback as TqdmCallback
 from heedful.attention.params import decayed_names
 from heedful.data import Data, TokenDataset, load_data
 from heedful.evaluation import evaluate
-from heedful.hf.modeling import HeedfulForCausalLM
-from heedful.training.progress import ProgressCallback, StepTimer, StopOnCtrlC
+from heedful.hf.modeling import HeedfulForCausalLM, HeedfulOutput
+from heedful.training.progress import LogFile, ProgressCallback, StepTimer, StopOnCtrlC
 from heedful.training.result import RunResult
 from heedful.training.settings import TrainSettings
 
-SETTINGS, RESULT, CHECKPOINTS = "train.json", "result.json", "checkpoints"
+SETTINGS, RESULT, CHECKPOINTS, LOG = "train.json", "result.json", "checkpoints", "log.jsonl"
 CHECKPOINT_PARTS = (
     "config.json",
     "model.safetensors",
@@ -42,7 +42,25 @@ class Interrupted(Exception):
 
 
 class LanguageModelTrainer(Trainer):
-    """`Trainer` with heedful's weight decay rule and its evaluation over tokens, not batches."""
+    """`Trainer` with heedful's weight decay rule, its evaluation over tokens, and a log of the memory loss."""
+
+    _last: HeedfulOutput | None = None
+    _mask: torch.Tensor | None = None
+
+    def compute_loss(  # type: ignore[override]
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        """The model's own loss; its memory loss is remembered for the log."""
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if outputs.get("memory_loss") is not None:
+            self._last, self._mask = outputs, inputs.get("attention_mask")
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the memory loss of the last batch, and the tokens kept per layer in it."""
+        if "loss" in logs and self._last is not None:
+            logs.update(memory_logs(self._last, self._mask))
+        super().log(logs, *args, **kwargs)
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """No decay on norms, biases and SAS's identity part."""
@@ -63,6 +81,22 @@ class LanguageModelTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+def memory_logs(output: HeedfulOutput, mask: torch.Tensor | None = None) -> dict[str, float]:
+    """The memory loss as it enters the loss, and mean and 95th percentile of the tokens kept, by layer.
+
+    Args:
+        output: of a forward in training mode, with a memory loss.
+        mask: (B, T) attention mask, 0 = padding, which is not counted.
+    """
+    assert output.memory_loss is not None and output.kept_tokens is not None
+    logs = {"memory_loss": float(output.memory_loss)}
+    for layer, kept in enumerate(output.kept_tokens):
+        real = (kept if mask is None else kept[mask.bool()]).flatten().float()
+        logs[f"kept_mean_{layer}"] = float(real.mean())
+        logs[f"kept_p95_{layer}"] = float(real.kthvalue(max(1, round(0.95 * real.numel()))).values)
+    return logs
 
 
 def train(
@@ -86,7 +120,7 @@ def train(
         console: where to show progress.
 
     Returns:
-        The figures, also in `out/result.json`.
+        The figures, also in `out/result.json`; `out/log.jsonl` has the losses while training.
 
     Raises:
         ValueError: if the settings, the data or a checkpoint are unsound.
@@ -122,7 +156,7 @@ def train(
             train_dataset=data.train,
             eval_dataset=curve_rows(data.validation),
             data_collator=default_data_collator,
-            callbacks=[timer, progress, stop],
+            callbacks=[timer, progress, stop, LogFile(out / LOG)],
         )
         if settings.track == "tensorboard":
             trainer.add_callback(_tensorboard(out))

@@ -1,5 +1,6 @@
-"""Selective attention: `selective_attention` and the soft count of its memory loss."""
+"""Selective attention: `selective_attention`, and the soft count of its memory loss."""
 
 from heedful.ops.selective.api import selective_attention, unmasked_count
+from heedful.ops.selective.memory import memory_share
 
-__all__ = ["selective_attention", "unmasked_count"]
+__all__ = ["memory_share", "selective_attention", "unmasked_count"]
