@@ -9,6 +9,7 @@ COMMANDS = {
     "train": "train a language model on your text, with any attention and score",
     "compare": "train several forms alike and compare them: table, plot, raw data",
     "generate": "continue a prompt with a trained model",
+    "budget": "find how few cached tokens every layer needs for a given loss",
     "demo": "the whole story in five minutes, offline",
     "ls": "list the attention and score forms",
     "show": "explain one form: what it is, its formula, its cost, its paper",
