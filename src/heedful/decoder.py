@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 from heedful.attention.base import Attention, LayerLoss
 from heedful.attention.cache import LayerCache
 from heedful.attention.config import AttentionConfig, option, own_fields, required
-from heedful.attention.eviction import EvictingCache
 from heedful.attention.registry import ATTENTIONS, SCORES
 from heedful.ops.checks import check_choice, check_tensor
 from heedful.ops.masks import rank_in_segment
@@ -303,15 +302,9 @@ class DecoderParts(nn.Module):
         caches: list[LayerCache] | None,
         device: torch.device,
     ) -> Tensor:
-        if caches and isinstance(caches[0], EvictingCache):
-            real = caches[0].real_tokens(key_mask, batch, length, device)
-            return caches[0].next_positions(real).clamp(min=0)
-        earlier = 0
         if caches:
-            earlier = caches[0].seen
-            key_mask = caches[0].whole_mask("key_mask", key_mask, (batch, length))
-            segment_ids = caches[0].whole_mask("segment_ids", segment_ids, (batch, length))
-        return rank_in_segment(earlier + length, key_mask, segment_ids, device)[:, earlier:]
+            return caches[0].next_positions(key_mask, segment_ids, batch, length, device)
+        return rank_in_segment(length, key_mask, segment_ids, device)
 
 
 class Decoder(DecoderParts):

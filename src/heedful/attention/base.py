@@ -6,13 +6,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from heedful.attention.cache import LayerCache
+from heedful.attention.cache import LayerCache, token_axis
 from heedful.attention.config import AttentionConfig, ScoreConfig
-from heedful.attention.eviction.attend import attend_evicting
+from heedful.attention.eviction.attend import attend_evicting, check_one_selector
 from heedful.attention.eviction.cache import EvictingCache
 from heedful.attention.registry import SCORES
 from heedful.ops.checks import check_shape, check_tensor, show
-from heedful.ops.masks import rank_in_segment
+from heedful.ops.precision import wide_dtype
 from heedful.ops.rope import rope
 
 
@@ -128,6 +128,43 @@ class Score(nn.Module):
         """
         raise NotImplementedError(f"score {self.config.form!r} does not support caches that evict")
 
+    def attend_slots(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        x: Tensor,
+        state: dict[str, Tensor],
+        positions: Tensor,
+        newest: Tensor,
+        scale: float,
+    ) -> Tensor:
+        """`attend` for one token per row that sees every key; the state is updated in place.
+
+        Args:
+            q: (B, H, 1, D).
+            k: (B, G, C, D), in any order but for the first real token, which comes first.
+            v: (B, G, C, E).
+            x: (B, 1, C).
+            state: per-token state of all keys, the query's own included.
+            positions: (B, C) position of each key in its row.
+            newest: (B, 1), where the query's own key is.
+            scale: multiplies the logits.
+
+        Returns:
+            (B, H, 1, E).
+        """
+        visible = torch.ones_like(positions, dtype=torch.bool)
+        voted = (positions > 0).scatter(-1, newest, False)
+        out, after = self.attend(
+            q, k, v, x=x, state=state, visible=visible[:, None], voted=voted[:, None], scale=scale
+        )
+        check_one_selector(after)
+        for name, value in after.items():
+            state[name].copy_(value)
+        return out
+
     def soft_mask_rows(
         self, q: Tensor, k: Tensor, state: dict[str, Tensor], voted: Tensor, scale: float
     ) -> Tensor:
@@ -225,27 +262,38 @@ class Attention(nn.Module):
         check_shape("x", x, (batch, length, self.config.d_model), "(B, T, C)")
         self._check_mask("key_mask", key_mask, (batch, length))
         self._check_mask("segment_ids", segment_ids, (batch, length))
+        if positions is None:
+            known = cache if cache is not None else LayerCache()
+            positions = known.next_positions(key_mask, segment_ids, batch, length, x.device)
+        q, memory = self.project(x, positions)
+        if cache is None:
+            return self.aggregate(self._attend(x, q, memory, key_mask, segment_ids, None, losses))
+        undo = cache.snapshot() if cache.recording else None
+        out = self._attend(x, q, memory, key_mask, segment_ids, cache)
+        if undo is not None:
+            cache.record(length, undo, lambda n: self._replay(n, x, q, memory, key_mask, segment_ids, cache))
+        return self.aggregate(out)
+
+    def _attend(
+        self,
+        x: Tensor,
+        q: Tensor,
+        memory: dict[str, Tensor],
+        key_mask: Tensor | None,
+        segment_ids: Tensor | None,
+        cache: LayerCache | None,
+        losses: list[LayerLoss] | None = None,
+    ) -> Tensor:
+        """Remember T new tokens and let them attend: the outputs of the heads, (B, H, T, E)."""
         if isinstance(cache, EvictingCache):
             if segment_ids is not None:
                 raise ValueError("packed segments and a cache that evicts do not go together")
-            if positions is None:
-                positions = cache.next_positions(cache.real_tokens(key_mask, batch, length, x.device)).clamp(
-                    min=0
-                )
-            q, memory = self.project(x, positions)
-            return self.aggregate(attend_evicting(self, x, q, memory, key_mask, cache))
-        earlier = 0
-        if cache is not None:
-            earlier = cache.seen
-            key_mask = cache.whole_mask("key_mask", key_mask, (batch, length))
-            segment_ids = cache.whole_mask("segment_ids", segment_ids, (batch, length))
-        if positions is None:
-            rank = rank_in_segment(earlier + length, key_mask, segment_ids, x.device)
-            positions = rank[:, earlier:]
-        q, memory = self.project(x, positions)
+            return attend_evicting(self, x, q, memory, key_mask, cache)
         state: dict[str, Tensor] = {}
         if cache is not None:
             state = cache.state
+            key_mask = cache.whole_mask("key_mask", key_mask, x.shape[:2])
+            segment_ids = cache.whole_mask("segment_ids", segment_ids, x.shape[:2])
             memory = cache.append(**memory)
             cache.remember_mask("key_mask", key_mask)
             cache.remember_mask("segment_ids", segment_ids)
@@ -267,7 +315,22 @@ class Attention(nn.Module):
         )
         if cache is not None:
             cache.state = state
-        return self.aggregate(out)
+        return out
+
+    def _replay(
+        self,
+        n: int,
+        x: Tensor,
+        q: Tensor,
+        memory: dict[str, Tensor],
+        key_mask: Tensor | None,
+        segment_ids: Tensor | None,
+        cache: LayerCache,
+    ) -> None:
+        """Remember the first n tokens of a piece again."""
+        first = {name: tensor.narrow(token_axis(tensor), 0, n) for name, tensor in memory.items()}
+        masks = [None if mask is None else mask[:, :n] for mask in (key_mask, segment_ids)]
+        self._attend(x[:, :n], q[:, :, :n], first, masks[0], masks[1], cache)
 
     def place_queries(self, q: Tensor, positions: Tensor) -> Tensor:
         """QK-norm and rotary positions, as configured, on (B, H, T, D)."""
@@ -276,6 +339,26 @@ class Attention(nn.Module):
     def place_keys(self, k: Tensor, positions: Tensor) -> Tensor:
         """QK-norm and rotary positions, as configured, on (B, G, S, D)."""
         return self._place(k, positions, self.k_norm if self.config.qk_norm else None)
+
+    def logit_bound(self, q: Tensor, k: Tensor) -> Tensor:
+        """No logit of these queries and keys, of any head, is larger in size.
+
+        With QK-norm the bound is at least what the gains allow, so that it holds for all others as well.
+
+        Args:
+            q: (B, H, T, D).
+            k: (B, G, S, D).
+
+        Returns:
+            (B, 1), float32 or wider.
+        """
+        dtype = wide_dtype(q)
+        largest = [x.to(dtype).norm(dim=-1).flatten(1).amax(-1, keepdim=True) for x in (q, k)]
+        bound = largest[0] * largest[1] * self.config.qk_dim**-0.5
+        if self.config.qk_norm:
+            gains = self.q_norm.weight.abs().max() * self.k_norm.weight.abs().max()
+            bound = torch.maximum(bound, gains.to(dtype) * self.config.qk_dim**0.5)
+        return bound
 
     def split_heads(self, x: Tensor, n_heads: int) -> Tensor:
         """(B, T, H * D) -> (B, H, T, D)."""

@@ -1,9 +1,23 @@
 """What a layer remembers of the tokens it has seen."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from heedful.ops.masks import rank_in_segment
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some tokens that were read together, and how to take them back."""
+
+    length: int
+    undo: Callable[[], None]
+    """Makes the cache what it was before the piece."""
+    replay: Callable[[int], None]
+    """Reads the first n tokens of the piece again."""
 
 
 class LayerCache:
@@ -20,6 +34,9 @@ class LayerCache:
     def __init__(self, block: int = 128) -> None:
         self.block = block
         self.seen = 0
+        self.recording = False
+        """Keep what `crop` needs, until it is called."""
+        self._pieces: list[Piece] = []
         self.masks: dict[str, Tensor] = {}
         self.state: dict[str, Tensor] = {}
         self._storage: dict[str, Tensor] = {}
@@ -45,7 +62,7 @@ class LayerCache:
         storage = self._storage[name]
         return storage.narrow(token_axis(storage), 0, self.seen)
 
-    def whole_mask(self, name: str, new: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
+    def whole_mask(self, name: str, new: Tensor | None, shape: Sequence[int]) -> Tensor | None:
         """An optional `(B, S)` mask for all tokens, the new ones included.
 
         Tokens without a key mask are real. Tokens without segment ids before any were given are segment 0,
@@ -73,6 +90,19 @@ class LayerCache:
         if mask is not None:
             self.masks[name] = mask
 
+    def next_positions(
+        self,
+        key_mask: Tensor | None,
+        segment_ids: Tensor | None,
+        batch: int,
+        length: int,
+        device: torch.device,
+    ) -> Tensor:
+        """Positions (1 or B, T) of T new tokens: counted over the real tokens of each row and segment."""
+        key_mask = self.whole_mask("key_mask", key_mask, (batch, length))
+        segment_ids = self.whole_mask("segment_ids", segment_ids, (batch, length))
+        return rank_in_segment(self.seen + length, key_mask, segment_ids, device)[:, self.seen :]
+
     def append(self, **tensors: Tensor) -> dict[str, Tensor]:
         """Add T tokens and return each named tensor for all tokens so far, `(B, G, S, ·)` or `(B, S)`.
 
@@ -90,6 +120,38 @@ class LayerCache:
         self.seen = total
         return {name: self[name] for name in tensors}
 
+    def crop(self, n: int) -> None:
+        """Forget the last n tokens, as if they had never been read; what is recorded before them is dropped.
+
+        Raises:
+            ValueError: if fewer tokens were recorded; nothing is changed then.
+        """
+        recorded = sum(piece.length for piece in self._pieces)
+        if n > recorded:
+            raise ValueError(
+                f"cannot forget {n} tokens, {recorded} are recorded; set recording = True before they are read"
+            )
+        while n > 0:
+            piece = self._pieces.pop()
+            piece.undo()
+            if piece.length > n:
+                piece.replay(piece.length - n)
+            n -= piece.length
+        self._pieces.clear()
+
+    def record(self, length: int, undo: Callable[[], None], replay: Callable[[int], None]) -> None:
+        """Note a piece that was read, for `crop`."""
+        self._pieces.append(Piece(length, undo, replay))
+
+    def snapshot(self) -> Callable[[], None]:
+        """A function that makes the cache what it is now."""
+        seen, masks, state = self.seen, dict(self.masks), dict(self.state)
+
+        def undo() -> None:
+            self.seen, self.masks, self.state = seen, dict(masks), dict(state)
+
+        return undo
+
     def reorder(self, rows: Tensor) -> None:
         """Keep, repeat or permute the rows of the batch: row i becomes row `rows[i]` (beam search)."""
         self._each(lambda t: t.index_select(0, rows.to(t.device)))
@@ -101,6 +163,7 @@ class LayerCache:
     def reset(self) -> None:
         """Forget everything."""
         self.seen = 0
+        self._pieces.clear()
         for tensors in self._groups():
             tensors.clear()
 
@@ -109,6 +172,7 @@ class LayerCache:
         return self._storage, self.masks, self.state
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
+        self._pieces.clear()
         for tensors in self._groups():
             for name, tensor in tensors.items():
                 tensors[name] = change(tensor)

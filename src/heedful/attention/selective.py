@@ -14,6 +14,7 @@ from heedful.ops.precision import wide_dtype
 from heedful.ops.selective import memory_share, selective_attention, unmasked_count
 from heedful.ops.selective.api import attend_visible
 from heedful.ops.selective.reference import soft_masks
+from heedful.ops.selective.slots import attend_slots
 
 
 @register_score("selective")
@@ -115,6 +116,25 @@ class SelectiveScore(Score):
             q, k, v, state.get("soft_mask"), visible, voted, scale, impl=self.config.impl
         )
         return out, {"soft_mask": soft_mask}
+
+    def attend_slots(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        x: Tensor,
+        state: dict[str, Tensor],
+        positions: Tensor,
+        newest: Tensor,
+        scale: float,
+    ) -> Tensor:
+        """`softmax(L - F) v` over slots, and the votes in place."""
+        if self.config.impl == "reference":
+            return super().attend_slots(
+                q, k, v, x=x, state=state, positions=positions, newest=newest, scale=scale
+            )
+        return attend_slots(q, k, v, state["soft_mask"][:, 0], newest, scale)
 
     def soft_mask_rows(
         self, q: Tensor, k: Tensor, state: dict[str, Tensor], voted: Tensor, scale: float

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from heedful.attention.base import Score
@@ -66,6 +67,24 @@ class SoftmaxScore(Score):
         alive = visible.any(-1, keepdim=True)
         out = attention_sdpa(q, k, v, scale, mask=(visible | ~alive)[:, None])
         return out.masked_fill(~alive[:, None], 0.0), {}
+
+    def attend_slots(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        x: Tensor,
+        state: dict[str, Tensor],
+        positions: Tensor,
+        newest: Tensor,
+        scale: float,
+    ) -> Tensor:
+        """`softmax(q k^T * scale) v` over all slots."""
+        visible = torch.ones_like(positions, dtype=torch.bool)[:, None]
+        if self.config.impl == "reference":
+            return attention_reference(q, k, v, visible, scale)
+        return attention_sdpa(q, k, v, scale)
 
     def weights(
         self, q: Tensor, k: Tensor, state: dict[str, Tensor], visible: Tensor, scale: float

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from heedful.attention.cache import token_axis
-from heedful.attention.eviction.cache import EvictingCache
-from heedful.attention.eviction.rule import evict
+from heedful.attention.eviction.cache import EvictingCache, real_tokens
 
 if TYPE_CHECKING:
     from heedful.attention.base import Attention
@@ -32,29 +31,47 @@ def attend_evicting(
         cache: what is held.
 
     Raises:
-        ValueError: if the policy does not go with the score.
+        ValueError: if the policy does not go with the score, or the score has several selection heads.
         RuntimeError: while gradients are on: training never evicts.
     """
     if torch.is_grad_enabled() and q.requires_grad:
         raise RuntimeError("a cache that evicts cannot be trained through; use torch.no_grad() or no budget")
-    selects = "soft_mask" in layer.score.state_names
-    if cache.policy.selective and not selects:
+    if cache.policy.selective and "soft_mask" not in layer.score.state_names:
         raise ValueError(
             f"the eviction policy 'selective' needs score 'selective', this layer has "
             f"{layer.config.score_config.form!r}; use another policy, e.g. 'streaming'"
         )
     batch, length = x.shape[:2]
-    real = cache.real_tokens(key_mask, batch, length, x.device)
-    if length == 1:
-        return _one(layer, x, q, memory, real, cache)
-    if not cache.policy.needs_weights:
+    if key_mask is not None:
+        cache.ragged = True
+    real = real_tokens(key_mask, batch, length, x.device)
+    if length > 1 and not cache.policy.needs_weights:
         return _many(layer, x, q, memory, real, cache)
     outputs = []
     for t in range(length):
         now = {n: v.narrow(token_axis(v), t, 1) for n, v in memory.items()}
         part = slice(t, t + 1)
-        outputs.append(_one(layer, x[:, part], q[:, :, part], now, real[:, part], cache))
-    return torch.cat(outputs, dim=2)
+        if not cache.ragged and cache.rule.evict_every == 1 and cache.rule.threshold is None:
+            outputs.append(_next(layer, x[:, part], q[:, :, part], now, cache))
+        else:
+            outputs.append(_one(layer, x[:, part], q[:, :, part], now, real[:, part], cache))
+    return outputs[0] if length == 1 else torch.cat(outputs, dim=2)
+
+
+def _next(
+    layer: "Attention", x: Tensor, q: Tensor, memory: dict[str, Tensor], cache: EvictingCache
+) -> Tensor:
+    """One real token in every row, under a plain budget: all slots in use are visible."""
+    slot = cache.put_next(memory, layer.score.state_names)
+    held, state, positions = cache.in_use()
+    k, v = layer.keys_values(held)
+    scale = layer.config.qk_dim**-0.5
+    if cache.policy.needs_weights:
+        visible = torch.ones_like(positions, dtype=torch.bool)[:, None]
+        weights = layer.score.weights(q, k, state, visible, scale)[:, :, 0]
+        scores = cache.scores[:, : positions.shape[1]]
+        scores.copy_(cache.policy.update(scores, weights))
+    return layer.score.attend_slots(q, k, v, x=x, state=state, positions=positions, newest=slot, scale=scale)
 
 
 def _one(
@@ -65,10 +82,12 @@ def _one(
     real: Tensor,
     cache: EvictingCache,
 ) -> Tensor:
-    """One token per row: everything in place."""
-    newest = cache.next_positions(real)
+    """One token per row, or padding, under any rule."""
+    newest = cache.positions_of(real)
     cache.put_one(memory, newest, layer.score.state_names)
     k, v = layer.keys_values(cache.held())
+    if cache.rule.threshold is not None:
+        cache.reach(layer.logit_bound(q, k))
     positions = cache.positions
     visible = ((positions >= 0) & real)[:, None]
     voted = visible & ((positions > 0) & (positions != newest))[:, None]
@@ -80,6 +99,7 @@ def _one(
     out, state = layer.score.attend(
         q, k, v, x=x, state=cache.state, visible=visible, voted=voted, scale=scale
     )
+    check_one_selector(state)
     for name, value in state.items():
         cache.state[name].copy_(value)
     return out
@@ -95,40 +115,55 @@ def _many(
 ) -> Tensor:
     """Several tokens at once: who is evicted when follows from the votes alone, so one masked pass will do."""
     length = real.shape[1]
-    newest = cache.next_positions(real)
-    policy, fresh = cache.policy, cache.policy.start(newest)
+    newest = cache.positions_of(real)
+    policy, rule, fresh = cache.policy, cache.rule, cache.policy.start(newest)
     held = 0
-    positions, scores, state = newest, None if policy.selective else fresh, {}
+    positions, scores, state, everything = newest, fresh, {}, memory
     if cache.filled:
-        held = cache.n_slots
-        old = cache.held()
-        memory = {n: torch.cat((old[n], t), dim=token_axis(t)) for n, t in memory.items()}
+        old, held = cache.held(), cache.n_slots
+        everything = {n: torch.cat((old[n], t), dim=token_axis(t)) for n, t in memory.items()}
         positions = torch.cat((cache.positions, newest), dim=1)
-        scores = None if policy.selective else torch.cat((cache.scores, fresh), dim=1)
         state = cache.state
-    k, v = layer.keys_values(memory)
+        if not policy.selective:
+            scores = torch.cat((cache.scores, fresh), dim=1)
+    k, v = layer.keys_values(everything)
     column = torch.arange(held + length, device=x.device)
     arrived = column <= column[held:, None]
     visible = arrived & (positions >= 0)[:, None] & real[:, :, None]
     voted = visible & (positions > 0)[:, None] & (positions[:, None] != newest[:, :, None])
     scale = layer.config.qk_dim**-0.5
-    alive = (positions >= 0) & (column < held)
-    if cache.seen + length <= cache.budget:
-        alive = positions >= 0
-    else:
+    alive = positions >= 0
+    certified = None
+    if rule.threshold is not None or cache.seen + length > (rule.budget or 0):
         rows = layer.score.soft_mask_rows(q, k, state, voted, scale) if policy.selective else None
-        kept = []
+        alive = alive & (column < held)
+        kept, gone = [], []
         for t in range(length):
             now = newest[:, t : t + 1]
-            alive = alive.clone()
-            alive[:, held + t] = real[:, t]
-            rated = rows[:, t] if rows is not None else scores
-            assert rated is not None
-            due = real[:, t] & (now[:, 0] % cache.evict_every == 0)
-            priority = policy.priority(rated, positions, now, cache.budget)
-            alive = evict(alive, priority, positions, now, cache.budget, cache.evict_every, due)
+            before = alive.clone()
+            before[:, held + t] = real[:, t]
+            rated = policy.priority(scores if rows is None else rows[:, t], positions, now, rule.budget or 0)
+            alive = rule.evict(before, rated, positions, now)
             kept.append(alive)
+            gone.append(before & ~alive)
         visible = visible & torch.stack(kept, dim=1)
+        if rule.threshold is not None:
+            assert rows is not None
+            certified = torch.stack(gone, dim=1).flatten(1), rows.flatten(1), layer.logit_bound(q, k)
     out, state = layer.score.attend(q, k, v, x=x, state=state, visible=visible, voted=voted, scale=scale)
-    cache.pack(memory, positions, scores, state, alive, length)
+    check_one_selector(state)
+    cache.pack(memory, newest, state, alive)
+    if certified is not None:
+        cache.forget(*certified[:2])
+        cache.reach(certified[2])
     return out
+
+
+def check_one_selector(state: dict[str, Tensor]) -> None:
+    """Raise for state of several selection heads: a slot is free only if all heads let its token go."""
+    for name, value in state.items():
+        if value.shape[1] != 1:
+            raise ValueError(
+                f"a cache that evicts needs one selection head (R = 1), the score's {name!r} has {value.shape[1]}; "
+                f"use a cache without a budget"
+            )

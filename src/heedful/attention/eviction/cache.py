@@ -1,42 +1,98 @@
 """A cache of slots: it holds a budget of tokens, and a new token overwrites the one that is evicted."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
 from heedful.attention.cache import LayerCache, token_axis
 from heedful.attention.eviction.policy import Policy, get_policy
-from heedful.attention.eviction.rule import check_budget, evict
+from heedful.attention.eviction.rule import Rule
+from heedful.ops.selective.slots import least_needed_slot
 
 
 class EvictingCache(LayerCache):
     """At most `budget` real tokens of one layer, in slots allocated once.
 
-    Slots are unordered; `positions` says what they hold, -1 = empty. Padding occupies no slot. A piece of
-    several tokens is attended as a whole, with a mask that says who was evicted when, and packed into the
-    slots afterwards; a single token is written in place.
+    Slots are unordered but for slot 0, which holds the first real token of its row; `positions` says what the
+    others hold, -1 = empty. Padding occupies no slot. A piece of several tokens is attended as a whole, with a
+    mask that says who was evicted when, and what survives is written into the slots afterwards; a single
+    token is written in place.
 
     Args:
-        budget: tokens held while a query attends, the first and the newest included; >= 2.
+        budget: tokens held while a query attends, the first and the newest included; >= 2. None = no bound,
+            with a threshold: the slots grow in blocks.
         policy: which token goes: a name or a `Policy`.
         evict_every: evict only at positions divisible by it; up to evict_every - 1 more tokens are held.
+        threshold: F above which a token goes, whatever the budget; for the selective policy. The cache then
+            keeps a bound on what was lost, `forgotten`.
+        block: slots that are added at once where there is no budget.
 
     Raises:
-        ValueError: for a budget below 2, an `evict_every` below 1, or an unknown policy.
+        ValueError: for a budget below 2, an `evict_every` below 1, a threshold that is no finite number above
+            0 or does not go with the policy, neither budget nor threshold, or an unknown policy.
     """
 
-    def __init__(self, budget: int, policy: str | Policy = "selective", evict_every: int = 1) -> None:
-        super().__init__()
-        check_budget(budget, evict_every)
-        self.budget = budget
+    def __init__(
+        self,
+        budget: int | None,
+        policy: str | Policy = "selective",
+        evict_every: int = 1,
+        threshold: float | None = None,
+        block: int = 128,
+    ) -> None:
+        super().__init__(block)
+        self.rule = Rule(budget, evict_every, threshold)
         self.policy = get_policy(policy) if isinstance(policy, str) else policy
-        self.evict_every = evict_every
-        self.n_slots = budget + evict_every - 1
+        if threshold is not None and not self.policy.selective:
+            raise ValueError(
+                f"a threshold is compared with the votes F and needs the policy 'selective', "
+                f"got {self.policy.name!r}; leave the threshold out"
+            )
+        self.ragged = False
+        """Whether a row ever had padding, so that rows may hold different numbers of tokens."""
         self._book: dict[str, Tensor] = {}
+        self._room = 0  # slots that are free for certain, where there is no budget
+        self._peak = 0
+        self._journal: list[tuple[str, Tensor, Tensor]] | None = None
+
+    @property
+    def n_slots(self) -> int:
+        """Slots per row."""
+        bound = self.rule.n_slots
+        return self.positions.shape[1] if bound is None else bound
 
     @property
     def kept(self) -> int:
         """The number of real tokens held, the maximum over the rows."""
         return int((self.positions >= 0).sum(-1).max()) if self.filled else 0
+
+    @property
+    def evicted(self) -> int:
+        """The number of real tokens that are gone, over all rows."""
+        return int(self._book["arrived"].sum() - (self.positions >= 0).sum()) if self.filled else 0
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes ever held at once: the slots, and the piece that was being read."""
+        return self._peak
+
+    @property
+    def forgotten(self) -> Tensor:
+        """(B,) upper bound on the attention mass that evictions have cost any query of any head.
+
+        A key with F votes against it weighs at most exp(2m - F) for every later query, if no logit exceeds m in
+        size: the query itself has F = 0. With QK-norm m follows from the gains, and the bound holds for all
+        queries to come; without, it is measured, and the bound holds for the queries so far.
+
+        Raises:
+            ValueError: if the cache has no threshold.
+        """
+        if self.rule.threshold is None:
+            raise ValueError("the bound on what was forgotten is kept with a threshold; give one")
+        if not self.filled:
+            return torch.zeros(0)
+        return (2 * self._book["reach"] + self._book["lost"]).clamp(max=0.0).exp()[:, 0]
 
     @property
     def filled(self) -> bool:
@@ -56,23 +112,58 @@ class EvictingCache(LayerCache):
     def __getitem__(self, name: str) -> Tensor:
         return self._storage[name]
 
-    def next_positions(self, real: Tensor) -> Tensor:
-        """(B, T) position of each new token in its row, -1 for padding."""
+    def positions_of(self, real: Tensor) -> Tensor:
+        """(B, T) position of each new token in its row, -1 for padding; real is (B, T) bool."""
         arrived = self._book.get("arrived", real.new_zeros(real.shape[0], 1, dtype=torch.long))
         return torch.where(real, arrived + real.long().cumsum(-1) - 1, -1)
 
-    def real_tokens(self, key_mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
-        """(B, T) bool: the key mask, or ones."""
-        return (
-            key_mask if key_mask is not None else torch.ones(batch, length, dtype=torch.bool, device=device)
-        )
+    def next_positions(
+        self,
+        key_mask: Tensor | None,
+        segment_ids: Tensor | None,
+        batch: int,
+        length: int,
+        device: torch.device,
+    ) -> Tensor:
+        """Positions (B, T) of T new tokens, 0 at padding."""
+        return self.positions_of(real_tokens(key_mask, batch, length, device)).clamp(min=0)
 
     def held(self) -> dict[str, Tensor]:
         """The named tensors of the slots, (B, G, C, ·) or (B, C)."""
         return dict(self._storage)
 
-    def put_one(self, memory: dict[str, Tensor], positions: Tensor, state_names: list[str]) -> None:
-        """Make room for one token per row and write it in place; a padded token leaves its row alone.
+    def in_use(self) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+        """Tensors, state and positions of the slots in use, for rows that hold equally many tokens."""
+        n = min(self.seen, self.n_slots)
+        tensors = {name: t.narrow(token_axis(t), 0, n) for name, t in self._storage.items()}
+        return tensors, {name: t[..., :n] for name, t in self.state.items()}, self.positions[:, :n]
+
+    def put_next(self, memory: dict[str, Tensor], state_names: Sequence[str]) -> Tensor:
+        """Write one real token per row in place of the least needed one; `rule` must be a plain budget.
+
+        Args:
+            memory: named tensors of one token, (B, G, 1, ·) or (B, 1).
+            state_names: names of the score's per-token state, which starts at 0.
+
+        Returns:
+            (B, 1), the slots it went to.
+        """
+        assert self.rule.budget is not None
+        if not self.filled:
+            self._allocate(memory, state_names, self.rule.budget)
+        newest = self._book["arrived"].clone()
+        if self.seen < self.rule.budget:
+            slot = torch.full_like(newest, self.seen)
+        else:
+            priority = self.policy.priority(self.scores, self.positions, newest, self.rule.budget)
+            slot = least_needed_slot(priority, self.positions)
+        self._write(memory, newest, slot, None, state_names)
+        self._book["arrived"] += 1
+        self.seen += 1
+        return slot
+
+    def put_one(self, memory: dict[str, Tensor], positions: Tensor, state_names: Sequence[str]) -> None:
+        """Make room for one token per row and write it; a padded token leaves its row alone.
 
         Args:
             memory: named tensors of one token, (B, G, 1, ·) or (B, 1).
@@ -80,23 +171,18 @@ class EvictingCache(LayerCache):
             state_names: names of the score's per-token state, which starts at 0.
         """
         if not self.filled:
-            self._allocate(memory, positions, state_names)
+            self._allocate(memory, state_names, self.rule.n_slots or self.block)
+        if self.rule.budget is None:
+            self._make_room()
         real = positions >= 0
-        due = real[:, 0] & (positions[:, 0] % self.evict_every == 0)
-        priority = self.policy.priority(self.scores, self.positions, positions, self.budget)
-        alive = evict(
-            self.positions >= 0, priority, self.positions, positions, self.budget - 1, self.evict_every, due
-        )
+        before = self.positions >= 0
+        priority = self.policy.priority(self.scores, self.positions, positions, self.rule.budget or 0)
+        alive = self.rule.evict(before, priority, self.positions, positions, room=1)
+        if self.rule.threshold is not None:
+            self.forget(before & ~alive, self.scores)
         self.positions.masked_fill_(~alive, -1)
         slot = (~alive).int().argmax(-1, keepdim=True)
-        for name, value in memory.items():
-            _write(self._storage[name], value, slot, real)
-        _write(self.positions, positions, slot, real)
-        if not self.policy.selective:
-            _write(self.scores, self.policy.start(positions), slot, real)
-        for name in state_names:
-            state = self.state[name]
-            _write(state, state.new_zeros(*state.shape[:-1], 1), slot, real)
+        self._write(memory, positions, slot, real, state_names)
         self._book["arrived"] += real.long()
         self.seen += 1
 
@@ -104,79 +190,214 @@ class EvictingCache(LayerCache):
         self,
         memory: dict[str, Tensor],
         positions: Tensor,
-        scores: Tensor | None,
         state: dict[str, Tensor],
         alive: Tensor,
-        n_new: int,
     ) -> None:
-        """Keep what survived a piece of several tokens.
+        """Write what survived a piece of several tokens into the slots.
 
         Args:
-            memory: named tensors of held and new tokens, (B, G, S, ·) or (B, S).
-            positions: (B, S).
-            scores: (B, S), or None for the selective policy, whose scores are in the state.
-            state: the score's per-token state, (B, R, S).
-            alive: (B, S) bool, the survivors, at most as many as there are slots.
-            n_new: tokens in the piece, padding included.
+            memory: named tensors of the new tokens, (B, G, T, ·) or (B, T).
+            positions: (B, T) of the new tokens, -1 for padding.
+            state: the score's per-token state of held and new tokens, (B, R, C + T).
+            alive: (B, C + T) bool, the survivors, at most as many as there are slots.
         """
-        arrived = positions[:, -n_new:].amax(-1, keepdim=True) + 1
-        before = self._book.get("arrived", torch.zeros_like(arrived))
-        order = alive.int().argsort(dim=-1, descending=True, stable=True)[:, : self.n_slots]
-        survives = alive.gather(-1, order)
-        self._storage = {n: self._take(t, order) for n, t in memory.items()}
-        self._book = {
-            "arrived": torch.maximum(before, arrived),
-            "positions": self._take(positions.masked_fill(~alive, -1), order, empty=-1),
-        }
-        if scores is not None:
-            self._book["scores"] = self._take(scores, order)
-        self.state = {
-            n: self._take(t, order).masked_fill(~self._pad(survives)[:, None], 0.0) for n, t in state.items()
-        }
-        self.seen += n_new
+        length = positions.shape[1]
+        if not self.filled:
+            slots = self.rule.n_slots
+            if slots is None:
+                slots = -(-max(1, int(alive.sum(-1).max())) // self.block) * self.block
+            self._allocate(memory, list(state), slots)
+            alive = torch.cat((alive.new_zeros(alive.shape[0], slots), alive), dim=1)
+            state = {n: torch.cat((self.state[n].to(t.dtype), t), dim=-1) for n, t in state.items()}
+        elif self.rule.budget is None:
+            alive, state = self._grow_for(alive, state)
+        slots = self.positions.shape[1]
+        bytes_read = sum(t.numel() * t.element_size() for t in memory.values())
+        self._peak = max(self._peak, self.nbytes + bytes_read)
+        survives, arrives = alive[:, :slots], alive[:, slots:]
+        self.positions.masked_fill_(~survives, -1)
+        for name, value in state.items():
+            self.state[name].copy_(value[..., :slots].masked_fill(~survives[:, None], 0.0))
+        n = min(length, slots)
+        free = survives.int().argsort(dim=-1, stable=True)[:, :n]
+        new = arrives.int().argsort(dim=-1, descending=True, stable=True)[:, :n]
+        real = arrives.gather(-1, new)
+        names = list(state)
+        chosen = {name: _gather(tensor, new) for name, tensor in memory.items()}
+        self._write(chosen, positions.gather(-1, new), free, real, names)
+        for name, value in state.items():
+            index = free[:, None]
+            fresh = value[..., slots:].gather(-1, new[:, None])
+            kept = self.state[name].gather(-1, index)
+            self.state[name].scatter_(-1, index, torch.where(real[:, None], fresh, kept))
+        self._book["arrived"] += (positions >= 0).sum(-1, keepdim=True)
+        self.seen += length
+        if self.rule.budget is None:
+            self._room = 0
+
+    def forget(self, gone: Tensor, soft_mask: Tensor) -> None:
+        """Add evicted tokens to the bound on what was lost.
+
+        Args:
+            gone: (..., B, S) bool.
+            soft_mask: the same shape, F at their eviction.
+        """
+        cost = (-soft_mask).masked_fill(~gone, -torch.inf).logsumexp(-1, keepdim=True)
+        self._book["lost"] = torch.logaddexp(self._book["lost"], cost.to(self._book["lost"].dtype))
+
+    def reach(self, logit_bound: Tensor) -> None:
+        """Note that logits of size `logit_bound`, (B, 1), occur."""
+        self._book["reach"] = torch.maximum(self._book["reach"], logit_bound.to(self._book["reach"].dtype))
+
+    def snapshot(self) -> Callable[[], None]:
+        """A function that makes the cache what it is now: what is overwritten from here on is kept."""
+        if not self.filled:
+            return self._clear
+        seen, ragged = self.seen, self.ragged
+        book = {name: tensor.clone() for name, tensor in self._book.items()}
+        state = {name: tensor.clone() for name, tensor in self.state.items()}
+        journal: list[tuple[str, Tensor, Tensor]] = []
+        self._journal = journal
+
+        def undo() -> None:
+            self._journal = None
+            for name, slot, old in reversed(journal):
+                _scatter(self._storage[name], slot, old)
+            slots = self.positions.shape[1]
+            book["positions"] = _padded(book["positions"], slots, -1)
+            self._book = {n: _padded(t, slots, 0) if n == "scores" else t for n, t in book.items()}
+            self.state = {name: _padded(tensor, slots, 0) for name, tensor in state.items()}
+            self.seen, self.ragged, self._room = seen, ragged, 0
+
+        return undo
+
+    def crop(self, n: int) -> None:
+        super().crop(n)
+        self._journal = None
+
+    def reset(self) -> None:
+        super().reset()
+        self._clear()
+
+    def _clear(self) -> None:
+        self.seen, self.ragged, self._room, self._journal = 0, False, 0, None
+        for tensors in self._groups():
+            tensors.clear()
 
     def _groups(self) -> tuple[dict[str, Tensor], ...]:
         return *super()._groups(), self._book
 
-    def _allocate(self, memory: dict[str, Tensor], positions: Tensor, state_names: list[str]) -> None:
-        batch = positions.shape[0]
+    def _allocate(self, memory: dict[str, Tensor], state_names: Sequence[str], slots: int) -> None:
+        like = next(iter(memory.values()))
+        batch, device = like.shape[0], like.device
+        wide = torch.float64 if like.dtype == torch.float64 else torch.float32
         for name, value in memory.items():
             shape = list(value.shape)
-            shape[token_axis(value)] = self.n_slots
+            shape[token_axis(value)] = slots
             self._storage[name] = value.new_zeros(shape)
-        self._book["positions"] = positions.new_full((batch, self.n_slots), -1)
-        self._book["arrived"] = positions.new_zeros(batch, 1)
+        self._book["positions"] = torch.full((batch, slots), -1, device=device)
+        self._book["arrived"] = torch.zeros(batch, 1, dtype=torch.long, device=device)
         if not self.policy.selective:
-            self._book["scores"] = torch.zeros(batch, self.n_slots, device=positions.device)
+            self._book["scores"] = torch.zeros(batch, slots, device=device)
+        if self.rule.threshold is not None:
+            self._book["lost"] = torch.full((batch, 1), -torch.inf, dtype=wide, device=device)
+            self._book["reach"] = torch.zeros(batch, 1, dtype=wide, device=device)
         for name in state_names:
-            dtype = next(iter(memory.values())).dtype
-            wide = torch.float64 if dtype == torch.float64 else torch.float32
-            self.state[name] = torch.zeros(batch, 1, self.n_slots, dtype=wide, device=positions.device)
+            self.state[name] = torch.zeros(batch, 1, slots, dtype=wide, device=device)
+        self._room = slots
+        self._peak = max(self._peak, self.nbytes)
 
-    def _take(self, tensor: Tensor, order: Tensor, empty: int = 0) -> Tensor:
-        """The chosen tokens, padded to all slots."""
-        axis = token_axis(tensor)
-        index = order
-        while index.ndim < tensor.ndim:
-            index = index.unsqueeze(1) if axis == tensor.ndim - 1 or index.ndim < 3 else index.unsqueeze(-1)
-        shape = list(tensor.shape)
-        shape[axis] = order.shape[-1]
-        taken = tensor.gather(axis, index.expand(shape))
-        shape[axis] = self.n_slots - order.shape[-1]
-        return torch.cat((taken, tensor.new_full(shape, empty)), dim=axis) if shape[axis] else taken
+    def _make_room(self) -> None:
+        """A free slot in every row, where there is no budget; asks the device only once in many tokens."""
+        if self._room < 1:
+            self._room = self.positions.shape[1] - self.kept
+            if self._room < self.block // 2:
+                self._grow_to(self.positions.shape[1] + self.block)
+                self._room += self.block
+        self._room -= 1
 
-    def _pad(self, alive: Tensor) -> Tensor:
-        missing = self.n_slots - alive.shape[-1]
-        return torch.nn.functional.pad(alive, (0, missing)) if missing else alive
+    def _grow_for(self, alive: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Slots for all survivors; what is about the slots grows with them."""
+        before, needed = self.positions.shape[1], int(alive.sum(-1).max())
+        if needed <= before:
+            return alive, state
+        more = -(-(needed - before) // self.block) * self.block
+        self._grow_to(before + more)
+
+        def widened(tensor: Tensor) -> Tensor:
+            gap = tensor.new_zeros(*tensor.shape[:-1], more)
+            return torch.cat((tensor[..., :before], gap, tensor[..., before:]), dim=-1)
+
+        return widened(alive), {name: widened(tensor) for name, tensor in state.items()}
+
+    def _grow_to(self, slots: int) -> None:
+        for name, tensor in self._storage.items():
+            self._storage[name] = _padded(tensor, slots, 0, token_axis(tensor))
+        self._book["positions"] = _padded(self.positions, slots, -1)
+        self.state = {name: _padded(tensor, slots, 0) for name, tensor in self.state.items()}
+        self._peak = max(self._peak, self.nbytes)
+
+    def _write(  # type: ignore[override]
+        self,
+        memory: dict[str, Tensor],
+        positions: Tensor,
+        slot: Tensor,
+        real: Tensor | None,
+        state_names: Sequence[str],
+    ) -> None:
+        """Put n tokens per row, (B, n), into slots (B, n) where they are real; their state starts at 0."""
+        for name, value in memory.items():
+            storage = self._storage[name]
+            if self._journal is not None:
+                self._journal.append((name, slot, _gather(storage, slot)))
+            if real is not None:
+                where = _aligned(real, storage)
+                value = torch.where(where, value.to(storage.dtype), _gather(storage, slot))
+            _scatter(storage, slot, value.to(storage.dtype))
+        fresh = None if self.policy.selective else self.policy.start(positions)
+        if real is not None:
+            positions = torch.where(real, positions, self.positions.gather(-1, slot))
+            if fresh is not None:
+                fresh = torch.where(real, fresh, self.scores.gather(-1, slot))
+        self.positions.scatter_(-1, slot, positions)
+        if fresh is not None:
+            self.scores.scatter_(-1, slot, fresh)
+        for name in state_names:
+            state, index = self.state[name], slot[:, None]
+            if real is None:
+                state.scatter_(-1, index, 0.0)
+            else:
+                state.scatter_(-1, index, state.gather(-1, index).masked_fill(real[:, None], 0.0))
 
 
-def _write(storage: Tensor, value: Tensor, slot: Tensor, real: Tensor) -> None:
-    """storage[row, ..., slot[row], ...] = value[row] where the token is real."""
-    axis = token_axis(storage)
-    index, where = slot, real
-    for _ in range(storage.ndim - 2):
-        last = axis != storage.ndim - 1 and index.ndim == axis + 1
-        index = index.unsqueeze(-1) if last else index.unsqueeze(1)
-        where = where.unsqueeze(-1) if last else where.unsqueeze(1)
-    index = index.expand(value.shape)
-    storage.scatter_(axis, index, torch.where(where, value.to(storage.dtype), storage.gather(axis, index)))
+def real_tokens(key_mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
+    """(B, T) bool: the key mask, or ones."""
+    return key_mask if key_mask is not None else torch.ones(batch, length, dtype=torch.bool, device=device)
+
+
+def _aligned(slot: Tensor, storage: Tensor) -> Tensor:
+    """(B, n) -> (B, 1, n, 1) for a storage of four axes, (B, n) for two, (B, 1, n) for three."""
+    return slot[:, None, :, None] if storage.ndim == 4 else slot[:, None] if storage.ndim == 3 else slot
+
+
+def _index(slot: Tensor, storage: Tensor) -> Tensor:
+    shape = list(storage.shape)
+    shape[token_axis(storage)] = slot.shape[-1]
+    return _aligned(slot, storage).expand(shape)
+
+
+def _gather(storage: Tensor, slot: Tensor) -> Tensor:
+    """The tokens in the slots (B, n)."""
+    return storage.gather(token_axis(storage), _index(slot, storage))
+
+
+def _scatter(storage: Tensor, slot: Tensor, value: Tensor) -> None:
+    """Overwrite the slots (B, n)."""
+    storage.scatter_(token_axis(storage), _index(slot, storage), value)
+
+
+def _padded(tensor: Tensor, size: int, value: int, axis: int = -1) -> Tensor:
+    """Lengthened to `size` along `axis`."""
+    shape = list(tensor.shape)
+    shape[axis] = size - shape[axis]
+    return torch.cat((tensor, tensor.new_full(shape, value)), dim=axis) if shape[axis] else tensor

@@ -1,72 +1,132 @@
 """The one eviction rule, for prefill, decode and evaluation alike.
 
-At every query: the token arrives; if more real tokens are held than the budget allows, those with the highest
-priority are evicted, never the first real token of the row nor the newest, the oldest among equals; then the
-query attends; then its votes count.
+At every query: the token arrives; tokens whose priority exceeds the threshold go; if more real tokens are held
+than the budget allows, those with the highest priority go too, never the first real token of the row nor the
+newest, the oldest among equals; then the query attends; then its votes count.
 """
+
+import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-def evict(
-    alive: Tensor, priority: Tensor, positions: Tensor, newest: Tensor, budget: int, times: int, due: Tensor
-) -> Tensor:
-    """Evict until at most `budget` tokens are held.
+@dataclass(frozen=True)
+class Rule:
+    """When tokens go.
 
-    Args:
-        alive: (B, S) bool, the tokens held, the newest included.
-        priority: (B, S), highest goes first.
-        positions: (B, S) position of each token in its row, the first real token has 0.
-        newest: (B, 1) position of the newest token.
-        budget: tokens that may be held, at least 2.
-        times: evictions that can be necessary at most.
-        due: (B,) bool, the rows that evict now.
-
-    Returns:
-        (B, S) bool, what is left.
+    Raises:
+        ValueError: for a budget below 2, an `evict_every` below 1, a threshold that is not a finite number
+            greater than 0, or neither a budget nor a threshold.
     """
-    movable = (positions > 0) & (positions != newest)
-    for _ in range(times):
-        over = (alive.sum(-1) > budget) & due
-        candidates = alive & movable
-        rated = priority.masked_fill(~candidates, -torch.inf)
-        # Ties are common, relu gives exact zeros: among the highest take the lowest position.
-        tied = candidates & (rated == rated.amax(-1, keepdim=True))
-        age = positions.masked_fill(~tied, torch.iinfo(positions.dtype).max)
-        victim = age.argmin(-1, keepdim=True)
-        dropped = torch.zeros_like(alive).scatter_(-1, victim, True)
-        alive = alive & ~(dropped & over[:, None])
-    return alive
+
+    budget: int | None
+    """Tokens held at most while a query attends, the first and the newest included; None = no bound."""
+    evict_every: int = 1
+    """Evict only at positions divisible by it; up to evict_every - 1 more tokens are held in between."""
+    threshold: float | None = None
+    """Tokens whose priority exceeds it go at once; None = only the budget evicts."""
+
+    def __post_init__(self) -> None:
+        if self.budget is None and self.threshold is None:
+            raise ValueError("give a budget, a threshold, or both; without either nothing is ever evicted")
+        if self.budget is not None:
+            check_budget(self.budget)
+        check_evict_every(self.evict_every)
+        check_threshold(self.threshold)
+
+    @property
+    def n_slots(self) -> int | None:
+        """Tokens that can be held at once; None = no bound."""
+        return None if self.budget is None else self.budget + self.evict_every - 1
+
+    def due(self, newest: Tensor) -> Tensor:
+        """The rows whose newest token, (B, 1) positions with -1 for padding, is one that evicts: (B,) bool."""
+        return (newest[:, 0] >= 0) & (newest[:, 0] % self.evict_every == 0)
+
+    def evict(
+        self, alive: Tensor, priority: Tensor, positions: Tensor, newest: Tensor, room: int = 0
+    ) -> Tensor:
+        """Evict what has to go.
+
+        Args:
+            alive: (B, S) bool, the tokens held.
+            priority: (B, S), highest goes first.
+            positions: (B, S) position of each token in its row, the first real token has 0.
+            newest: (B, 1) position of the newest token, -1 where it is padding.
+            room: tokens to make room for beside those in `alive`.
+
+        Returns:
+            (B, S) bool, what is left.
+        """
+        movable, due = (positions > 0) & (positions != newest), self.due(newest)
+        if self.threshold is not None:
+            alive = alive & ~(movable & (priority > self.threshold) & due[:, None])
+        if self.budget is None:
+            return alive
+        for _ in range(self.evict_every):
+            over = (alive.sum(-1) > self.budget - room) & due
+            candidates = alive & movable
+            rated = priority.masked_fill(~candidates, -torch.inf)
+            # Ties are common, relu gives exact zeros: among the highest take the lowest position.
+            tied = candidates & (rated == rated.amax(-1, keepdim=True))
+            age = positions.masked_fill(~tied, torch.iinfo(positions.dtype).max)
+            victim = age.argmin(-1, keepdim=True)
+            dropped = torch.zeros_like(alive).scatter_(-1, victim, True)
+            alive = alive & ~(dropped & over[:, None])
+        return alive
 
 
-def check_budget(budget: object, evict_every: object = 1) -> None:
+def check_budget(budget: object) -> None:
     """Raise unless the budget holds at least the first token and the newest."""
-    for name, value, least in (("budget", budget, 2), ("evict_every", evict_every, 1)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            why = " (the first token and the newest are never evicted)" if name == "budget" else ""
-            raise ValueError(f"{name} must be a whole number >= {least}{why}, got {value!r}")
+    if not isinstance(budget, int) or isinstance(budget, bool) or budget < 2:
+        raise ValueError(
+            f"budget must be a whole number >= 2 (the first token and the newest are never evicted), got {budget!r}"
+        )
+
+
+def check_evict_every(evict_every: object) -> None:
+    """Raise unless it is a whole number from 1 on."""
+    if not isinstance(evict_every, int) or isinstance(evict_every, bool) or evict_every < 1:
+        raise ValueError(f"evict_every must be a whole number >= 1, got {evict_every!r}")
+
+
+def check_threshold(threshold: object) -> None:
+    """Raise unless it is None or a finite number greater than 0."""
+    if threshold is None:
+        return
+    if not isinstance(threshold, int | float) or isinstance(threshold, bool) or not 0 < threshold < math.inf:
+        raise ValueError(f"threshold must be a finite number greater than 0, got {threshold!r}")
 
 
 def eviction_mask(
-    votes: Tensor, budget: int, *, evict_every: int = 1, key_mask: Tensor | None = None
+    votes: Tensor,
+    budget: int | None,
+    *,
+    evict_every: int = 1,
+    threshold: float | None = None,
+    key_mask: Tensor | None = None,
 ) -> Tensor:
     """The keys each query attends to when tokens are evicted by their votes: evaluation in parallel.
 
     Args:
         votes: (B, T, T), S of query i on key j; what is above or on the diagonal does not matter.
-        budget: tokens held at most while a query attends, the first and the newest included; >= 2.
+        budget: tokens held at most while a query attends, the first and the newest included; >= 2. None =
+            only the threshold evicts.
         evict_every: evict only at real-token positions divisible by it; up to budget + evict_every - 1 tokens
             are held in between.
+        threshold: a token whose summed votes exceed it goes, whatever the budget; > 0.
         key_mask: (B, T) bool, False = padding, which never arrives and attends to nothing.
 
     Returns:
         (B, T, T) bool.
 
     Raises:
-        ValueError: for a budget below 2, an `evict_every` below 1, or shapes that do not fit.
+        ValueError: for a budget below 2, an `evict_every` below 1, a threshold that is no finite number above
+            0, neither budget nor threshold, or shapes that do not fit.
     """
-    check_budget(budget, evict_every)
+    rule = Rule(budget, evict_every, threshold)
     if votes.ndim != 3 or votes.shape[1] != votes.shape[2]:
         raise ValueError(f"votes must have shape (B, T, T), got {tuple(votes.shape)}")
     batch, length, _ = votes.shape
@@ -76,16 +136,14 @@ def eviction_mask(
             f"{tuple(key_mask.shape)}"
         )
     real = torch.ones(batch, length, dtype=torch.bool, device=votes.device) if key_mask is None else key_mask
-    positions = real.long().cumsum(-1) - 1
+    positions = torch.where(real, real.long().cumsum(-1) - 1, -1)
     alive, soft_mask = torch.zeros_like(real), torch.zeros_like(votes[:, 0])
     earlier = torch.ones(length, length, dtype=torch.bool, device=votes.device).tril(-1)
     rows = []
     for t in range(length):
         alive = alive.clone()
         alive[:, t] = real[:, t]
-        newest = positions[:, t : t + 1]
-        due = real[:, t] & (newest[:, 0] % evict_every == 0)
-        alive = evict(alive, soft_mask, positions, newest, budget, evict_every, due)
+        alive = rule.evict(alive, soft_mask, positions, positions[:, t : t + 1])
         rows.append(alive & real[:, t, None])
         soft_mask = soft_mask + torch.where(real[:, t, None] & earlier[t], votes[:, t], 0.0)
     return torch.stack(rows, dim=1) if rows else votes.bool()
