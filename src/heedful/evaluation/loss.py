@@ -1,11 +1,13 @@
 """Validation loss of a causal language model, every labelled token counted once."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from heedful.data import TokenDataset
@@ -28,7 +30,6 @@ class Evaluation:
         return self.loss * self.tokens / math.log(2) / n_bytes
 
 
-@torch.no_grad()
 def evaluate(
     model: torch.nn.Module,
     rows: TokenDataset,
@@ -54,28 +55,87 @@ def evaluate(
     Raises:
         ValueError: if no token is labelled, or for a budget with packed rows, an unsound budget or policy.
     """
-    device = next(model.parameters()).device
+    tally = Tally()
+    with measuring(model):
+        for batch in batches(model, rows, batch_size):
+            cache = None
+            if kv_budget != "full":
+                cache = HeedfulCache(len(model.layers), kv_budget, policy)  # type: ignore[arg-type]
+            tally.add(*labelled_logits(model, batch, cache))
+    return tally.evaluation()
+
+
+@contextmanager
+def measuring(model: torch.nn.Module) -> Iterator[None]:
+    """The model in evaluation mode and gradients off; afterwards as they were."""
     was_training = model.training
     model.eval()
-    nll, right, tokens = 0.0, 0, 0
     try:
-        for start in range(0, len(rows), batch_size):
-            batch: dict[str, Any] = {
-                k: v[start : start + batch_size].to(device) for k, v in rows.tensors.items()
-            }
-            labels = batch.pop("labels")[:, 1:]
-            labelled = labels != -100
-            if kv_budget == "full":
-                batch["use_cache"] = False
-            else:
-                batch["past_key_values"] = HeedfulCache(len(model.layers), kv_budget, policy)  # type: ignore[arg-type]
-            logits = model(**batch).logits[:, :-1][labelled].float()
-            targets = labels[labelled]
-            nll += F.cross_entropy(logits, targets, reduction="sum").double().item()
-            right += int((logits.argmax(-1) == targets).sum())
-            tokens += targets.numel()
+        with torch.no_grad():
+            yield
     finally:
         model.train(was_training)
-    if not tokens:
-        raise ValueError("no token is labelled, so there is nothing to measure; check the labels")
-    return Evaluation(nll / tokens, tokens, right / tokens)
+
+
+def batches(model: torch.nn.Module, rows: TokenDataset, batch_size: int) -> Iterator[dict[str, Tensor]]:
+    """The rows in order, `batch_size` at a time, on the device of the model, cut after their last token."""
+    device = next(model.parameters()).device
+    for start in range(0, len(rows), batch_size):
+        batch = {name: tensor[start : start + batch_size] for name, tensor in rows.tensors.items()}
+        if "attention_mask" in batch:
+            read = (batch["attention_mask"].bool() | (batch["labels"] != -100)).any(0).nonzero()
+            length = int(read.max()) + 1 if len(read) else 1
+            batch = {name: tensor[:, :length] for name, tensor in batch.items()}
+        yield {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def labelled_logits(
+    model: torch.nn.Module, batch: dict[str, Tensor], cache: HeedfulCache | None = None
+) -> tuple[Tensor, Tensor]:
+    """What the model predicts where a token is labelled.
+
+    Args:
+        model: a causal language model.
+        batch: some rows, `labels` (B, T) among them, shifted here.
+        cache: an empty one, which is filled; None runs without.
+
+    Returns:
+        logits (M, V) of the M labelled tokens, float32 or wider, and the tokens (M,).
+    """
+    inputs: dict[str, Any] = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    if cache is None:
+        inputs["use_cache"] = False
+    else:
+        inputs["past_key_values"] = cache
+    labels = batch["labels"][:, 1:]
+    labelled = labels != -100
+    logits = model(**inputs).logits[:, :-1][labelled]
+    return logits if logits.dtype == torch.float64 else logits.float(), labels[labelled]
+
+
+@dataclass
+class Tally:
+    """Sums over labelled tokens, batch after batch."""
+
+    nll: float = 0.0
+    """Negative log-likelihood, nats."""
+    right: int = 0
+    """Tokens whose most likely prediction is right."""
+    tokens: int = 0
+    """Labelled tokens."""
+
+    def add(self, logits: Tensor, targets: Tensor) -> None:
+        """Count what `labelled_logits` returned."""
+        self.nll += F.cross_entropy(logits, targets, reduction="none").double().sum().item()
+        self.right += int((logits.argmax(-1) == targets).sum())
+        self.tokens += targets.numel()
+
+    def evaluation(self) -> Evaluation:
+        """The means.
+
+        Raises:
+            ValueError: if no token was labelled.
+        """
+        if not self.tokens:
+            raise ValueError("no token is labelled, so there is nothing to measure; check the labels")
+        return Evaluation(self.nll / self.tokens, self.tokens, self.right / self.tokens)

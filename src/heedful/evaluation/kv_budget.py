@@ -1,0 +1,246 @@
+"""A trained model under KV-cache budgets: what a small cache costs in loss, and saves in memory and time."""
+
+import csv
+import io
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from statistics import mean, median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from heedful.attention.eviction import EvictingCache, get_policy
+from heedful.data import TokenDataset
+from heedful.evaluation.loss import Tally, batches, labelled_logits, measuring
+from heedful.hf.cache import HeedfulCache, layer_budgets
+
+BUDGETS: tuple[int | str, ...] = (8, 16, 32, 64, "full")
+WARM_UP = 8
+
+Budget = int | Sequence[int] | str
+"""Tokens held per layer: a number, a list with one per layer, or "full"."""
+
+
+@dataclass(frozen=True)
+class BudgetResult:
+    """One policy with one budget, on all rows."""
+
+    policy: str | None
+    """Which token is evicted; None for the full cache, where none is."""
+    kv_budget: Budget
+    """As it was asked for."""
+    kept: float
+    """Most tokens that a layer held at the end of a row, the mean over the layers."""
+    tokens: int
+    """Labelled tokens."""
+    loss: float
+    """Nats per labelled token."""
+    bits_per_byte: float | None
+    """Of the text that the labelled tokens stand for; None where its bytes are not known."""
+    accuracy: float
+    """Share of labelled tokens whose most likely prediction is right."""
+    kl: float
+    """KL(full cache || budget) of the predictions, nats per labelled token; 0 for the full cache."""
+    cache_bytes: int
+    """Bytes of the cache for one row: with a budget all slots, filled or not, and what the policy remembers;
+    for the full cache those of the tokens held."""
+    tokens_per_second: float
+    """Decoding one row token by token: the reciprocal of the median time of a token."""
+
+
+def evaluate_budgets(
+    model: Any,
+    rows: TokenDataset,
+    budgets: Sequence[Budget] = BUDGETS,
+    policies: Sequence[str] | None = None,
+    *,
+    n_bytes: int | None = None,
+    batch_size: int = 32,
+    decoded: int = 128,
+    progress: Callable[[str | None, Budget, int], None] | None = None,
+) -> Iterator[BudgetResult]:
+    """Measure `model` on `rows` with every policy and budget, one after the other.
+
+    Every budget is compared with the full cache batch by batch: the logits of two batches are in memory, never
+    those of all rows.
+
+    Args:
+        model: a `HeedfulForCausalLM`.
+        rows: `input_ids` (N, T), `labels` (N, T) with -100 = not counted, shifted here, and `attention_mask`
+            (N, T) where rows are padded. One text per row (`heedful.data.by_document`).
+        budgets: tokens held per layer: numbers, lists with one per layer, or "full", which is measured once.
+            A budget of a whole row or more evicts nothing.
+        policies: which token is evicted (`heedful.attention.eviction`); default: `default_policies(model)`.
+        n_bytes: UTF-8 bytes that the labelled tokens stand for, for bits per byte.
+        batch_size: rows at a time.
+        decoded: tokens decoded one by one to measure the speed, at most; the first few do not count.
+        progress: called with policy, budget and a number of rows: 0 when it begins, then those of each batch.
+
+    Returns:
+        An iterator that measures as it goes: the full cache first, then policy by policy, budgets in order.
+
+    Raises:
+        ValueError: at once, for no budget or policy, one named twice, a budget below 2, an unknown policy or one
+            that needs a selective model, or packed rows; while measuring, if no token is labelled.
+    """
+    policies = default_policies(model) if policies is None else tuple(policies)
+    check_policies(model, policies)
+    check_budgets(budgets, len(model.layers))
+    if "segment_ids" in rows.tensors:
+        raise ValueError(
+            "expected one text per row, got packed rows (segment_ids), which a cache that evicts cannot hold; "
+            "make the rows with heedful.data.by_document"
+        )
+    if batch_size < 1 or decoded < 2:
+        raise ValueError(
+            f"batch_size must be 1 or more and decoded 2 or more, got {batch_size} and {decoded}"
+        )
+    plan: list[tuple[str | None, Budget]] = [(None, "full")] if "full" in budgets else []
+    plan += [(policy, budget) for policy in policies for budget in budgets if budget != "full"]
+    report = progress or (lambda policy, budget, n_rows: None)
+    return (_measure(model, rows, p, b, n_bytes, batch_size, decoded, report) for p, b in plan)
+
+
+def default_policies(model: Any) -> tuple[str, ...]:
+    """The policies worth comparing in `model`: "selective" only where every layer selects."""
+    return ("selective", "streaming", "h2o") if _first_plain_layer(model) is None else ("streaming", "h2o")
+
+
+def check_policies(model: Any, policies: Sequence[str]) -> None:
+    """Raise ValueError unless all `policies` exist, differ, and go with `model`."""
+    if not policies:
+        raise ValueError("expected one policy or more, got none")
+    _check_different("policy", policies)
+    plain = _first_plain_layer(model)
+    for name in policies:
+        if get_policy(name).selective and plain is not None:
+            number, score = plain
+            raise ValueError(
+                f"the policy {name!r} needs a model with score 'selective' in every layer, layer {number} has "
+                f"{score!r}; use {' or '.join(default_policies(model))}"
+            )
+
+
+def check_budgets(budgets: Sequence[Budget], n_layers: int = 1) -> None:
+    """Raise ValueError unless all `budgets` are sound and differ."""
+    if not budgets:
+        raise ValueError("expected one budget or more, got none")
+    _check_different("budget", [tuple(layer_budgets(budget, n_layers)) for budget in budgets], budgets)
+
+
+def to_csv(results: Sequence[BudgetResult]) -> str:
+    """A header and a line per result, raw; the budget of a list is its numbers with commas between."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(
+        ["policy", "kv_budget", "kept", "tokens", "loss", "bits_per_byte", "accuracy"]
+        + ["kl", "cache_bytes", "tokens_per_second"]
+    )
+    for r in results:
+        writer.writerow(
+            [r.policy, budget_name(r.kv_budget), r.kept, r.tokens, r.loss, r.bits_per_byte, r.accuracy]
+            + [r.kl, r.cache_bytes, round(r.tokens_per_second, 1)]
+        )
+    return text.getvalue()
+
+
+def budget_name(budget: Budget) -> str:
+    """`64`, `64,32` or `full`."""
+    return str(budget) if isinstance(budget, int | str) else ",".join(map(str, budget))
+
+
+def _measure(
+    model: Any,
+    rows: TokenDataset,
+    policy: str | None,
+    budget: Budget,
+    n_bytes: int | None,
+    batch_size: int,
+    decoded: int,
+    report: Callable[[str | None, Budget, int], None],
+) -> BudgetResult:
+    def new_cache() -> HeedfulCache:
+        return HeedfulCache(len(model.layers), "full" if policy is None else budget, policy or "streaming")
+
+    report(policy, budget, 0)
+    tally, divergence, cache_bytes = Tally(), 0.0, 0
+    kept = [0] * len(model.layers)
+    with measuring(model):
+        for batch in batches(model, rows, batch_size):
+            n_rows, cache = len(batch["labels"]), new_cache()
+            logits, targets = labelled_logits(model, batch, cache)
+            tally.add(logits, targets)
+            if policy is not None:
+                divergence += _divergence(labelled_logits(model, batch)[0], logits)
+            cache_bytes = max(cache_bytes, _held_bytes(cache) // n_rows)
+            kept = [max(pair) for pair in zip(kept, cache.kept, strict=True)]
+            report(policy, budget, n_rows)
+        speed = _decoding_speed(model, _longest_row(rows)[:decoded], new_cache())
+    result = tally.evaluation()
+    return BudgetResult(
+        policy=policy,
+        kv_budget=budget,
+        kept=mean(kept),
+        tokens=result.tokens,
+        loss=result.loss,
+        bits_per_byte=result.bits_per_byte(n_bytes) if n_bytes else None,
+        accuracy=result.accuracy,
+        kl=max(0.0, divergence / result.tokens),  # rounding can take a sum of nothing below 0
+        cache_bytes=cache_bytes,
+        tokens_per_second=speed,
+    )
+
+
+def _divergence(full: Tensor, budgeted: Tensor) -> float:
+    """KL(full || budgeted) of logits (M, V), nats, summed over M; some tokens at a time, to save memory."""
+    total = 0.0
+    for p, q in zip(full.split(1024), budgeted.split(1024), strict=True):
+        per_class = F.kl_div(q.log_softmax(-1), p.log_softmax(-1), reduction="none", log_target=True)
+        total += per_class.sum(-1).double().sum().item()
+    return total
+
+
+def _held_bytes(cache: HeedfulCache) -> int:
+    """Slots count whole; the storage of a full cache has room for tokens to come, which does not."""
+    return sum(m.nbytes if isinstance(m, EvictingCache) else m.used_bytes for m in cache.memories)
+
+
+def _longest_row(rows: TokenDataset) -> Tensor:
+    """(T,) the tokens of the first row with the fewest padded."""
+    ids, mask = rows.tensors["input_ids"], rows.tensors.get("attention_mask")
+    if mask is None:
+        return ids[0]
+    row = int(mask.sum(-1).argmax())
+    return ids[row][mask[row].bool()]
+
+
+def _decoding_speed(model: Any, ids: Tensor, cache: HeedfulCache) -> float:
+    """Tokens per second with the tokens (T,) of one row given one at a time."""
+    device = next(model.parameters()).device
+    seconds = []
+    for token in ids.to(device).split(1):
+        started = time.perf_counter()
+        model(input_ids=token[None], past_key_values=cache)
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return 1 / median(seconds[min(WARM_UP, len(seconds) // 2) :])
+
+
+def _first_plain_layer(model: Any) -> tuple[int, str] | None:
+    """The number and the score of the first layer that does not select; None where all do."""
+    for number, layer in enumerate(model.layers):
+        score = layer.attention.score
+        if "soft_mask" not in score.state_names:
+            return number, score.config.form
+    return None
+
+
+def _check_different(what: str, values: Sequence[Any], given: Sequence[Any] | None = None) -> None:
+    for i, value in enumerate(values):
+        if value in values[:i]:
+            shown = value if given is None else budget_name(given[i])
+            raise ValueError(f"the {what} {shown} is named twice; leave one out")
