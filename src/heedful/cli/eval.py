@@ -1,0 +1,243 @@
+"""`heedful eval`."""
+
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import MISSING
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from heedful.attention.eviction import POLICIES, get_policy
+from heedful.cli.errors import UsageError
+from heedful.cli.parsing import flag, parse, positional, split
+
+DESCRIPTION = """Measure a trained model with a KV cache that holds few tokens.
+
+    heedful eval runs/a                                            # each policy with 8, 16, 32, 64 tokens
+    heedful eval runs/a --kv-budget 4,16,full --policy streaming,tova --rows 64
+    heedful eval runs/a --data other.txt --out runs/a/eval-other
+
+A budget is how many tokens the cache of each layer holds while a query attends, the first and the newest
+included; the policy says which token goes when one more arrives. The text is read as decoding would read it,
+one document or a piece of one per row, from the validation data of the run unless --data names another.
+
+    loss      nats per token, lower is better; bits/byte compares across tokenizers
+    right     share of right answers, for synthetic tasks
+    KL        how far the predictions are from those of the full cache, nats per token; 0 = the same
+    bytes     what the cache of one row occupies; full: the tokens it holds at the end of a row
+    tokens/s  decoding one row token by token, on this machine, in plain PyTorch
+
+Writes eval.csv (anew after every measurement, so that Ctrl-C loses only the one at work) and eval.png."""
+
+TABLE, FIGURE = "eval.csv", "eval.png"
+MOST_ROWS = 256
+LINE_EVERY = 10.0  # seconds, where there is no bar
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Measure, and leave table and figure."""
+    values = parse(
+        "eval",
+        DESCRIPTION,
+        [
+            positional("run", str, MISSING, "folder of a trained model"),
+            flag("data", str | None, None, "text to measure on; the validation data of the run if left out"),
+            flag("kv_budget", str, "8,16,32,64,full", "tokens the cache of each layer holds, or full"),
+            flag(
+                "policy",
+                str | None,
+                None,
+                f"of {', '.join(POLICIES)}; if left out: selective (where the model is), streaming and h2o",
+            ),
+            flag("rows", int | None, None, f"rows to measure on, evenly spread; {MOST_ROWS} if left out"),
+            flag("out", str | None, None, "folder for table and figure; eval in the folder of the model"),
+        ],
+        arguments,
+    )
+    budgets = _budgets(values["kv_budget"])
+    policies = None if values["policy"] is None else _policies(values["policy"])
+    if values["rows"] is not None and values["rows"] < 1:
+        raise UsageError(f"--rows must be 1 or more, got {values['rows']}")
+    folder = Path(values["run"])
+    out = folder / "eval" if values["out"] is None else Path(values["out"])
+    _evaluate(folder, values["data"], budgets, policies, values["rows"], out)
+    return 0
+
+
+def _budgets(text: str) -> list[int | str]:
+    from heedful.evaluation.kv_budget import check_budgets
+
+    try:
+        budgets: list[int | str] = [
+            word if word == "full" else int(word) for word in split("--kv-budget", text, str)
+        ]
+    except ValueError:
+        raise UsageError(
+            f"--kv-budget takes whole numbers and full, separated by commas, got {text!r}"
+        ) from None
+    try:
+        check_budgets(budgets)
+    except ValueError as error:
+        raise UsageError(f"--kv-budget: {error}") from None
+    return budgets
+
+
+def _policies(text: str) -> tuple[str, ...]:
+    policies = split("--policy", text, str)
+    if not policies:
+        raise UsageError(f"--policy takes names separated by commas, got {text!r}: {', '.join(POLICIES)}")
+    try:
+        for name in policies:
+            get_policy(name)
+    except ValueError as error:
+        raise UsageError(f"--policy: {error}") from None
+    return policies
+
+
+def _evaluate(
+    folder: Path,
+    data: str | None,
+    budgets: list[int | str],
+    policies: tuple[str, ...] | None,
+    most: int | None,
+    out: Path,
+) -> None:
+    from heedful.compare.run import replace_text
+    from heedful.data import TokenDataset, count_bytes, token_bytes
+    from heedful.evaluation.kv_budget import (
+        BudgetResult,
+        check_policies,
+        default_policies,
+        evaluate_budgets,
+        to_csv,
+    )
+    from heedful.evaluation.plot import plot_budgets
+    from heedful.hf.load import load_model, load_tokenizer
+    from heedful.training import Interrupted, held_out
+
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file, expected a folder for the results; use another --out")
+    console = Console(highlight=False)
+    screen = Console(stderr=True, highlight=False)
+    model = load_model(folder)
+    policies = policies or default_policies(model)
+    try:
+        check_policies(model, policies)
+    except ValueError as error:
+        raise UsageError(f"--policy: {error}") from None
+    with screen.status("reading the data") if screen.is_terminal else nullcontext():
+        tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").exists() else None
+        held = held_out(folder, tokenizer, data)
+        total = len(held.rows)
+        n_rows = min(most or MOST_ROWS, total)
+        spread = [i * total // n_rows for i in range(n_rows)]
+        rows = TokenDataset({name: tensor[spread] for name, tensor in held.rows.tensors.items()})
+        n_bytes = None
+        if tokenizer is not None and held.n_bytes is not None:
+            n_bytes = count_bytes(rows.tensors["labels"], token_bytes(tokenizer))
+        text = n_bytes is not None
+    out.mkdir(parents=True, exist_ok=True)
+
+    part = "" if n_rows == total else f" of {total:,}"
+    measured_on = f"{held.name}, {n_rows:,}{part} rows of {held.context:,} tokens"
+    heading = measured_on
+    if part and most is None:
+        heading += f" (for all: --rows {total})"
+    todo = sum(1 if budget == "full" else len(policies) for budget in budgets)
+    results: list[BudgetResult] = []
+    progress = _Progress(todo, n_rows, screen)
+    try:
+        with progress:
+            for result in evaluate_budgets(
+                model, rows, budgets, policies, n_bytes=n_bytes, progress=progress.update
+            ):
+                results.append(result)
+                (out / FIGURE).unlink(missing_ok=True)  # an earlier one would not belong to this table
+                replace_text(out / TABLE, to_csv(results))
+    except KeyboardInterrupt:
+        if results:
+            _print(results, heading, text, console)
+        kept = f"those done are in {out / TABLE}" if results else "nothing was written"
+        raise Interrupted(f"stopped after {len(results)} of {todo} measurements; {kept}") from None
+    _print(results, heading, text, console)
+    written = [out / TABLE]
+    if any(r.policy is not None for r in results):
+        plot_budgets(
+            results,
+            out / FIGURE,
+            "Loss with a small cache" if text else "Answers that are right with a small cache",
+            f"{measured_on}; {_form(model)}",
+            "loss" if text else "accuracy",
+        )
+        written.append(out / FIGURE)
+    console.print(f"written: {', '.join(map(str, written))}", soft_wrap=True)
+
+
+def _form(model: Any) -> str:
+    config = model.config
+    return f"{config.attention} x {config.score}, {config.num_hidden_layers} layers"
+
+
+class _Progress:
+    """A bar over all measurements; where the output is no terminal, a line now and then."""
+
+    def __init__(self, todo: int, n_rows: int, console: Console) -> None:
+        self.todo, self.n_rows, self.console = todo, n_rows, console
+        self.begun = self.done = 0
+        self.last_line = time.perf_counter()
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[place]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self.task = self.bar.add_task("", total=todo * n_rows, place="")
+
+    def __enter__(self) -> "_Progress":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+    def update(self, policy: str | None, budget: Any, n_rows: int) -> None:
+        """Some more rows are measured; 0 = a measurement begins."""
+        self.begun += n_rows == 0
+        self.done += n_rows
+        what = "full cache" if policy is None else f"{policy}, {budget} tokens"
+        place = f"{self.begun} of {self.todo}"
+        self.bar.update(self.task, completed=self.done, description=what, place=place)
+        if not self.console.is_terminal and time.perf_counter() - self.last_line > LINE_EVERY:
+            self.last_line = time.perf_counter()
+            share = self.done / (self.todo * self.n_rows)
+            self.console.print(f"{what}  {place}  {share:.0%} of all rows")
+
+
+def _print(results: Sequence[Any], heading: str, text: bool, console: Console) -> None:
+    """The table, for 80 characters."""
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold cyan", padding=(0, 1, 0, 0))
+    table.add_column("policy")
+    for name in ("tokens", "loss", "bits/byte" if text else "right", "KL", "bytes", "tokens/s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for before, r in zip([None, *results], results, strict=False):
+        if before is not None and before.policy != r.policy:
+            table.add_section()
+        table.add_row(
+            r.policy or "full cache",
+            f"{r.kept:g}" if r.policy is None else str(r.kv_budget),
+            f"{r.loss:.4f}",
+            f"{r.accuracy:.1%}" if r.bits_per_byte is None else f"{r.bits_per_byte:.4f}",
+            f"{r.kl:.4f}",
+            f"{r.cache_bytes:,}",
+            f"{r.tokens_per_second:,.0f}",
+        )
+    console.print(heading, style="bold", soft_wrap=False)
+    console.print(table)
