@@ -136,7 +136,7 @@ def test_policies_that_go_with_the_model(heedful: Heedful, trained: Path, tmp_pa
     assert [row["policy"] for row in table_in(tmp_path)] == ["streaming", "h2o"]
     message = heedful("eval", trained, "--policy", "h2o,selective", "--out", tmp_path / "out").error(2)
     assert "--policy: the policy 'selective' needs a model with score 'selective'" in message
-    assert "layer 0 has 'softmax'; use streaming or h2o" in message
+    assert "layer 0 has 'softmax'; use another policy, e.g. 'streaming'" in message
     assert not (tmp_path / "out").exists()
 
 

@@ -220,7 +220,9 @@ def test_refused_at_once(
 
 
 def test_refused_for_the_model_or_the_rows(model: HeedfulForCausalLM, rows: TokenDataset):
-    with pytest.raises(ValueError, match=r"needs a model with score 'selective' .* use streaming or h2o"):
+    with pytest.raises(
+        ValueError, match=r"needs a model with score 'selective' .* use another policy, e.g. 'streaming'"
+    ):
         evaluate_budgets(model_of("softmax"), rows, [8], ["h2o", "selective"])
     packed = TokenDataset({**rows.tensors, "segment_ids": torch.zeros_like(rows.tensors["input_ids"])})
     with pytest.raises(ValueError, match="got packed rows"):

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from heedful.attention.eviction import EvictingCache, get_policy
+from heedful.attention.eviction import EvictingCache
 from heedful.data import TokenDataset
 from heedful.evaluation.loss import Tally, batches, labelled_logits, measuring
+from heedful.evaluation.search import check_policy
 from heedful.hf.cache import HeedfulCache, layer_budgets
 
 BUDGETS: tuple[int | str, ...] = (8, 16, 32, 64, "full")
@@ -106,7 +107,11 @@ def evaluate_budgets(
 
 def default_policies(model: Any) -> tuple[str, ...]:
     """The policies worth comparing in `model`: "selective" only where every layer selects."""
-    return ("selective", "streaming", "h2o") if _first_plain_layer(model) is None else ("streaming", "h2o")
+    try:
+        check_policy(model, "selective")
+    except ValueError:
+        return ("streaming", "h2o")
+    return ("selective", "streaming", "h2o")
 
 
 def check_policies(model: Any, policies: Sequence[str]) -> None:
@@ -114,14 +119,8 @@ def check_policies(model: Any, policies: Sequence[str]) -> None:
     if not policies:
         raise ValueError("expected one policy or more, got none")
     _check_different("policy", policies)
-    plain = _first_plain_layer(model)
     for name in policies:
-        if get_policy(name).selective and plain is not None:
-            number, score = plain
-            raise ValueError(
-                f"the policy {name!r} needs a model with score 'selective' in every layer, layer {number} has "
-                f"{score!r}; use {' or '.join(default_policies(model))}"
-            )
+        check_policy(model, name)
 
 
 def check_budgets(budgets: Sequence[Budget], n_layers: int = 1) -> None:
@@ -228,15 +227,6 @@ def _decoding_speed(model: Any, ids: Tensor, cache: HeedfulCache) -> float:
             torch.accelerator.synchronize(device)
         seconds.append(time.perf_counter() - started)
     return 1 / median(seconds[min(WARM_UP, len(seconds) // 2) :])
-
-
-def _first_plain_layer(model: Any) -> tuple[int, str] | None:
-    """The number and the score of the first layer that does not select; None where all do."""
-    for number, layer in enumerate(model.layers):
-        score = layer.attention.score
-        if "soft_mask" not in score.state_names:
-            return number, score.config.form
-    return None
 
 
 def _check_different(what: str, values: Sequence[Any], given: Sequence[Any] | None = None) -> None:
