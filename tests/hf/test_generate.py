@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache
 
 from heedful.hf import HeedfulCache, HeedfulForCausalLM
 
@@ -128,23 +128,6 @@ def test_attention_weights_are_never_kept(make_model: Make, ids: Tensor):
         make_model().generate(ids, max_new_tokens=2, output_attentions=True, return_dict_in_generate=True)
 
 
-def test_assisted_decoding_raises(make_model: Make, ids: Tensor):
-    """Rejected guesses would have to be forgotten, which the cache cannot do."""
-    model = make_model("sas", "selective")
-    with pytest.raises(NotImplementedError, match=r"assisted decoding needs; generate without an assistant"):
-        model.generate(ids[:1].repeat(1, 2), max_new_tokens=20, prompt_lookup_num_tokens=2, do_sample=False)
-    assistant = make_model("mha")
-    assistant.generation_config = GenerationConfig(num_assistant_tokens=3)
-    with pytest.raises(NotImplementedError, match=r"assisted decoding needs; generate without an assistant"):
-        model.generate(ids[:1], max_new_tokens=20, assistant_model=assistant, do_sample=False)
-
-
 def test_packed_prompts_raise(make_model: Make, ids: Tensor):
     with pytest.raises(ValueError, match="leave out segment_ids"):
         make_model().generate(ids, max_new_tokens=3, segment_ids=torch.zeros_like(ids))
-
-
-@pytest.mark.parametrize("how", [{"prompt_lookup_num_tokens": 2}, {"assistant_model": object()}])
-def test_assisted_decoding_raises_before_it_starts(how, make_model: Make, ids: Tensor):
-    with pytest.raises(NotImplementedError, match="assisted decoding"):
-        make_model().generate(ids[:1], max_new_tokens=1, **how)

@@ -53,6 +53,11 @@ class LayerCache:
         return sum(t.untyped_storage().nbytes() for t in tensors)
 
     @property
+    def peak_bytes(self) -> int:
+        """The most bytes ever held at once."""
+        return self.nbytes
+
+    @property
     def used_bytes(self) -> int:
         """Bytes of the tokens held, without the room for tokens to come."""
         tensors = [*(self[n] for n in self._storage), *self.masks.values(), *self.state.values()]

@@ -1,6 +1,8 @@
 """All contact with transformers' cache API: its names in front, `LayerCache` behind."""
 
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from torch import Tensor
@@ -8,7 +10,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from heedful.attention.cache import LayerCache
 from heedful.attention.eviction import EvictingCache
-from heedful.attention.eviction.rule import check_budget
+from heedful.attention.eviction.rule import check_budget, check_evict_every
 
 
 class _CacheLayer(CacheLayerMixin):
@@ -16,7 +18,7 @@ class _CacheLayer(CacheLayerMixin):
 
     is_compileable = False
     is_sliding = False
-    is_croppable = False
+    is_croppable = True
 
     def __init__(self, memory: LayerCache) -> None:
         super().__init__()
@@ -55,12 +57,38 @@ class _CacheLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         self.memory.reorder(indices)
 
+    @property
+    def record_past(self) -> bool:
+        """Whether tokens can be taken back with `crop`."""
+        return self.memory.recording
+
+    @record_past.setter
+    def record_past(self, on: bool) -> None:
+        self.memory.recording = on
+
+    def activate_past_recording(self) -> None:
+        """From here on tokens can be taken back, until the next `crop`."""
+        self.memory.recording = True
+
     def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove:
-            raise NotImplementedError(
-                "a HeedfulCache cannot forget its last tokens yet, which assisted decoding needs; "
-                "generate without an assistant"
+        """Forget the last tokens; transformers gives their number with a minus sign."""
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop takes the number of tokens to remove with a minus sign, got {tokens_to_remove}"
             )
+        self.memory.crop(-tokens_to_remove)
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """What a `HeedfulCache` has been through."""
+
+    evictions: list[int]
+    """Tokens evicted per layer, over all rows."""
+    peak_bytes: int
+    """The most bytes that keys, values and their books ever took at once, the piece being read included."""
+    tokens_per_second: float | None
+    """Tokens per row and second after the first forward pass, which reads the prompt; None before a second."""
 
 
 class HeedfulCache(Cache):
@@ -70,17 +98,34 @@ class HeedfulCache(Cache):
         n_layers: the number of layers.
         kv_budget: tokens held per layer: a number, a list with one per layer, or "full".
         policy: which token goes when a layer is full (`heedful.attention.eviction`).
+        evict_every: evict only at token positions divisible by it; up to evict_every - 1 more tokens are held.
+        threshold: votes F above which a token goes, whatever the budget; `forgotten` then bounds what was lost.
 
     Raises:
-        ValueError: for a budget below 2, a list of the wrong length, or an unknown policy.
+        ValueError: for a budget below 2, a list of the wrong length, an `evict_every` below 1, an unsound
+            threshold, or an unknown policy.
     """
 
     def __init__(
-        self, n_layers: int, kv_budget: int | Sequence[int] | str = "full", policy: str = "selective"
+        self,
+        n_layers: int,
+        kv_budget: int | Sequence[int] | str = "full",
+        policy: str = "selective",
+        evict_every: int = 1,
+        threshold: float | None = None,
     ) -> None:
         budgets = layer_budgets(kv_budget, n_layers)
-        memories = [LayerCache() if b is None else EvictingCache(b, policy) for b in budgets]
+        check_evict_every(evict_every)
+        if evict_every != 1 and threshold is None and all(budget is None for budget in budgets):
+            raise ValueError(f"evict_every={evict_every} needs a budget or a threshold; nothing is evicted without")
+        memories = [
+            LayerCache()
+            if b is None and threshold is None
+            else EvictingCache(b, policy, evict_every, threshold)
+            for b in budgets
+        ]
         super().__init__(layers=[_CacheLayer(memory) for memory in memories])
+        self._clock: list[tuple[int, float]] = []
 
     @property
     def memories(self) -> list[LayerCache]:
@@ -101,6 +146,33 @@ class HeedfulCache(Cache):
     def nbytes(self) -> int:
         """Bytes of all storages that exist."""
         return sum(memory.nbytes for memory in self.memories)
+
+    @property
+    def forgotten(self) -> list[Tensor]:
+        """Per layer (B,), an upper bound on the attention mass lost to evictions (`EvictingCache.forgotten`).
+
+        Raises:
+            ValueError: if the cache has no threshold.
+        """
+        memories = [memory for memory in self.memories if isinstance(memory, EvictingCache)]
+        if len(memories) < len(self.memories):
+            raise ValueError("the bound on what was forgotten is kept with a threshold; give one")
+        return [memory.forgotten for memory in memories]
+
+    @property
+    def stats(self) -> CacheStats:
+        """What the cache has been through."""
+        evictions = [m.evicted if isinstance(m, EvictingCache) else 0 for m in self.memories]
+        tokens_per_second = None
+        if len(self._clock) > 1:
+            (first, start), (last, end) = self._clock[0], self._clock[-1]
+            tokens_per_second = (last - first) / (end - start)
+        return CacheStats(evictions, sum(memory.peak_bytes for memory in self.memories), tokens_per_second)
+
+    def tick(self) -> None:
+        """Note the time after a forward pass, for `stats`."""
+        del self._clock[1:]  # the first, which read the prompt, and the last are what counts
+        self._clock.append((self.seen, time.perf_counter()))
 
 
 def layer_budgets(kv_budget: object, n_layers: int) -> list[int | None]:

@@ -136,6 +136,8 @@ class HeedfulForCausalLM(PreTrainedModel, DecoderParts, GenerationMixin):
             collect=collected,
             losses=losses,
         )
+        if cache is not None:
+            cache.tick()
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden[:, kept])
         loss = memory_loss = None
@@ -162,35 +164,50 @@ class HeedfulForCausalLM(PreTrainedModel, DecoderParts, GenerationMixin):
         return output if return_dict else output.to_tuple()
 
     @torch.no_grad()
-    def generate(self, *args: Any, kv_budget: Any = None, kv_policy: str = "selective", **kwargs: Any) -> Any:
+    def generate(
+        self,
+        *args: Any,
+        kv_budget: Any = None,
+        kv_policy: str = "selective",
+        kv_evict_every: int = 1,
+        kv_threshold: float | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """`GenerationMixin.generate` with a bound on the tokens that the cache holds.
 
         Args:
             *args: as in transformers.
             kv_budget: tokens held per layer while attending, the first and the newest included: a number >= 2,
-                a list with one per layer, or "full"; None takes `config.kv_budgets`, or all where it is None.
+                a list with one per layer, or "full"; None takes `config.kv_budgets`, or all where it is None
+                or the caller brings a cache or wants none.
             kv_policy: which token is evicted: "selective" needs a selective model; "streaming", "h2o",
                 "tova" and "random" go with any.
-            **kwargs: as in transformers.
+            kv_evict_every: evict only at token positions divisible by it; up to kv_evict_every - 1 more tokens
+                are held.
+            kv_threshold: votes F above which a token goes at once, > 0; needs the policy "selective". The cache
+                returned with the output then bounds the attention mass that was lost, `cache.forgotten`.
+            **kwargs: as in transformers; `prefill_chunk_size` bounds what is held while the prompt is read to
+                the budget and one chunk, and assisted decoding holds the budget and one draft after its first
+                forward pass.
 
         Raises:
-            ValueError: for an unsound budget, an unknown policy, or a budget together with a cache of one's
-                own or `use_cache=False`.
-            NotImplementedError: for assisted decoding.
+            ValueError: for an unsound budget or threshold, an unknown policy, or a budget or threshold together
+                with a cache of one's own or `use_cache=False`.
         """
         if kwargs.get("segment_ids") is not None:
             raise ValueError("generate() continues one text per row: leave out segment_ids")
-        if kwargs.get("assistant_model") is not None or kwargs.get("prompt_lookup_num_tokens"):
-            raise NotImplementedError(
-                "a HeedfulCache cannot forget its last tokens yet, which assisted decoding needs; generate "
-                "without an assistant"
+        own_cache = kwargs.get("past_key_values") is not None or kwargs.get("use_cache") is False
+        asked = kv_budget not in (None, "full") or kv_threshold is not None or kv_evict_every != 1
+        if asked and own_cache:
+            raise ValueError(
+                "kv_budget, kv_threshold and kv_evict_every make a cache: leave out past_key_values and "
+                "use_cache=False"
             )
         budget = self._budget(kv_budget)
-        if budget != "full":
-            cache = HeedfulCache(len(self.layers), budget, kv_policy)
-            if kwargs.get("past_key_values") is not None or kwargs.get("use_cache") is False:
-                raise ValueError("kv_budget makes a cache: leave out past_key_values and use_cache=False")
-            kwargs["past_key_values"] = cache
+        if (budget != "full" or asked) and not own_cache:
+            kwargs["past_key_values"] = HeedfulCache(
+                len(self.layers), budget, kv_policy, kv_evict_every, kv_threshold
+            )
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     @torch.no_grad()
@@ -201,6 +218,8 @@ class HeedfulForCausalLM(PreTrainedModel, DecoderParts, GenerationMixin):
         kv_budget: Any = None,
         policy: str = "selective",
         reduction: Literal["mean", "none"] = "mean",
+        evict_every: int = 1,
+        threshold: float | None = None,
     ) -> Tensor:
         """Negative log-likelihood of a text as a cache with a budget would see it, in one forward pass.
 
@@ -212,6 +231,8 @@ class HeedfulForCausalLM(PreTrainedModel, DecoderParts, GenerationMixin):
             kv_budget: as in `generate`.
             policy: as `kv_policy` in `generate`; "h2o" and "tova" run query by query.
             reduction: "mean" over the real predicted tokens, or "none".
+            evict_every: as `kv_evict_every` in `generate`.
+            threshold: as `kv_threshold` in `generate`.
 
         Returns:
             A scalar, or (B, T-1), nats; 0 where the token is padding.
@@ -221,7 +242,7 @@ class HeedfulForCausalLM(PreTrainedModel, DecoderParts, GenerationMixin):
         """
         if reduction not in ("mean", "none"):
             raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
-        cache = HeedfulCache(len(self.layers), self._budget(kv_budget), policy)
+        cache = HeedfulCache(len(self.layers), self._budget(kv_budget), policy, evict_every, threshold)
         logits = self(ids, attention_mask=attention_mask, past_key_values=cache).logits[:, :-1].float()
         nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
         if attention_mask is not None:
@@ -269,7 +290,9 @@ class HeedfulForCausalLM(PreTrainedModel, DecoderParts, GenerationMixin):
         if cache is not None:
             check_cache(cache, len(self.layers))
         elif generation_config.use_cache:
-            model_kwargs["past_key_values"] = HeedfulCache(len(self.layers))
+            cache = model_kwargs["past_key_values"] = HeedfulCache(len(self.layers))
+        if cache is not None and generation_config.is_assistant:
+            cache.activate_past_recording()  # generate() does so itself where it makes the cache
 
     def _check_kwargs(self, kwargs: dict[str, Any]) -> None:
         unknown = set(kwargs) - _PASSED_ALONG
@@ -296,9 +319,11 @@ class HeedfulForCausalLM(PreTrainedModel, DecoderParts, GenerationMixin):
             )
         mask = attention_mask[:, -length:].bool()
         padded = cache is not None and "key_mask" in cache.memories[0].masks
-        if not padded and not torch.compiler.is_compiling() and bool(mask.all()):
-            return None
-        return mask
+        if padded or torch.compiler.is_compiling():
+            return mask
+        # Asking a device would make every decoding step wait for it; new tokens of generate() are real.
+        waits = mask.device.type != "cpu" and length == 1 and cache is not None and cache.seen
+        return mask if waits or not bool(mask.all()) else None
 
 
 def segments_of(position_ids: Tensor, batch: int) -> Tensor | None:
