@@ -1,9 +1,9 @@
 """`heedful generate`."""
 
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import MISSING
+from typing import Any
 
 from heedful.attention.eviction import POLICIES
 from heedful.cli.errors import UsageError
@@ -13,6 +13,7 @@ DESCRIPTION = """Continue a prompt with a trained model.
 
     heedful generate runs/a "It is a truth" --max-new-tokens 100 --temperature 0.8
     heedful generate runs/a "It is a truth" --kv-budget 32 --stats      # a cache of 32 tokens per layer
+    heedful generate runs/a "It is a truth" --kv-threshold 20 --stats   # forget tokens with more than 20 votes
 
 The policy "selective" needs a model with --score selective; the others go with any."""
 
@@ -31,6 +32,7 @@ def run(arguments: Sequence[str]) -> int:
             flag("seed", int, 0, "seed of the draws"),
             flag("kv_budget", str, "", "tokens the cache of each layer holds: 64, 64,32,..., or full"),
             flag("kv_policy", str, "selective", "which token is evicted: " + ", ".join(POLICIES)),
+            flag("kv_threshold", float | None, None, "votes above which a token is forgotten at once, > 0"),
             flag("stats", bool, False, "say afterwards what the cache held, and how fast it went"),
         ],
         arguments,
@@ -49,7 +51,6 @@ def run(arguments: Sequence[str]) -> int:
 
     model, tokenizer = load_model(values["run"]), load_tokenizer(values["run"])
     set_seed(values["seed"])
-    started = time.perf_counter()
     _, cache = continue_text(
         model,
         tokenizer,
@@ -59,16 +60,27 @@ def run(arguments: Sequence[str]) -> int:
         top_k=values["top_k"],
         kv_budget=_budget(values["kv_budget"]),
         kv_policy=values["kv_policy"],
+        kv_threshold=values["kv_threshold"],
         streamer=TextStreamer(tokenizer, skip_special_tokens=True),
     )
     if values["stats"]:
-        seconds = time.perf_counter() - started
-        print(
-            f"cache: {cache.seen} tokens seen, {', '.join(map(str, cache.kept))} kept per layer, "
-            f"{cache.nbytes:,} bytes; {cache.seen / seconds:,.0f} tokens/s",
-            file=sys.stderr,
-        )
+        print(_stats(cache, values["kv_threshold"] is not None), file=sys.stderr)
     return 0
+
+
+def _stats(cache: Any, certified: bool) -> str:
+    """What the cache held, lost and cost."""
+    stats, per_layer = cache.stats, ", ".join(map(str, cache.kept))
+    lines = [
+        f"cache: {cache.seen} tokens seen, {per_layer} kept per layer, {sum(stats.evictions):,} evictions",
+        f"{cache.nbytes:,} bytes now, {stats.peak_bytes:,} at most",
+    ]
+    if certified:
+        lost = max(float(bound.max()) for bound in cache.forgotten)
+        lines.append(f"attention mass lost by any query of any layer: at most {lost:.3g}")
+    if stats.tokens_per_second is not None:
+        lines.append(f"{stats.tokens_per_second:,.0f} tokens/s after the prompt")
+    return "; ".join(lines)
 
 
 def _budget(text: str) -> int | list[int] | str | None:

@@ -18,6 +18,7 @@ def continue_text(
     top_k: int = 50,
     kv_budget: Any = None,
     kv_policy: str = "selective",
+    kv_threshold: float | None = None,
     streamer: Any = None,
 ) -> tuple[str, HeedfulCache]:
     """Continue `prompt` as the model's training text would begin: after the start-of-text token.
@@ -31,6 +32,7 @@ def continue_text(
         top_k: draw from the k most likely tokens; 0 draws from all.
         kv_budget: tokens the cache of each layer holds, as in `generate`.
         kv_policy: which token is evicted.
+        kv_threshold: votes above which a token goes, as in `generate`.
         streamer: receives tokens as they come, for `generate`.
 
     Returns:
@@ -47,6 +49,7 @@ def continue_text(
         pad_token_id=tokenizer.bos_token_id,
         kv_budget=kv_budget,
         kv_policy=kv_policy,
+        kv_threshold=kv_threshold,
         return_dict_in_generate=True,
         streamer=streamer,
         **sampling,

@@ -75,7 +75,7 @@ class EvictingCache(LayerCache):
     @property
     def peak_bytes(self) -> int:
         """The most bytes ever held at once: the slots, and the piece that was being read."""
-        return self._peak
+        return max(self._peak, self.nbytes)
 
     @property
     def forgotten(self) -> Tensor:
@@ -212,8 +212,9 @@ class EvictingCache(LayerCache):
         elif self.rule.budget is None:
             alive, state = self._grow_for(alive, state)
         slots = self.positions.shape[1]
-        bytes_read = sum(t.numel() * t.element_size() for t in memory.values())
-        self._peak = max(self._peak, self.nbytes + bytes_read)
+        held = [memory, *self._groups()]
+        held_bytes = sum(t.numel() * t.element_size() for tensors in held for t in tensors.values())
+        self._peak = max(self._peak, held_bytes)
         survives, arrives = alive[:, :slots], alive[:, slots:]
         self.positions.masked_fill_(~survives, -1)
         for name, value in state.items():
@@ -305,7 +306,6 @@ class EvictingCache(LayerCache):
         for name in state_names:
             self.state[name] = torch.zeros(batch, 1, slots, dtype=wide, device=device)
         self._room = slots
-        self._peak = max(self._peak, self.nbytes)
 
     def _make_room(self) -> None:
         """A free slot in every row, where there is no budget; asks the device only once in many tokens."""
@@ -335,7 +335,6 @@ class EvictingCache(LayerCache):
             self._storage[name] = _padded(tensor, slots, 0, token_axis(tensor))
         self._book["positions"] = _padded(self.positions, slots, -1)
         self.state = {name: _padded(tensor, slots, 0) for name, tensor in self.state.items()}
-        self._peak = max(self._peak, self.nbytes)
 
     def _write(  # type: ignore[override]
         self,
@@ -393,7 +392,13 @@ def _gather(storage: Tensor, slot: Tensor) -> Tensor:
 
 def _scatter(storage: Tensor, slot: Tensor, value: Tensor) -> None:
     """Overwrite the slots (B, n)."""
-    storage.scatter_(token_axis(storage), _index(slot, storage), value)
+    if torch.compiler.is_compiling() and storage.ndim == 4:
+        # The compiler writes this one in place, where it copies the whole storage for scatter_.
+        row = torch.arange(storage.shape[0], device=slot.device)[:, None, None]
+        group = torch.arange(storage.shape[1], device=slot.device)[None, :, None]
+        storage.index_put_((row, group, slot[:, None]), value)
+    else:
+        storage.scatter_(token_axis(storage), _index(slot, storage), value)
 
 
 def _padded(tensor: Tensor, size: int, value: int, axis: int = -1) -> Tensor:

@@ -40,14 +40,16 @@ def attend_slots(q: Tensor, k: Tensor, v: Tensor, soft_mask: Tensor, newest: Ten
     Returns:
         (B, H, 1, E), the dtype of v.
     """
-    q, k, v = to_autocast_dtype(q, k, v)  # type: ignore[assignment]
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = to_autocast_dtype(q, k, v)  # type: ignore[assignment]
+        with no_autocast(q.device):
+            return attend_slots(q, k, v, soft_mask, newest, scale)
     batch, heads, _, size = q.shape
     groups, dtype = k.shape[1], wide_dtype(q)
-    with no_autocast(q.device):
-        grouped = (q.to(dtype) * scale).reshape(batch, groups, heads // groups, size)
-        logits = grouped @ k.to(dtype).transpose(-1, -2)  # (B, G, H / G, C)
-        weights = (logits - soft_mask[:, None, None]).softmax(-1)
-        out = (weights @ v.to(dtype)).reshape(batch, heads, 1, -1).to(v.dtype)
-        soft_mask[:, 1:] += logits[:, 0, 0, 1:].relu()
-        soft_mask.scatter_(1, newest, 0.0)
-    return out
+    grouped = (q.to(dtype) * scale).view(batch, groups, heads // groups, size)
+    logits = grouped @ k.to(dtype).transpose(-1, -2)  # (B, G, H / G, C)
+    votes = logits[:, 0, 0].relu()
+    out = logits.sub_(soft_mask[:, None, None]).softmax(-1) @ v.to(dtype)
+    votes.scatter_(1, newest, 0.0)
+    soft_mask[:, 1:].add_(votes[:, 1:])
+    return out.view(batch, heads, 1, -1).to(v.dtype)
