@@ -268,10 +268,17 @@ class Attention(nn.Module):
         q, memory = self.project(x, positions)
         if cache is None:
             return self.aggregate(self._attend(x, q, memory, key_mask, segment_ids, None, losses))
-        undo = cache.snapshot() if cache.recording else None
+        if not cache.recording:
+            cache.drop_record()  # tokens that are not recorded hide those before them
+            return self.aggregate(self._attend(x, q, memory, key_mask, segment_ids, cache))
+        undo, grad = cache.snapshot(), torch.is_grad_enabled()
         out = self._attend(x, q, memory, key_mask, segment_ids, cache)
-        if undo is not None:
-            cache.record(length, undo, lambda n: self._replay(n, x, q, memory, key_mask, segment_ids, cache))
+
+        def replay(n: int) -> None:
+            with torch.set_grad_enabled(grad):
+                self._replay(n, x, q, memory, key_mask, segment_ids, cache)
+
+        cache.record(length, undo, replay)
         return self.aggregate(out)
 
     def _attend(
@@ -340,25 +347,29 @@ class Attention(nn.Module):
         """QK-norm and rotary positions, as configured, on (B, G, S, D)."""
         return self._place(k, positions, self.k_norm if self.config.qk_norm else None)
 
-    def logit_bound(self, q: Tensor, k: Tensor) -> Tensor:
-        """No logit of these queries and keys, of any head, is larger in size.
+    def logit_sizes(self, q: Tensor, k: Tensor, real_q: Tensor, real_k: Tensor) -> Tensor:
+        """The largest sizes of queries and keys; no logit, of any head, exceeds their product.
 
-        With QK-norm the bound is at least what the gains allow, so that it holds for all others as well.
+        With QK-norm they are at least what the gains allow, so that they hold for all others as well.
 
         Args:
             q: (B, H, T, D).
             k: (B, G, S, D).
+            real_q: (B, T) bool, False = padding, which does not count.
+            real_k: (B, S) bool.
 
         Returns:
-            (B, 1), float32 or wider.
+            (B, 2), float32 or wider.
         """
-        dtype = wide_dtype(q)
-        largest = [x.to(dtype).norm(dim=-1).flatten(1).amax(-1, keepdim=True) for x in (q, k)]
-        bound = largest[0] * largest[1] * self.config.qk_dim**-0.5
+        dtype, root = wide_dtype(q), self.config.qk_dim**0.25
+        sizes = [
+            x.to(dtype).norm(dim=-1).masked_fill(~real[:, None], 0.0).flatten(1).amax(-1) / root
+            for x, real in ((q, real_q), (k, real_k))
+        ]
         if self.config.qk_norm:
-            gains = self.q_norm.weight.abs().max() * self.k_norm.weight.abs().max()
-            bound = torch.maximum(bound, gains.to(dtype) * self.config.qk_dim**0.5)
-        return bound
+            gains = [norm.weight.abs().max().to(dtype) * root for norm in (self.q_norm, self.k_norm)]
+            sizes = [torch.maximum(size, gain) for size, gain in zip(sizes, gains, strict=True)]
+        return torch.stack(sizes, dim=-1)
 
     def split_heads(self, x: Tensor, n_heads: int) -> Tensor:
         """(B, T, H * D) -> (B, H, T, D)."""

@@ -85,7 +85,7 @@ class LayerCache:
         if old is None:
             old = like.new_full((shape[0], self.seen), name == "key_mask")
         if old.shape[0] != shape[0]:
-            raise _another_batch(old.shape[0], shape[0])
+            raise another_batch(old.shape[0], shape[0])
         if new is None:
             new = like.new_full(shape, True) if name == "key_mask" else old[:, -1:].expand(shape)
         return torch.cat((old, new), dim=1)
@@ -142,6 +142,10 @@ class LayerCache:
             if piece.length > n:
                 piece.replay(piece.length - n)
             n -= piece.length
+        self.drop_record()
+
+    def drop_record(self) -> None:
+        """What was read so far can no longer be forgotten by `crop`."""
         self._pieces.clear()
 
     def record(self, length: int, undo: Callable[[], None], replay: Callable[[int], None]) -> None:
@@ -168,7 +172,7 @@ class LayerCache:
     def reset(self) -> None:
         """Forget everything."""
         self.seen = 0
-        self._pieces.clear()
+        self.drop_record()
         for tensors in self._groups():
             tensors.clear()
 
@@ -177,7 +181,7 @@ class LayerCache:
         return self._storage, self.masks, self.state
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
-        self._pieces.clear()
+        self.drop_record()
         for tensors in self._groups():
             for name, tensor in tensors.items():
                 tensors[name] = change(tensor)
@@ -186,7 +190,7 @@ class LayerCache:
         axis = token_axis(new)
         storage = self._storage.get(name)
         if storage is not None and storage.shape[0] != new.shape[0]:
-            raise _another_batch(storage.shape[0], new.shape[0])
+            raise another_batch(storage.shape[0], new.shape[0])
         if storage is not None and storage.dtype != new.dtype:
             raise TypeError(
                 f"the cache holds {name} in {storage.dtype}, got {new.dtype}; keep one precision (autocast on or "
@@ -216,5 +220,6 @@ def token_axis(tensor: Tensor) -> int:
     return 2 if tensor.ndim == 4 else tensor.ndim - 1
 
 
-def _another_batch(held: int, new: int) -> ValueError:
+def another_batch(held: int, new: int) -> ValueError:
+    """The error for rows that the cache does not hold."""
     return ValueError(f"the cache holds {held} sequences but got {new} new ones; use one cache per batch")

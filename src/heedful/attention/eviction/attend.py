@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from heedful.attention.cache import token_axis
+from heedful.attention.cache import another_batch, token_axis
 from heedful.attention.eviction.cache import EvictingCache, real_tokens
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ def attend_evicting(
             f"{layer.config.score_config.form!r}; use another policy, e.g. 'streaming'"
         )
     batch, length = x.shape[:2]
+    if cache.filled and cache.positions.shape[0] != batch:
+        raise another_batch(cache.positions.shape[0], batch)
     if key_mask is not None:
         cache.ragged = True
     real = real_tokens(key_mask, batch, length, x.device)
@@ -86,9 +88,9 @@ def _one(
     newest = cache.positions_of(real)
     cache.put_one(memory, newest, layer.score.state_names)
     k, v = layer.keys_values(cache.held())
-    if cache.rule.threshold is not None:
-        cache.reach(layer.logit_bound(q, k))
     positions = cache.positions
+    if cache.rule.threshold is not None:
+        cache.reach(layer.logit_sizes(q, k, real, positions >= 0))
     visible = ((positions >= 0) & real)[:, None]
     voted = visible & ((positions > 0) & (positions != newest))[:, None]
     scale = layer.config.qk_dim**-0.5
@@ -149,7 +151,8 @@ def _many(
         visible = visible & torch.stack(kept, dim=1)
         if rule.threshold is not None:
             assert rows is not None
-            certified = torch.stack(gone, dim=1).flatten(1), rows.flatten(1), layer.logit_bound(q, k)
+            sizes = layer.logit_sizes(q, k, real, positions >= 0)
+            certified = torch.stack(gone, dim=1).flatten(1), rows.flatten(1), sizes
     out, state = layer.score.attend(q, k, v, x=x, state=state, visible=visible, voted=voted, scale=scale)
     check_one_selector(state)
     cache.pack(memory, newest, state, alive)

@@ -92,7 +92,8 @@ class EvictingCache(LayerCache):
             raise ValueError("the bound on what was forgotten is kept with a threshold; give one")
         if not self.filled:
             return torch.zeros(0)
-        return (2 * self._book["reach"] + self._book["lost"]).clamp(max=0.0).exp()[:, 0]
+        reach = self._book["reach"].prod(-1, keepdim=True)
+        return (2 * reach + self._book["lost"]).clamp(max=0.0).exp()[:, 0]
 
     @property
     def filled(self) -> bool:
@@ -246,9 +247,9 @@ class EvictingCache(LayerCache):
         cost = (-soft_mask).masked_fill(~gone, -torch.inf).logsumexp(-1, keepdim=True)
         self._book["lost"] = torch.logaddexp(self._book["lost"], cost.to(self._book["lost"].dtype))
 
-    def reach(self, logit_bound: Tensor) -> None:
-        """Note that logits of size `logit_bound`, (B, 1), occur."""
-        self._book["reach"] = torch.maximum(self._book["reach"], logit_bound.to(self._book["reach"].dtype))
+    def reach(self, logit_sizes: Tensor) -> None:
+        """Note the sizes (B, 2) of queries and keys that occur; apart, as a query may meet any evicted key."""
+        self._book["reach"] = torch.maximum(self._book["reach"], logit_sizes.to(self._book["reach"].dtype))
 
     def snapshot(self) -> Callable[[], None]:
         """A function that makes the cache what it is now: what is overwritten from here on is kept."""
@@ -272,13 +273,14 @@ class EvictingCache(LayerCache):
 
         return undo
 
-    def crop(self, n: int) -> None:
-        super().crop(n)
+    def drop_record(self) -> None:
+        super().drop_record()
         self._journal = None
 
     def reset(self) -> None:
         super().reset()
         self._clear()
+        self._peak = 0
 
     def _clear(self) -> None:
         self.seen, self.ragged, self._room, self._journal = 0, False, 0, None
@@ -302,7 +304,7 @@ class EvictingCache(LayerCache):
             self._book["scores"] = torch.zeros(batch, slots, device=device)
         if self.rule.threshold is not None:
             self._book["lost"] = torch.full((batch, 1), -torch.inf, dtype=wide, device=device)
-            self._book["reach"] = torch.zeros(batch, 1, dtype=wide, device=device)
+            self._book["reach"] = torch.zeros(batch, 2, dtype=wide, device=device)
         for name in state_names:
             self.state[name] = torch.zeros(batch, 1, slots, dtype=wide, device=device)
         self._room = slots
@@ -311,7 +313,7 @@ class EvictingCache(LayerCache):
         """A free slot in every row, where there is no budget; asks the device only once in many tokens."""
         if self._room < 1:
             self._room = self.positions.shape[1] - self.kept
-            if self._room < self.block // 2:
+            if self._room < max(1, self.block // 2):
                 self._grow_to(self.positions.shape[1] + self.block)
                 self._room += self.block
         self._room -= 1
