@@ -3,6 +3,7 @@
 import textwrap
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from rich import box
@@ -15,13 +16,24 @@ from heedful.compare import CompareSettings, compare
 from heedful.compare.run import replace_text
 from heedful.data import TokenDataset, variable_assignment
 from heedful.evaluation import evaluate
+from heedful.evaluation.kv_budget import BudgetResult, evaluate_budgets
 from heedful.hf.generation import continue_text
 from heedful.hf.load import load_model, load_tokenizer
 from heedful.plotting import PALETTE, new_figure, save, spread_labels, titled
-from heedful.training import RunResult, TrainSettings, train
+from heedful.training import RunResult, TrainSettings, held_out, train
+
+# Selective attention trains for a small cache.
+SELECTIVE = {"memory_loss": 0.1}
 
 # The small preset: what four forms can learn in some two minutes on two cores.
 TEXT = TrainSettings(d_model=64, n_layers=3, n_heads=4, context=256, batch_size=4, steps=320, lr=5e-3)
+TEXT_KEPT = (8, 16, 32, 64)
+TEXT_UNDER_BUDGET = (
+    ("mha", "softmax", "streaming"),
+    ("mha", "selective", "selective"),
+    ("sas", "selective", "selective"),
+)
+SAMPLE_KEPT = 32
 
 # Variable assignment needs sharp attention soon: logits start at unit scale, and without QK-norm, which
 # bounds them by gains that grow slowly. Neither setting lets softmax solve it in these steps.
@@ -54,7 +66,7 @@ SCORES = ("softmax", "selective")
 def demo(out: str | Path, console: Console | None = None) -> None:
     """Run the whole demonstration into `out`; what is finished there already is not trained again.
 
-    Leaves `results.jsonl`, `summary.md`, `compare.png`, `variable-assignment.png`, `kv-budget.png` and the models.
+    Leaves `results.jsonl`, `summary.md`, four pictures and the models.
 
     Args:
         out: the folder; made if missing.
@@ -67,8 +79,19 @@ def demo(out: str | Path, console: Console | None = None) -> None:
     out, console = Path(out), console or Console()
     started = time.perf_counter()
     console.rule("[bold]1 of 3  Language models on Jane Austen[/bold]", align="left")
-    forms = CompareSettings(attention=("mha", "sas"), score=SCORES, seeds=1, train=TEXT)
+    text = replace(TEXT, score="selective", score_options=SELECTIVE)
+    forms = CompareSettings(attention=("mha", "sas"), score=SCORES, seeds=1, train=text)
     results = compare(forms, out, console=console)
+    folders = {
+        (r.attention, r.score): out / "runs" / f"{r.attention}-{r.score}-seed{r.seed}-lr{r.lr:g}"
+        for r in results
+    }
+    with (
+        console.status("the same models with a cache of few tokens") if console.is_terminal else nullcontext()
+    ):
+        held = _text_under_budget(folders)
+    console.print(_held_table(held))
+    plot_held(held, out / "kv-text.png")
 
     console.rule("[bold]2 of 3  Variable assignment[/bold]", align="left")
     console.print(
@@ -86,24 +109,112 @@ def demo(out: str | Path, console: Console | None = None) -> None:
     console.print(_kept_table(kept))
     plot_kept(kept, {s: a[BUDGETED] for s, (_, a) in answers.items()}, out / "kv-budget.png")
 
-    console.rule("[bold]3 of 3  Text from the best language model[/bold]", align="left")
-    best = min(results, key=lambda r: r.val_loss)
-    sample = _sample(out / "runs" / f"{best.attention}-{best.score}-seed{best.seed}-lr{best.lr:g}")
-    console.print(
-        Panel(sample, title=f"{best.attention} x {best.score}", title_align="left"), highlight=False
-    )
+    console.rule(f"[bold]3 of 3  Text, with a cache of {SAMPLE_KEPT} tokens[/bold]", align="left")
+    best = min((r for r in results if r.score == "selective"), key=lambda r: r.val_loss)
+    sample = _sample(folders[best.attention, best.score])
+    title = f"{best.attention} x selective, {SAMPLE_KEPT} tokens kept per layer"
+    console.print(Panel(sample, title=title, title_align="left"), highlight=False)
 
     summary = (out / "summary.md").read_text(encoding="utf-8")
-    replace_text(out / "summary.md", summary + _report(answers, kept, best, sample))
+    replace_text(out / "summary.md", summary + _report(held, answers, kept, title, sample))
     minutes = (time.perf_counter() - started) / 60
-    names = ("summary.md", "results.jsonl", "compare.png", "variable-assignment.png", "kv-budget.png")
+    pictures = ("compare.png", "kv-text.png", "variable-assignment.png", "kv-budget.png")
+    names = ("summary.md", "results.jsonl", *pictures)
     console.print(f"{minutes:.1f} minutes. In {out}: {', '.join(names)}", highlight=False)
+
+
+Held = dict[str, list[BudgetResult]]
+"""Per form, the full cache first."""
+
+
+def _text_under_budget(folders: dict[tuple[str, str], Path]) -> Held:
+    """Loss and bytes of language models with a full cache and with few tokens kept."""
+    held: Held = {}
+    for attention, score, policy in TEXT_UNDER_BUDGET:
+        folder = folders[attention, score]
+        rows = held_out(folder, load_tokenizer(folder)).rows
+        some = TokenDataset({name: tensor[:: len(rows) // 32] for name, tensor in rows.tensors.items()})
+        label = f"{attention} x {score}" + (", first and last tokens" if policy == "streaming" else "")
+        held[label] = list(
+            evaluate_budgets(load_model(folder), some, (*TEXT_KEPT, "full"), [policy], decoded=2)
+        )
+    return held
+
+
+def _held_rows(held: Held) -> list[list[str]]:
+    """Per form and budget: loss, bytes, and how they compare with standard attention's full cache."""
+    first = next(iter(held.values()))[0]
+    return [
+        [
+            label,
+            "all" if r.policy is None else str(r.kv_budget),
+            f"{r.loss:.3f}",
+            f"{r.loss - first.loss:+.3f}",
+        ]
+        + [f"{r.cache_bytes:,}", f"{first.cache_bytes / r.cache_bytes:.1f}x"]
+        for label, results in held.items()
+        for r in results
+    ]
+
+
+HELD_COLUMNS = ("form", "kept", "loss", "vs standard", "bytes", "fewer bytes")
+
+
+def _held_table(held: Held) -> Table:
+    """Loss and bytes of the caches, for a terminal."""
+    title = f"tokens kept per layer, of {TEXT.context}: loss, and bytes of one text's cache"
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for i, name in enumerate(HELD_COLUMNS):
+        table.add_column(name, justify="right" if i else "left")
+    for i, row in enumerate(_held_rows(held)):
+        table.add_row(*row, end_section=(i + 1) % (len(TEXT_KEPT) + 1) == 0)
+    return table
+
+
+def plot_held(held: Held, path: Path) -> None:
+    """Loss against the bytes of the cache, a line per form, the full cache as a ring."""
+    figure, axes = new_figure(size=(9, 4.6))
+    axes.set_xscale("log", base=2)
+    ends = []
+    for color, (label, results) in zip(PALETTE, held.items(), strict=False):
+        points = sorted((r.cache_bytes / 1024, r.loss) for r in results)
+        xs, ys = zip(*points, strict=True)
+        axes.plot(xs, ys, color=color, linewidth=2, marker="o", markersize=4)
+        axes.plot(xs[-1], ys[-1], "o", markersize=9, markerfacecolor="white", markeredgecolor=color)
+        ends.append((xs[0], ys[0], label, color))
+    bottom, top = axes.get_ylim()
+    for (x, _, label, color), height in zip(
+        ends, spread_labels([y for _, y, _, _ in ends], 0.06 * (top - bottom)), strict=True
+    ):
+        axes.annotate(
+            label,
+            (x, height),
+            xytext=(-10, 0),
+            textcoords="offset points",
+            ha="right",
+            va="center",
+            color=color,
+        )
+    ticks = [2.0**n for n in range(2, 13) if axes.get_xlim()[0] / 8 <= 2.0**n <= axes.get_xlim()[1] * 1.2]
+    axes.set_xlim(axes.get_xlim()[0] / 7, axes.get_xlim()[1])
+    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("KiB of cache for one text; the ring is the full cache")
+    axes.set_ylabel("loss (nats per token)")
+    kept = ", ".join(map(str, TEXT_KEPT))
+    titled(
+        axes,
+        "Loss against the memory of the cache",
+        f"Jane Austen, one seed; {kept} and all {TEXT.context} tokens kept per layer",
+    )
+    save(figure, path)
 
 
 def _learn_task(score: str, out: Path, console: Console) -> tuple[RunResult, dict[int, float]]:
     """Train one form on variable assignment and test it at every length."""
     folder = out / "variable-assignment" / score
-    settings = TrainSettings(**{**TASK.to_dict(), "score": score})
+    options = SELECTIVE if score == "selective" else {}
+    settings = replace(TASK, score=score, score_options=options)
     result = train(settings, folder, resume=(folder / "train.json").exists(), console=console)
     model = load_model(folder)
     accuracy = {
@@ -182,12 +293,12 @@ def plot_kept(kept: dict[str, dict[int, float]], full: dict[str, float], path: P
 
 
 def _sample(folder: Path, characters: int = 200) -> str:
-    """`characters` of text, the prompt included."""
+    """`characters` of text, the prompt included, from a cache of few tokens."""
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     set_seed(0)
     text = "She was"
     while len(text) < characters:  # an end of text ends a continuation early
-        text, _ = continue_text(model, tokenizer, text, max_new_tokens=characters)
+        text, _ = continue_text(model, tokenizer, text, max_new_tokens=characters, kv_budget=SAMPLE_KEPT)
     return text[:characters]
 
 
@@ -226,9 +337,10 @@ def plot_task(answers: dict[str, tuple[RunResult, dict[int, float]]], path: Path
 
 
 def _report(
+    held: Held,
     answers: dict[str, tuple[RunResult, dict[int, float]]],
     kept: dict[str, dict[int, float]],
-    best: RunResult,
+    sample_title: str,
     sample: str,
 ) -> str:
     header = "| score | " + " | ".join(f"{n} statements" for n in STATEMENTS) + " |"
@@ -238,6 +350,15 @@ def _report(
     ]
     return "\n".join(
         [
+            "",
+            f"The selective models are trained with the memory loss ({SELECTIVE['memory_loss']:g}). With caches "
+            f"that keep few of {TEXT.context} tokens per layer (32 rows of the validation text):",
+            "",
+            "| " + " | ".join(HELD_COLUMNS) + " |",
+            "|---" * len(HELD_COLUMNS) + "|",
+            *("| " + " | ".join(row) + " |" for row in _held_rows(held)),
+            "",
+            "![held](kv-text.png)",
             "",
             "# Variable assignment",
             "",
@@ -259,7 +380,7 @@ def _report(
             "",
             "![kept](kv-budget.png)",
             "",
-            f"# Text from {best.attention} x {best.score}",
+            f"# Text from {sample_title}",
             "",
             textwrap.indent(textwrap.fill(sample, 100), "> "),
             "",

@@ -10,6 +10,7 @@ COMMANDS = {
     "compare": "train several forms alike and compare them: table, plot, raw data",
     "generate": "continue a prompt with a trained model",
     "eval": "measure a trained model with a KV cache of few tokens: table, plot, raw data",
+    "bench": "measure speed, as ratios of runs that take turns",
     "budget": "find how few cached tokens every layer needs for a given loss",
     "demo": "the whole story in five minutes, offline",
     "ls": "list the attention and score forms",

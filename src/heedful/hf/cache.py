@@ -117,7 +117,9 @@ class HeedfulCache(Cache):
         budgets = layer_budgets(kv_budget, n_layers)
         check_evict_every(evict_every)
         if evict_every != 1 and threshold is None and all(budget is None for budget in budgets):
-            raise ValueError(f"evict_every={evict_every} needs a budget or a threshold; nothing is evicted without")
+            raise ValueError(
+                f"evict_every={evict_every} needs a budget or a threshold; nothing is evicted without"
+            )
         memories = [
             LayerCache()
             if b is None and threshold is None

@@ -1,0 +1,164 @@
+"""The attention part of one decoding step: a full cache, and slots that hold a part of it.
+
+From the q, k, v of a new token to the outputs of the heads: choosing the slot to overwrite, writing, attending,
+voting. Every step gets a token of its own. The baseline is what a plain cache costs at least: PyTorch's
+scaled_dot_product_attention over preallocated keys, without even appending the new one.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from heedful.attention.cache import LayerCache
+from heedful.attention.eviction import EvictingCache
+from heedful.bench.timing import Timing, interleaved
+from heedful.ops.selective import selective_attention
+from heedful.ops.selective.slots import attend_slots, least_needed_slot
+
+TOKENS = 64  # drawn once, used in turn
+
+
+@dataclass(frozen=True)
+class DecodeCase:
+    """One line of the benchmark."""
+
+    name: str
+    context: int
+    """Tokens that were read."""
+    kept: int
+    """Tokens that are held."""
+    baseline: str
+    """Name of the case it is compared with."""
+    run: Callable[[], Any]
+
+
+def decode_cases(
+    context: int,
+    shares: Sequence[int],
+    *,
+    n_heads: int = 8,
+    n_kv_heads: int | None = None,
+    head_dim: int = 64,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    compiled: bool = True,
+) -> list[DecodeCase]:
+    """The cases for one context, to be run in turn.
+
+    Args:
+        context: T, tokens read.
+        shares: budgets as divisors of the context: 4 keeps a quarter.
+        n_heads: H.
+        n_kv_heads: G; H if None.
+        head_dim: D.
+        dtype: of queries, keys and values.
+        device: where to run.
+        compiled: also the step compiled by torch.compile, which needs a C++ compiler on the CPU.
+    """
+    groups = n_kv_heads or n_heads
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(heads: int, n: int) -> Tensor:
+        return torch.randn(1, heads, n, head_dim, generator=generator).to(device, dtype)
+
+    q, k, v = draw(n_heads, TOKENS), draw(groups, TOKENS), draw(groups, TOKENS)
+    turn = count()
+
+    def token() -> tuple[Tensor, Tensor, Tensor]:
+        now = next(turn) % TOKENS
+        return q[:, :, now : now + 1], k[:, :, now : now + 1], v[:, :, now : now + 1]
+
+    def sdpa(n: int) -> Callable[[], Tensor]:
+        keys, values = draw(groups, n), draw(groups, n)
+        gqa = groups != n_heads
+        return lambda: F.scaled_dot_product_attention(token()[0], keys, values, enable_gqa=gqa)
+
+    full = "plain SDPA, full cache"
+    cases = [DecodeCase(full, context, context, full, sdpa(context))]
+    cases.append(
+        DecodeCase("selective, full cache", context, context, full, _full_step(draw, token, groups, context))
+    )
+    for share in shares:
+        kept = context // share
+        plain = f"plain SDPA, T/{share} keys"
+        cases.append(DecodeCase(plain, context, kept, full, sdpa(kept)))
+        step, choose = _slot_step(draw, token, groups, kept)
+        cases.append(DecodeCase(f"selective slots, T/{share}", context, kept, plain, step))
+        cases.append(
+            DecodeCase(f"  of it choosing, T/{share}", context, kept, f"selective slots, T/{share}", choose)
+        )
+        if compiled:
+            step, _ = _slot_step(draw, token, groups, kept, compiled=True)
+            cases.append(DecodeCase(f"selective slots, T/{share}, compiled", context, kept, plain, step))
+    return cases
+
+
+def bench_decode(
+    cases: Sequence[DecodeCase], *, turns: int = 50, progress: Callable[[int, int], None] | None = None
+) -> list[tuple[DecodeCase, Timing]]:
+    """Time the cases of `decode_cases` in turn."""
+    with torch.no_grad():
+        timings = interleaved(
+            {case.name: case.run for case in cases}, turns=turns, warmup=8, progress=progress
+        )
+    return [(case, timings[case.name]) for case in cases]
+
+
+def _filled(draw: Callable[[int, int], Tensor], groups: int, cache: LayerCache, n: int) -> None:
+    """Fill a cache with n random tokens and few votes."""
+    keys, values = draw(groups, n), draw(groups, n)
+    votes = torch.rand(1, 1, n, device=keys.device)
+    votes[..., 0] = 0
+    if isinstance(cache, EvictingCache):
+        alive = torch.ones(1, n, dtype=torch.bool, device=keys.device)
+        positions = torch.arange(n, device=keys.device)[None]
+        cache.pack({"k": keys, "v": values}, positions, {"soft_mask": votes}, alive)
+    else:
+        cache.append(k=keys, v=values)
+        cache.state = {"soft_mask": votes}
+
+
+def _full_step(
+    draw: Callable[[int, int], Tensor],
+    token: Callable[[], tuple[Tensor, Tensor, Tensor]],
+    groups: int,
+    context: int,
+) -> Callable[[], Tensor]:
+    cache = LayerCache(block=4096)
+    with torch.no_grad():
+        _filled(draw, groups, cache, context)
+
+    def step() -> Tensor:
+        q, k, v = token()
+        held = cache.append(k=k, v=v)
+        out, votes = selective_attention(q, held["k"], held["v"], soft_mask=cache.state["soft_mask"])
+        cache.state = {"soft_mask": votes}
+        return out
+
+    return step
+
+
+def _slot_step(
+    draw: Callable[[int, int], Tensor],
+    token: Callable[[], tuple[Tensor, Tensor, Tensor]],
+    groups: int,
+    kept: int,
+    compiled: bool = False,
+) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """A whole step over slots, and the choice of the slot alone."""
+    cache = EvictingCache(kept)
+    with torch.no_grad():
+        _filled(draw, groups, cache, kept)
+
+    def step(q: Tensor, k: Tensor, v: Tensor, cache: EvictingCache) -> Tensor:
+        slot = cache.put_next({"k": k, "v": v}, ["soft_mask"])
+        held, state, _ = cache.in_use()
+        return attend_slots(q, held["k"], held["v"], state["soft_mask"][:, 0], slot, q.shape[-1] ** -0.5)
+
+    run = torch.compile(step, fullgraph=True) if compiled else step
+    return lambda: run(*token(), cache), lambda: least_needed_slot(cache.scores, cache.positions)
