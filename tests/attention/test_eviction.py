@@ -7,8 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heedful.attention import build
+from heedful.attention import LayerCache, Score, build, register_score
 from heedful.attention.eviction import POLICIES, EvictingCache, eviction_mask
+from heedful.attention.registry import SCORES
+from heedful.ops import selective_attention
+from heedful.ops.selective.reference import selective_reference
 
 
 class Token:
@@ -18,7 +21,7 @@ class Token:
         self.column, self.position, self.votes = column, position, 0.0
 
 
-def simulate(votes, budget, evict_every, real):
+def simulate(votes, budget, evict_every, real, threshold=None):
     """For every query the columns it attends to; `votes[i][j]` are Python floats."""
     held, rows, position = [], [], -1
     for i, is_real in enumerate(real):
@@ -28,7 +31,10 @@ def simulate(votes, budget, evict_every, real):
         position += 1
         held.append(Token(i, position))
         if position % evict_every == 0:
-            while len(held) > budget:
+            if threshold is not None:
+                last = len(held) - 1
+                held = [t for n, t in enumerate(held) if n in (0, last) or t.votes <= threshold]
+            while budget is not None and len(held) > budget:
                 candidates = held[1:-1]
                 worst = max(token.votes for token in candidates)
                 victim = next(token for token in candidates if token.votes == worst)
@@ -46,28 +52,57 @@ def cases(draw):
     # few distinct values: ties are what real votes are full of
     votes = [[generator.choice([0.0, 0.0, 0.5, 1.25, 3.0]) for _ in range(length)] for _ in range(length)]
     real = [generator.random() < 0.8 for _ in range(length)]
-    return votes, draw(st.integers(2, 10)), draw(st.integers(1, 4)), real
+    # thresholds that sums of those votes reach exactly: what equals it stays
+    budget, threshold = draw(st.integers(2, 10)), draw(st.sampled_from([None, 0.5, 3.0, 5.5, 100.0]))
+    if threshold is not None and draw(st.booleans()):
+        budget = None
+    return votes, budget, draw(st.integers(1, 4)), real, threshold
 
 
 @given(cases())
 @settings(max_examples=150, deadline=None)
 def test_mask_agrees_with_the_simulator(case):
-    votes, budget, evict_every, real = case
+    votes, budget, evict_every, real, threshold = case
     mask = eviction_mask(
         torch.tensor([votes], dtype=torch.float64),
         budget,
         evict_every=evict_every,
+        threshold=threshold,
         key_mask=torch.tensor([real]),
     )[0]
-    expected = simulate(votes, budget, evict_every, real)
+    expected = simulate(votes, budget, evict_every, real, threshold)
     assert [set(row.nonzero()[:, 0].tolist()) for row in mask] == expected
-    assert mask.sum(-1).max() <= budget + evict_every - 1
+    if budget is not None:
+        assert mask.sum(-1).max() <= budget + evict_every - 1
+    for i in (i for i, is_real in enumerate(real) if is_real):
+        assert mask[i, i]
+        assert mask[i, real.index(True)]
 
 
 def layer_of(attention, score, **options):
     torch.manual_seed(1)
     layer = build(attention, score=score, d_model=16, n_heads=4, init_logit_std=2.0, **options).double()
     return layer.eval()
+
+
+def check_what_is_held(memory, held, arrived):
+    """The first real token in slot 0, the newest, nobody twice, never more than there may be."""
+    rule = memory.rule
+    assert memory.kept == max(len(positions) for positions in held)
+    assert memory.evicted == sum(arrived) - sum(len(positions) for positions in held)
+    for row, (positions, n) in enumerate(zip(held, arrived, strict=True)):
+        assert len(set(positions)) == len(positions)
+        if n:
+            assert {0, n - 1} <= set(positions) <= set(range(n))
+            assert memory.positions[row, 0] == 0
+        else:
+            assert positions == []
+        if rule.budget is None:
+            continue
+        extra = (n - 1) % rule.evict_every  # arrived since the last time anybody could go
+        assert len(positions) <= rule.budget + extra <= memory.n_slots
+        if rule.threshold is None:
+            assert len(positions) >= min(n, rule.budget)
 
 
 def run(layer, x, key_mask, pieces, **cache):
@@ -77,9 +112,9 @@ def run(layer, x, key_mask, pieces, **cache):
         for n in pieces:
             part = slice(start, start + n)
             outs.append(layer(x[:, part], key_mask=key_mask[:, part], cache=memory))
-            held.append([sorted(p for p in row if p >= 0) for row in memory.positions.tolist()])
-            assert memory.kept <= memory.n_slots
             start += n
+            held.append([sorted(p for p in row if p >= 0) for row in memory.positions.tolist()])
+            check_what_is_held(memory, held[-1], key_mask[:, :start].sum(-1).tolist())
     return torch.cat(outs, dim=1), held, memory
 
 
@@ -105,41 +140,60 @@ FORMS = [
 @pytest.mark.parametrize(
     "form", FORMS, ids=lambda f: "-".join(map(str, f[:3])) + ("-" + str(f[3]) if f[3] else "")
 )
-@given(st.integers(0, 10**6), st.integers(2, 9), st.sampled_from([1, 1, 2, 3]))
-@settings(max_examples=12, deadline=None)
-def test_all_ways_of_running_the_same_tokens_agree(form, seed, budget, evict_every):
+@given(
+    st.integers(0, 10**6),
+    st.integers(2, 9),
+    st.sampled_from([1, 1, 2, 3]),
+    st.sampled_from([None, None, 0.5, 2.0, 6.0, 1e6]),
+    st.booleans(),
+)
+@settings(max_examples=16, deadline=None)
+def test_all_ways_of_running_the_same_tokens_agree(form, seed, budget, evict_every, threshold, bounded):
     attention, score, policy, options = form
+    threshold = threshold if policy == "selective" else None
+    budget = budget if bounded or threshold is None else None
     layer = layer_of(attention, score, **options)
     generator = random.Random(seed)
     length, left = generator.randint(2, 26), generator.randint(0, 5)
     x = torch.randn(2, left + length, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     key_mask = torch.ones(2, left + length, dtype=torch.bool)
     key_mask[1, :left] = False
-    how = {"budget": budget, "policy": policy, "evict_every": evict_every}
-    whole, held, _ = run(layer, x, key_mask, [left + length], **how)
+    how = {"budget": budget, "policy": policy, "evict_every": evict_every, "threshold": threshold, "block": 3}
+    whole, held, first = run(layer, x, key_mask, [left + length], **how)
     for pieces in ([1] * (left + length), pieces_of(left + length, generator)):
-        out, now_held, _ = run(layer, x, key_mask, pieces, **how)
+        out, now_held, memory = run(layer, x, key_mask, pieces, **how)
         torch.testing.assert_close(out[key_mask], whole[key_mask])
         assert now_held[-1] == held[-1]
+        if threshold is not None:
+            torch.testing.assert_close(memory.forgotten, first.forgotten)
     alone, _, _ = run(layer, x[1:, left:], key_mask[1:, left:], [length], **how)
     torch.testing.assert_close(alone[0], whole[1, left:])
-    if budget >= left + length:
+    if threshold in (None, 1e6) and (budget is None or budget >= left + length):
         torch.testing.assert_close(whole[key_mask], layer(x, key_mask=key_mask)[key_mask])
 
 
-@given(st.integers(0, 10**6), st.integers(2, 8), st.integers(1, 3))
-@settings(max_examples=25, deadline=None)
-def test_decoding_evicts_whom_the_simulator_evicts(seed, budget, evict_every):
+@given(
+    st.integers(0, 10**6),
+    st.one_of(st.none(), st.integers(2, 8)),
+    st.integers(1, 3),
+    st.sampled_from([None, 0.7, 3.0, 10.0]),
+)
+@settings(max_examples=40, deadline=None)
+def test_decoding_evicts_whom_the_simulator_evicts(seed, budget, evict_every, threshold):
+    budget = 5 if budget is None and threshold is None else budget
     layer = layer_of("mha", "selective")
     length = 20
     x = torch.randn(1, length, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     q, memory = layer.project(x, torch.arange(length)[None])
     logits = (q[0, 0] @ memory["k"][0, 0].T * layer.config.qk_dim**-0.5).tolist()
     votes = [[max(logits[i][j], 0.0) for j in range(length)] for i in range(length)]
-    expected = simulate(votes, budget, evict_every, [True] * length)
+    expected = simulate(votes, budget, evict_every, [True] * length, threshold)
     everyone = torch.ones(1, length, dtype=torch.bool)
-    _, held, _ = run(layer, x, everyone, [1] * length, budget=budget, evict_every=evict_every)
+    how = {"budget": budget, "evict_every": evict_every, "threshold": threshold}
+    _, held, _ = run(layer, x, everyone, [1] * length, block=4, **how)
     assert [set(rows[0]) for rows in held] == expected
+    mask = eviction_mask(torch.tensor([votes], dtype=torch.float64), **how)[0]
+    assert [set(row.nonzero()[:, 0].tolist()) for row in mask] == expected
 
 
 def test_memory_is_the_slots_and_does_not_grow():
@@ -154,6 +208,64 @@ def test_memory_is_the_slots_and_does_not_grow():
     assert (memory.seen, memory.kept) == (40, 7)
 
 
+SIZES = [
+    ("mha", "selective", {"budget": 7}, {}),
+    ("gqa", "selective", {"budget": 5, "evict_every": 3}, {"n_kv_heads": 2}),
+    ("mqa", "softmax", {"budget": 6, "policy": "h2o"}, {}),
+    ("mha", "softmax", {"budget": 6, "policy": "streaming", "evict_every": 2}, {}),
+    ("sas", "selective", {"budget": 4, "threshold": 2.0}, {}),
+    ("sas", "selective", {"budget": 4}, {"cache": "compact"}),
+    ("mha", "selective", {"budget": None, "threshold": 3.0, "block": 4}, {}),
+]
+
+
+@pytest.mark.parametrize("case", SIZES, ids=lambda c: "-".join(map(str, c)))
+@pytest.mark.parametrize("single", [True, False], ids=["single", "pieces"])
+def test_bytes_are_the_slots_times_the_bytes_of_a_token(case, single):
+    attention, score, rule, options = case
+    layer, memory = layer_of(attention, score, **options).float(), EvictingCache(**rule)
+    per_token = layer.config.cache_bytes_per_token() + 8  # and its position
+    per_token += 4 if memory.policy.name != "selective" else 0  # its score
+    per_row = 8 + (0 if memory.rule.threshold is None else 4 + 2 * 4)  # what arrived; what is lost, two sizes
+    bound, peak = memory.rule.n_slots, 0
+    with torch.no_grad():
+        for _ in range(30 if single else 6):
+            layer(torch.randn(3, 1 if single else 5, 16), cache=memory)
+            slots = memory.positions.shape[1]
+            assert memory.nbytes == 3 * (slots * per_token + per_row)
+            assert memory.nbytes == sum(
+                t.untyped_storage().nbytes() for g in memory._groups() for t in g.values()
+            )
+            peak = max(peak, memory.nbytes)
+            assert memory.peak_bytes >= peak
+            if bound is None:
+                assert slots % 4 == 0
+                assert memory.kept <= slots <= memory.seen + 4
+            else:
+                assert slots == bound
+    of_a_token = 3 * (layer.config.cache_bytes_per_token() - layer.score.config.state_bytes_per_token())
+    if single:
+        assert memory.peak_bytes <= peak + of_a_token
+    elif not memory.policy.needs_weights and bound is not None:  # the piece was there beside the slots
+        assert memory.peak_bytes >= peak + 5 * of_a_token
+    memory.reset()
+    assert (memory.nbytes, memory.peak_bytes, memory.kept, memory.evicted) == (0, 0, 0, 0)
+
+
+def test_slots_grow_only_as_far_as_tokens_are_held():
+    """With a threshold that evicts much, a long text leaves few slots."""
+    layer = layer_of("mha", "selective")
+    x = torch.randn(1, 300, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        single, whole = (EvictingCache(None, threshold=1.0, block=8) for _ in range(2))
+        for t in range(300):
+            layer(x[:, t : t + 1], cache=single)
+        layer(x, cache=whole)
+    assert single.kept == whole.kept < 60
+    assert whole.n_slots == -(-whole.kept // 8) * 8
+    assert single.n_slots <= 96
+
+
 def test_rows_can_be_reordered_and_repeated():
     layer = layer_of("mha", "selective")
     x, later = torch.randn(2, 9, 16, dtype=torch.float64), torch.randn(2, 3, 16, dtype=torch.float64)
@@ -165,6 +277,66 @@ def test_rows_can_be_reordered_and_repeated():
         torch.testing.assert_close(layer(later, cache=one), layer(later, cache=other))
         one.repeat(2)
         assert layer(torch.zeros(4, 1, 16, dtype=torch.float64), cache=one).shape == (4, 1, 16)
+
+
+@pytest.mark.parametrize("score", ["selective", "softmax"])
+@pytest.mark.parametrize("length", [1, 3])
+@pytest.mark.parametrize(("held", "new"), [(1, 2), (2, 1), (2, 3)])
+def test_another_batch_is_refused(score, length, held, new):
+    """One row would be broadcast to all."""
+    layer = layer_of("mha", score)
+    memory = EvictingCache(4, "selective" if score == "selective" else "streaming")
+    with torch.no_grad():
+        layer(torch.randn(held, 6, 16, dtype=torch.float64), cache=memory)
+        with pytest.raises(ValueError, match=f"holds {held} sequences but got {new} new ones"):
+            layer(torch.randn(new, length, 16, dtype=torch.float64), cache=memory)
+
+
+class TwoSelectors(Score):
+    """Two selection heads, as `selective_attention` takes them: the votes are (B, 2, S)."""
+
+    state_names = ["soft_mask"]
+
+    def forward(self, q, k, v, *, x, state, key_mask, segment_ids, scale):
+        select = {"select_q": q[:, :2], "select_k": k[:, :2], "soft_mask": state.get("soft_mask")}
+        masks = {"key_mask": key_mask, "segment_ids": segment_ids}
+        out, soft_mask = selective_attention(q, k, v, scale=scale, **select, **masks)
+        return out, {"soft_mask": soft_mask}
+
+    def attend(self, q, k, v, *, x, state, visible, voted, scale):
+        select = (q[:, :2], k[:, :2], scale)
+        out, soft_mask = selective_reference(q, k, v, select, state.get("soft_mask"), visible, voted, scale)
+        return out, {"soft_mask": soft_mask}
+
+    def soft_mask_rows(self, q, k, state, voted, scale):
+        return torch.zeros(voted.shape, dtype=q.dtype)
+
+    def weights(self, q, k, state, visible, scale):
+        return torch.full((*q.shape[:3], k.shape[2]), 0.5, dtype=q.dtype)
+
+
+@pytest.fixture
+def two_selectors(monkeypatch):
+    monkeypatch.setattr(SCORES, "forms", dict(SCORES.forms))
+    register_score("two_selectors")(TwoSelectors)
+    return layer_of("mha", "two_selectors")
+
+
+@pytest.mark.parametrize("length", [1, 4])
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+@pytest.mark.parametrize(
+    "rule",
+    [{"budget": 3}, {"budget": 3, "evict_every": 2}, {"budget": None, "threshold": 2.0}]
+    + [{"budget": 3, "policy": policy} for policy in ("streaming", "h2o", "tova")],
+    ids=lambda rule: "-".join(map(str, rule.values())),
+)
+def test_two_selection_heads_do_not_go_with_eviction(two_selectors, length, padded, rule):
+    """A slot is free only if both heads let its token go: refused, never guessed."""
+    x = torch.randn(2, length, 16, dtype=torch.float64)
+    mask = torch.ones(2, length, dtype=torch.bool) if padded else None
+    with torch.no_grad(), pytest.raises(ValueError, match=r"needs one selection head \(R = 1\)"):
+        two_selectors(x, key_mask=mask, cache=EvictingCache(**rule))
+    assert two_selectors(x, cache=LayerCache()).shape == x.shape
 
 
 def test_misuse_is_refused():

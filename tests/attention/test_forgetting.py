@@ -192,7 +192,7 @@ def test_the_worst_case_nearly_reaches_the_bound():
     weights = full_weights(layer, x)
     trace = decode(layer, x, [1] * 6, budget=None, threshold=2 * reach * 0.99)
     assert [gone for _, gone, _ in trace] == [set()] * 4 + [{1}] * 2
-    seen, gone, bound = trace[-1]
+    bound = trace[-1][2]
     lost = weights[1, 5, 1].item()
     assert bound == pytest.approx(1.0)  # two votes of m: e^(2m - 2m)
     assert lost > 0.1

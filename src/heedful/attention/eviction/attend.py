@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from heedful.attention.cache import another_batch, token_axis
+from heedful.attention.cache import token_axis
 from heedful.attention.eviction.cache import EvictingCache, real_tokens
 
 if TYPE_CHECKING:
@@ -42,8 +42,7 @@ def attend_evicting(
             f"{layer.config.score_config.form!r}; use another policy, e.g. 'streaming'"
         )
     batch, length = x.shape[:2]
-    if cache.filled and cache.positions.shape[0] != batch:
-        raise another_batch(cache.positions.shape[0], batch)
+    cache.check_rows(batch)
     if key_mask is not None:
         cache.ragged = True
     real = real_tokens(key_mask, batch, length, x.device)
@@ -53,7 +52,9 @@ def attend_evicting(
     for t in range(length):
         now = {n: v.narrow(token_axis(v), t, 1) for n, v in memory.items()}
         part = slice(t, t + 1)
-        if not cache.ragged and cache.rule.evict_every == 1 and cache.rule.threshold is None:
+        if not cache.filled:  # without state of ours, the score shows what state it keeps
+            outputs.append(_many(layer, x[:, part], q[:, :, part], now, real[:, part], cache))
+        elif not cache.ragged and cache.rule.evict_every == 1 and cache.rule.threshold is None:
             outputs.append(_next(layer, x[:, part], q[:, :, part], now, cache))
         else:
             outputs.append(_one(layer, x[:, part], q[:, :, part], now, real[:, part], cache))

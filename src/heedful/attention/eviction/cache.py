@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from heedful.attention.cache import LayerCache, token_axis
+from heedful.attention.cache import LayerCache, another_batch, token_axis
 from heedful.attention.eviction.policy import Policy, get_policy
 from heedful.attention.eviction.rule import Rule
 from heedful.ops.selective.slots import least_needed_slot
@@ -115,8 +115,14 @@ class EvictingCache(LayerCache):
 
     def positions_of(self, real: Tensor) -> Tensor:
         """(B, T) position of each new token in its row, -1 for padding; real is (B, T) bool."""
+        self.check_rows(real.shape[0])
         arrived = self._book.get("arrived", real.new_zeros(real.shape[0], 1, dtype=torch.long))
         return torch.where(real, arrived + real.long().cumsum(-1) - 1, -1)
+
+    def check_rows(self, batch: int) -> None:
+        """Raise unless the cache holds as many rows, or none yet."""
+        if self.filled and self.positions.shape[0] != batch:
+            raise another_batch(self.positions.shape[0], batch)
 
     def next_positions(
         self,
@@ -142,6 +148,8 @@ class EvictingCache(LayerCache):
     def put_next(self, memory: dict[str, Tensor], state_names: Sequence[str]) -> Tensor:
         """Write one real token per row in place of the least needed one; `rule` must be a plain budget.
 
+        The first token comes by `pack`.
+
         Args:
             memory: named tensors of one token, (B, G, 1, ·) or (B, 1).
             state_names: names of the score's per-token state, which starts at 0.
@@ -150,8 +158,6 @@ class EvictingCache(LayerCache):
             (B, 1), the slots it went to.
         """
         assert self.rule.budget is not None
-        if not self.filled:
-            self._allocate(memory, state_names, self.rule.budget)
         newest = self._book["arrived"].clone()
         if self.seen < self.rule.budget:
             slot = torch.full_like(newest, self.seen)
@@ -166,13 +172,13 @@ class EvictingCache(LayerCache):
     def put_one(self, memory: dict[str, Tensor], positions: Tensor, state_names: Sequence[str]) -> None:
         """Make room for one token per row and write it; a padded token leaves its row alone.
 
+        The first token comes by `pack`.
+
         Args:
             memory: named tensors of one token, (B, G, 1, ·) or (B, 1).
             positions: (B, 1), -1 for padding.
             state_names: names of the score's per-token state, which starts at 0.
         """
-        if not self.filled:
-            self._allocate(memory, state_names, self.rule.n_slots or self.block)
         if self.rule.budget is None:
             self._make_room()
         real = positions >= 0
