@@ -171,6 +171,11 @@ class HeedfulCache(Cache):
             tokens_per_second = (last - first) / (end - start)
         return CacheStats(evictions, sum(memory.peak_bytes for memory in self.memories), tokens_per_second)
 
+    def reset(self) -> None:
+        """Forget everything, `stats` included."""
+        super().reset()
+        self._clock.clear()
+
     def tick(self) -> None:
         """Note the time after a forward pass, for `stats`."""
         del self._clock[1:]  # the first, which read the prompt, and the last are what counts

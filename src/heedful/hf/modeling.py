@@ -291,8 +291,9 @@ class HeedfulForCausalLM(PreTrainedModel, DecoderParts, GenerationMixin):
             check_cache(cache, len(self.layers))
         elif generation_config.use_cache:
             cache = model_kwargs["past_key_values"] = HeedfulCache(len(self.layers))
-        if cache is not None and generation_config.is_assistant:
-            cache.activate_past_recording()  # generate() does so itself where it makes the cache
+        for memory in cache.memories if cache is not None else []:
+            # Assisted decoding turns it on; a cache that comes from there must not go on recording.
+            memory.recording = bool(generation_config.is_assistant)
 
     def _check_kwargs(self, kwargs: dict[str, Any]) -> None:
         unknown = set(kwargs) - _PASSED_ALONG
