@@ -141,7 +141,9 @@ class EvictingCache(LayerCache):
 
     def in_use(self) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
         """Tensors, state and positions of the slots in use, for rows that hold equally many tokens."""
-        n = min(self.seen, self.n_slots)
+        if self.seen >= self.n_slots:  # a shape that the compiler can rely on
+            return dict(self._storage), dict(self.state), self.positions
+        n = self.seen
         tensors = {name: t.narrow(token_axis(t), 0, n) for name, t in self._storage.items()}
         return tensors, {name: t[..., :n] for name, t in self.state.items()}, self.positions[:, :n]
 
