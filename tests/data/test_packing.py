@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from heedful.data import count_bytes, pack
-from heedful.data.packing import IGNORE
+from heedful.data.packing import IGNORE, by_document
 
 BOS = 99
 DOCUMENTS = st.lists(st.lists(st.integers(0, 9), max_size=20), min_size=1, max_size=8)
@@ -126,3 +126,27 @@ def test_count_bytes_skips_the_first_column_and_ignored_labels():
     labels = torch.tensor([[2, 1, 2], [2, IGNORE, 0]])
     assert count_bytes(labels, token_bytes) == 4
     assert count_bytes(torch.full((2, 3), IGNORE), token_bytes) == 0
+
+
+def test_rows_by_document_predict_what_packed_rows_predict():
+    documents = [[5, 6, 7, 8, 9, 10], [11], [], [12] * 9]
+    apart = by_document(documents, 4, bos=1)
+    together = pack(documents, 4, 1, stride=3)
+
+    def targets(rows):
+        labels = rows["labels"][:, 1:]
+        return labels[labels != -100].tolist()
+
+    assert targets(apart) == targets(together)
+    real = apart["attention_mask"].bool()
+    assert (apart["labels"][~real] == -100).all()
+    assert (apart["input_ids"][~real] == 1).all()
+    # a row begins with the start of a document, or with the last token of the row before
+    assert apart["input_ids"][:, 0].tolist() == [1, 7, 10, 1, 1, 1, 12, 12]
+
+
+def test_rows_by_document_need_something_to_predict():
+    with pytest.raises(ValueError, match="no token to predict"):
+        by_document([[]], 4, bos=1)
+    with pytest.raises(ValueError, match="context must be at least 2"):
+        by_document([[3, 4]], 1, bos=1)
