@@ -196,7 +196,9 @@ class HeedfulForCausalLM(PreTrainedModel, DecoderParts, GenerationMixin):
         """
         if kwargs.get("segment_ids") is not None:
             raise ValueError("generate() continues one text per row: leave out segment_ids")
-        own_cache = kwargs.get("past_key_values") is not None or kwargs.get("use_cache") is False
+        given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+        use_cache = kwargs.get("use_cache", getattr(given, "use_cache", None))
+        own_cache = kwargs.get("past_key_values") is not None or use_cache is False
         asked = kv_budget not in (None, "full") or kv_threshold is not None or kv_evict_every != 1
         if asked and own_cache:
             raise ValueError(
