@@ -53,7 +53,9 @@ class LanguageModelTrainer(Trainer):
         """The model's own loss; its memory loss is remembered for the log."""
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if outputs.get("memory_loss") is not None:
-            self._last, self._mask = outputs, inputs.get("attention_mask")
+            # not the logits: they would be held beside those of the next batch
+            kept = {name: outputs[name] for name in ("memory_loss", "kept_tokens")}
+            self._last, self._mask = HeedfulOutput(**kept), inputs.get("attention_mask")
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
