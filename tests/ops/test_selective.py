@@ -14,7 +14,7 @@ from torch import Tensor
 from heedful.ops import selective_attention, unmasked_count
 from heedful.ops.selective import api
 
-IMPLS = ["reference", "sdpa", "auto"]
+IMPLS = ["auto", "reference", "sdpa", "blocked"]
 
 
 @dataclass(frozen=True)
@@ -600,3 +600,56 @@ def test_errors(case: str, monkeypatch: pytest.MonkeyPatch):
         selective_attention(**{**vars(GOOD), **wrong})
     for part in parts:
         assert part in str(raised.value)
+
+
+def test_blocked_over_several_blocks_and_tiles(monkeypatch: pytest.MonkeyPatch):
+    """Blocks of odd sizes, and heads that do not fit one tile, give what the formula gives."""
+    from heedful.ops.selective import blocked
+
+    for block, tile in ((5, 2**18), (16, 1), (32, 300)):
+        monkeypatch.setattr(blocked, "BLOCK", block)
+        monkeypatch.setattr(blocked, "TILE", tile)
+        torch.manual_seed(0)
+        q, k, v = (torch.randn(2, n, 43, d, dtype=torch.float64) for n, d in ((6, 4), (2, 4), (2, 3)))
+        leaves = [t.requires_grad_() for t in (q, k, v)]
+        results = []
+        for impl in ("reference", "blocked"):
+            out, soft_mask = selective_attention(q, k, v, impl=impl)
+            loss = out.square().sum() + (soft_mask * torch.linspace(0, 1, 43)).sum()
+            results.append((out, soft_mask, *torch.autograd.grad(loss, leaves)))
+        for got, expected in zip(*results, strict=True):
+            close(got, expected, 1e-10)
+
+
+def test_blocked_refuses_double_backward():
+    q, k, v = (torch.randn(1, 2, 5, 4, requires_grad=True) for _ in range(3))
+    out, _ = selective_attention(q, k, v, impl="blocked")
+    gradient = torch.autograd.grad(out.sum(), q, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        gradient.sum().backward()
+
+
+def test_blocked_compiles_forward_and_backward():
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 4, 40, 8, requires_grad=True) for _ in range(3)]
+
+    def loss(q, k, v):
+        out, soft_mask = selective_attention(q, k, v, impl="blocked")
+        return out.square().sum() + soft_mask.sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(loss(*inputs), inputs)
+    for got, gradient in zip(torch.autograd.grad(compiled(*inputs), inputs), expected, strict=True):
+        close(got, gradient, 1e-5)
+
+
+def test_blocked_stays_exact_where_weights_underflow():
+    """Votes far above the logits make weights that are no normal numbers; they are dropped, nothing else is."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 300, 8) * scale for scale in (3.0, 3.0, 1.0))
+    for got, expected in zip(
+        selective_attention(q, k, v, impl="blocked"),
+        selective_attention(q.double(), k.double(), v.double(), impl="reference"),
+        strict=True,
+    ):
+        close(got / expected.abs().max(), expected / expected.abs().max(), 1e-5)

@@ -17,12 +17,13 @@ from heedful.ops.checks import (
 )
 from heedful.ops.masks import rank_in_segment, visible_keys, voted_keys
 from heedful.ops.precision import no_autocast, to_autocast_dtype, wide_dtype
+from heedful.ops.selective.blocked import selective_blocked
 from heedful.ops.selective.reference import selective_reference, soft_masks
 from heedful.ops.selective.sdpa import selective_sdpa
 
 
-class Implementation(Protocol):
-    """What every implementation takes: checked tensors, ready masks, and the selection heads."""
+class DenseImplementation(Protocol):
+    """What an implementation with (T, S) masks takes: checked tensors, ready masks, and the selection heads."""
 
     def __call__(
         self,
@@ -37,10 +38,8 @@ class Implementation(Protocol):
     ) -> tuple[Tensor, Tensor]: ...
 
 
-IMPLEMENTATIONS: dict[str, Implementation] = {
-    "reference": selective_reference,
-    "sdpa": selective_sdpa,
-}
+DENSE: dict[str, DenseImplementation] = {"reference": selective_reference, "sdpa": selective_sdpa}
+IMPLEMENTATIONS = (*DENSE, "blocked")
 
 
 def selective_attention(
@@ -81,8 +80,9 @@ def selective_attention(
         segment_ids: (B, S) integers; attention and votes stay inside a segment, and each segment
             protects its own first real token.
         scale: multiplies the logits, of the selection heads too; default 1 / sqrt(last axis).
-        impl: "auto", "reference" (the formula, all logits in memory) or "sdpa" (F as a bias of
-            PyTorch's fused attention). An implementation that cannot run raises.
+        impl: "reference" (the formula, all logits in memory), "sdpa" (F as a bias of PyTorch's fused
+            attention), "blocked" (blocks of queries, memory grows with T; no double backward), or "auto":
+            blocked on the CPU, sdpa elsewhere and for a single query.
 
     Returns:
         out: (B, H, T, E) in the dtype of v.
@@ -94,7 +94,7 @@ def selective_attention(
 
     Source: Leviathan, Kalman, Matias, "Selective Attention Improves Transformer", arXiv 2410.02703.
     """
-    run = _implementation(impl)
+    _check_impl(impl)
     q, k, v, select_q, select_k = to_autocast_dtype(q, k, v, select_q, select_k)  # type: ignore
     check_float("q", check_tensor("q", q, "(B, H, T, D)"))
     check_tensor("k", k, "(B, G, S, D)")
@@ -113,10 +113,15 @@ def selective_attention(
         selectors = select_q.shape[1]
         select = (select_q, select_k, select_q.shape[-1] ** -0.5 if scale is None else scale)
     _check_masks(q, batch, selectors, length, n_keys, soft_mask, key_mask, segment_ids)
-    visible = visible_keys(length, n_keys, key_mask, segment_ids, q.device)
-    voted = voted_keys(visible, rank_in_segment(n_keys, key_mask, segment_ids, q.device))
+    scale = size**-0.5 if scale is None else scale
+    if impl == "auto":
+        impl = "blocked" if q.device.type == "cpu" and length > 1 else "sdpa"
     with no_autocast(q.device):
-        return run(q, k, v, select, soft_mask, visible, voted, size**-0.5 if scale is None else scale)
+        if impl == "blocked":
+            return selective_blocked(q, k, v, select, soft_mask, key_mask, segment_ids, scale)
+        visible = visible_keys(length, n_keys, key_mask, segment_ids, q.device)
+        voted = voted_keys(visible, rank_in_segment(n_keys, key_mask, segment_ids, q.device))
+        return DENSE[impl](q, k, v, select, soft_mask, visible, voted, scale)
 
 
 def attend_visible(
@@ -139,14 +144,15 @@ def attend_visible(
         visible: (B, T, S) bool, the keys each query attends to.
         voted: (B, T, S) bool, the keys each query may vote on.
         scale: multiplies the logits.
-        impl: as in `selective_attention`.
+        impl: "reference", or "sdpa", which also stands in for those that take no ready masks.
 
     Returns:
         out (B, H, T, E) and soft_mask (B, 1, S).
     """
+    _check_impl(impl)
     q, k, v = to_autocast_dtype(q, k, v)  # type: ignore[assignment]
     with no_autocast(q.device):
-        return _implementation(impl)(q, k, v, None, soft_mask, visible, voted, scale)
+        return DENSE.get(impl, selective_sdpa)(q, k, v, None, soft_mask, visible, voted, scale)
 
 
 def unmasked_count(
@@ -199,16 +205,13 @@ def unmasked_count(
         return torch.where(visible[:, None], 1 - masks.clamp(max=tau) / tau, 0.0).sum(-1)
 
 
-def _implementation(impl: str) -> Implementation:
-    """The implementation called `impl`; "auto" takes the fastest that runs everywhere."""
-    if impl == "auto":
-        impl = "sdpa"
-    if impl not in IMPLEMENTATIONS:
-        known = ["auto", *IMPLEMENTATIONS]
+def _check_impl(impl: str) -> None:
+    """Raise unless there is such an implementation."""
+    known = ["auto", *IMPLEMENTATIONS]
+    if impl not in known:
         near = difflib.get_close_matches(str(impl), known, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"impl must be one of {', '.join(known)}, got {impl!r}{hint}")
-    return IMPLEMENTATIONS[impl]
 
 
 def _check_select(
