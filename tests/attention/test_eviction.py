@@ -196,6 +196,61 @@ def test_decoding_evicts_whom_the_simulator_evicts(seed, budget, evict_every, th
     assert [set(row.nonzero()[:, 0].tolist()) for row in mask] == expected
 
 
+def weights_decide(logits, policy, budget, evict_every):
+    """For every query the positions held, for the policies that look at weights; logits are (H, T, T)."""
+    held, scores, rows = [], {}, []
+    for i in range(logits.shape[1]):
+        if i % evict_every == 0:
+            while len(held) + 1 > budget:
+                movable = held[1:]
+                if policy == "h2o":  # the recent half stays while anything else is left
+                    movable = [j for j in movable if i - j >= budget // 2] or movable
+                victim = min(movable, key=lambda j: (scores[j], j))
+                held = [j for j in held if j != victim]
+        held.append(i)
+        received = logits[:, i, held].softmax(-1).sum(0).tolist()
+        for j, weight in zip(held, received, strict=True):
+            scores[j] = weight + (scores.get(j, 0.0) if policy == "h2o" else 0.0)
+        rows.append(list(held))
+    return rows
+
+
+@pytest.mark.parametrize("policy", ["h2o", "tova"])
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("pieces", [[1] * 24, [9, 1, 14]], ids=["single", "pieces"])
+@given(st.integers(0, 10**6), st.integers(2, 9), st.integers(1, 3))
+@settings(max_examples=8, deadline=None)
+def test_policies_that_look_at_weights(policy, masked, pieces, seed, budget, evict_every):
+    layer = layer_of("mha", "softmax")
+    x = torch.randn(1, 24, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    q, memory = layer.project(x, torch.arange(24)[None])
+    logits = (q[0] @ memory["k"][0].transpose(-1, -2) * layer.config.qk_dim**-0.5).detach()
+    expected = weights_decide(logits, policy, budget, evict_every)
+    cache, seen = EvictingCache(budget, policy, evict_every), 0
+    for n in pieces:
+        part = slice(seen, seen + n)
+        mask = torch.ones(1, n, dtype=torch.bool) if masked else None
+        with torch.no_grad():
+            out = layer(x[:, part], key_mask=mask, cache=cache)
+        seen += n
+        assert sorted(p for p in cache.positions[0].tolist() if p >= 0) == expected[seen - 1]
+        for i in range(seen - n, seen):
+            weights = logits[:, i, expected[i]].softmax(-1)
+            heads = torch.einsum("hs,hsd->hd", weights, memory["v"][0][:, expected[i]])
+            alone = layer.aggregate(heads[None, :, None])[0, 0]
+            torch.testing.assert_close(out[0, i - seen + n], alone)
+
+
+@pytest.mark.parametrize("budget", [5, 8])
+@pytest.mark.parametrize("pieces", [[1] * 20, [20]], ids=["single", "whole"])
+def test_streaming_keeps_sinks_and_a_window(budget, pieces):
+    layer = layer_of("mha", "softmax")
+    x = torch.randn(1, 20, 16, dtype=torch.float64)
+    everyone = torch.ones(1, 20, dtype=torch.bool)
+    _, held, _ = run(layer, x, everyone, pieces, budget=budget, policy="streaming")
+    assert held[-1][0] == [0, 1, 2, 3, *range(24 - budget, 20)]
+
+
 def test_memory_is_the_slots_and_does_not_grow():
     layer = layer_of("mha", "selective").float()
     memory, sizes = EvictingCache(7), set()
@@ -282,14 +337,16 @@ def test_rows_can_be_reordered_and_repeated():
 @pytest.mark.parametrize("score", ["selective", "softmax"])
 @pytest.mark.parametrize("length", [1, 3])
 @pytest.mark.parametrize(("held", "new"), [(1, 2), (2, 1), (2, 3)])
-def test_another_batch_is_refused(score, length, held, new):
+@pytest.mark.parametrize("counted", [True, False], ids=["", "positions given"])
+def test_another_batch_is_refused(score, length, held, new, counted):
     """One row would be broadcast to all."""
     layer = layer_of("mha", score)
     memory = EvictingCache(4, "selective" if score == "selective" else "streaming")
     with torch.no_grad():
         layer(torch.randn(held, 6, 16, dtype=torch.float64), cache=memory)
         with pytest.raises(ValueError, match=f"holds {held} sequences but got {new} new ones"):
-            layer(torch.randn(new, length, 16, dtype=torch.float64), cache=memory)
+            positions = None if counted else torch.arange(6, 6 + length)[None]
+            layer(torch.randn(new, length, 16, dtype=torch.float64), positions=positions, cache=memory)
 
 
 class TwoSelectors(Score):

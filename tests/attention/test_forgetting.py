@@ -206,6 +206,26 @@ def test_the_worst_case_nearly_reaches_the_bound():
 
 
 @pytest.mark.parametrize("rule", [{"budget": 20}, {"budget": None}], ids=["budget", "no budget"])
+@pytest.mark.parametrize("pieces", [[1] * 8, [8]], ids=["single", "whole"])
+def test_with_a_norm_the_bound_knows_of_queries_to_come(rule: dict[str, Any], pieces: list[int]):
+    """Gains that nobody has made use of yet: the bound allows for them before they are."""
+    right, up = [1.0, 0.0], [0.0, 1.0]
+    first = ([*right, *right], [*up, 0.0, -1.0])
+    wanted = ([*right, *right], [1.0, 1.0, 1.0, 1.0])
+    voter = ([*right, *right], [*up, 0.0, -1.0])
+    silent = ([-1.0, 0.0, *right], [*up, 0.0, -1.0])
+    seeker = ([*right, *up], [*up, 0.0, -1.0])
+    layer, x = stage([first, wanted, *[voter] * 4, silent, silent, seeker], norm_eps=1e-12)
+    with torch.no_grad():
+        layer.q_norm.weight.copy_(torch.tensor([1.0, 3.0]))
+        layer.k_norm.weight.fill_(1.0)
+    weights = full_weights(layer, x)
+    _, gone, bound = decode(layer, x[:, :8], pieces, threshold=3.9, **rule)[-1]
+    assert gone == {1}  # four votes of 1; of what has been seen so far, m = sqrt(2)
+    assert math.exp(2 * math.sqrt(2) - 4) < weights[1, 8, 1] <= bound
+
+
+@pytest.mark.parametrize("rule", [{"budget": 20}, {"budget": None}], ids=["budget", "no budget"])
 @pytest.mark.parametrize("pieces", [[1] * 10, [7, 3], [10]], ids=["single", "pieces", "whole"])
 def test_without_a_norm_a_late_query_may_want_a_large_key_that_is_gone(
     rule: dict[str, Any], pieces: list[int]

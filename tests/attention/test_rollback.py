@@ -244,6 +244,26 @@ def test_crop_keeps_gradients_off(rule: str | None):
     assert not any(t.requires_grad for group in cache._groups() for t in group.values())
 
 
+def test_padding_that_is_taken_back_was_never_there():
+    """Rows of equal length again: the next token takes the fast way."""
+    layer, cache = layer_of("mha-selective"), EvictingCache(4)
+    x = torch.randn(2, 8, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        layer(x[:, :3], cache=cache)
+        cache.recording = True
+        layer(x[:, 3:6], key_mask=torch.tensor([[True] * 3, [False, True, True]]), cache=cache)
+        assert cache.ragged
+        cache.crop(3)
+        assert not cache.ragged
+        fresh = EvictingCache(4)
+        layer(x[:, :3], cache=fresh)
+        for t in range(3, 8):
+            torch.testing.assert_close(
+                layer(x[:, t : t + 1], cache=cache), layer(x[:, t : t + 1], cache=fresh)
+            )
+    same(cache, fresh)
+
+
 def test_a_crop_costs_no_more_than_its_tokens():
     """What is kept to go back is the tokens read since, not the whole cache, time and again."""
     layer, cache = layer_of("mha-selective"), LayerCache(block=512)

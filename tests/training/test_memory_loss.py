@@ -243,7 +243,7 @@ def test_reentrant_checkpointing_is_refused(ids: Tensor):
     """It would train without the memory loss, unsaid."""
     model = model_of()
     model.gradient_checkpointing_enable({"use_reentrant": True})
-    with pytest.raises(ValueError, match='use gradient_checkpointing_kwargs={"use_reentrant": False}'):
+    with pytest.raises(ValueError, match=r"use gradient_checkpointing_kwargs=.+False"):
         model(ids, labels=ids).loss.backward()
 
 

@@ -205,9 +205,10 @@ def _save(ctx, inputs, output):
 def _gradients(ctx, grad_out, grad_after, *_):
     if grad_out is None and grad_after is None:
         return (None,) * 10
-    own = ctx.saved_tensors[3] is not None
-    with no_autocast(ctx.saved_tensors[0].device):
-        dq, dk, dv, dsq, dsk, start = _backward(*ctx.saved_tensors, grad_out, grad_after, *ctx.scales)
+    saved = ctx.saved_tensors  # once: gradient checkpointing recomputes them a single time
+    own = saved[3] is not None
+    with no_autocast(saved[0].device):
+        dq, dk, dv, dsq, dsk, start = _backward(*saved, grad_out, grad_after, *ctx.scales)
     held = None if ctx.held is None else start[..., : ctx.held]
     return dq, dk, dv, dsq if own else None, dsk if own else None, held, None, None, None, None
 
