@@ -122,6 +122,8 @@ class HeedfulForCausalLM(PreTrainedModel, DecoderParts, GenerationMixin):
         batch, length = given.shape[:2]
         if position_ids is not None and segment_ids is None and attention_mask is None and cache is None:
             segment_ids = segments_of(position_ids, batch)
+        if segment_ids is not None and cache is None and one_segment_each(segment_ids, (batch, length)):
+            segment_ids = None  # attention without masks is faster
         if output_hidden_states is None:
             output_hidden_states = getattr(self.config, "output_hidden_states", False)
         collected: list[Tensor] | None = [] if output_hidden_states else None
@@ -327,6 +329,14 @@ class HeedfulForCausalLM(PreTrainedModel, DecoderParts, GenerationMixin):
         # Asking a device would make every decoding step wait for it; new tokens of generate() are real.
         waits = mask.device.type != "cpu" and length == 1 and cache is not None and cache.seen
         return mask if waits or not bool(mask.all()) else None
+
+
+def one_segment_each(segment_ids: Tensor, shape: tuple[int, int]) -> bool:
+    """Whether sound segment ids, (B, T) integers, say nothing: every row is one document."""
+    sound = tuple(segment_ids.shape) == shape and segment_ids.dtype in (torch.int32, torch.int64)
+    if not sound or torch.compiler.is_compiling():
+        return False
+    return bool((segment_ids == segment_ids[:, :1]).all())
 
 
 def segments_of(position_ids: Tensor, batch: int) -> Tensor | None:
