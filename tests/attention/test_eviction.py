@@ -241,14 +241,15 @@ def test_policies_that_look_at_weights(policy, masked, pieces, seed, budget, evi
             torch.testing.assert_close(out[0, i - seen + n], alone)
 
 
-@pytest.mark.parametrize("budget", [5, 8])
+@pytest.mark.parametrize("budget", [2, 3, 4, 5, 8])
 @pytest.mark.parametrize("pieces", [[1] * 20, [20]], ids=["single", "whole"])
 def test_streaming_keeps_sinks_and_a_window(budget, pieces):
+    """The window is one token at least; the oldest sinks are the last to give way."""
     layer = layer_of("mha", "softmax")
     x = torch.randn(1, 20, 16, dtype=torch.float64)
-    everyone = torch.ones(1, 20, dtype=torch.bool)
+    everyone, sinks = torch.ones(1, 20, dtype=torch.bool), min(4, budget - 1)
     _, held, _ = run(layer, x, everyone, pieces, budget=budget, policy="streaming")
-    assert held[-1][0] == [0, 1, 2, 3, *range(24 - budget, 20)]
+    assert held[-1][0] == [*range(sinks), *range(20 - budget + sinks, 20)]
 
 
 def test_memory_is_the_slots_and_does_not_grow():
