@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedConfig
 
+from heedful.attention.eviction.rule import check_budget
 from heedful.decoder import DecoderConfig
 
 
@@ -87,6 +88,8 @@ class HeedfulConfig(PreTrainedConfig):
             raise ValueError(
                 f"kv_budgets must have one entry per layer ({self.num_hidden_layers}), got {self.kv_budgets}"
             )
+        for budget in self.kv_budgets or ():
+            check_budget(budget)
         self.intermediate_size = decoder.d_ff
         super().__post_init__(**kwargs)
 
