@@ -157,3 +157,34 @@ def test_several_selection_heads():
     for head in range(3):
         own = memory_share(unmasked_count(q[:, head : head + 1], k[:, head : head + 1]))
         torch.testing.assert_close(memory_share(counts)[:, head : head + 1], own)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_counts_over_several_blocks(masked: bool, monkeypatch: pytest.MonkeyPatch):
+    """Blocks of five queries, earlier votes and two selection heads: counts and gradients of the formula."""
+    from heedful.ops.masks import rank_in_segment, visible_keys, voted_keys
+    from heedful.ops.selective import tiles
+    from heedful.ops.selective.reference import soft_masks
+
+    monkeypatch.setattr(tiles, "BLOCK", 5)
+    torch.manual_seed(0)
+    q = torch.randn(2, 2, 18, 4, dtype=torch.float64, requires_grad=True)
+    k = torch.randn(2, 2, 23, 4, dtype=torch.float64, requires_grad=True)
+    earlier = torch.rand(2, 2, 5, dtype=torch.float64, requires_grad=True)
+    key_mask = segment_ids = None
+    if masked:
+        key_mask, segment_ids = torch.rand(2, 23) > 0.2, torch.randint(0, 2, (2, 23))
+    visible = visible_keys(18, 23, key_mask, segment_ids, q.device)
+    voted = voted_keys(visible, rank_in_segment(23, key_mask, segment_ids, q.device))
+    masks = soft_masks(q @ k.transpose(-1, -2) / 2, earlier, voted)[:, :, :-1]
+    expected = torch.where(visible[:, None], 1 - masks.clamp(max=1.5) / 1.5, 0.0).sum(-1)
+    counts = unmasked_count(q, k, tau=1.5, soft_mask=earlier, key_mask=key_mask, segment_ids=segment_ids)
+    torch.testing.assert_close(counts, expected)
+    gradient = torch.randn_like(expected)
+    leaves = (q, k, earlier)
+    for got, want in zip(
+        torch.autograd.grad(counts, leaves, gradient),
+        torch.autograd.grad(expected, leaves, gradient),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want)

@@ -604,11 +604,11 @@ def test_errors(case: str, monkeypatch: pytest.MonkeyPatch):
 
 def test_blocked_over_several_blocks_and_tiles(monkeypatch: pytest.MonkeyPatch):
     """Blocks of odd sizes, and heads that do not fit one tile, give what the formula gives."""
-    from heedful.ops.selective import blocked
+    from heedful.ops.selective import tiles
 
     for block, tile in ((5, 2**18), (16, 1), (32, 300)):
-        monkeypatch.setattr(blocked, "BLOCK", block)
-        monkeypatch.setattr(blocked, "TILE", tile)
+        monkeypatch.setattr(tiles, "BLOCK", block)
+        monkeypatch.setattr(tiles, "TILE", tile)
         torch.manual_seed(0)
         q, k, v = (torch.randn(2, n, 43, d, dtype=torch.float64) for n, d in ((6, 4), (2, 4), (2, 3)))
         leaves = [t.requires_grad_() for t in (q, k, v)]

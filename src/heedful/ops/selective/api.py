@@ -16,9 +16,10 @@ from heedful.ops.checks import (
     show,
 )
 from heedful.ops.masks import rank_in_segment, visible_keys, voted_keys
-from heedful.ops.precision import no_autocast, to_autocast_dtype, wide_dtype
+from heedful.ops.precision import no_autocast, to_autocast_dtype
 from heedful.ops.selective.blocked import selective_blocked
-from heedful.ops.selective.reference import selective_reference, soft_masks
+from heedful.ops.selective.count import blocked_count
+from heedful.ops.selective.reference import selective_reference
 from heedful.ops.selective.sdpa import selective_sdpa
 
 
@@ -195,14 +196,9 @@ def unmasked_count(
     _check_select(select_q, select_k, select_q, n_keys)
     batch, selectors, length, size = select_q.shape
     _check_masks(select_q, batch, selectors, length, n_keys, soft_mask, key_mask, segment_ids)
-    visible = visible_keys(length, n_keys, key_mask, segment_ids, select_q.device)
-    voted = voted_keys(visible, rank_in_segment(n_keys, key_mask, segment_ids, select_q.device))
-    dtype = wide_dtype(select_q)
+    scale = size**-0.5 if scale is None else scale
     with no_autocast(select_q.device):
-        logits = select_q.to(dtype) @ select_k.to(dtype).transpose(-1, -2)
-        logits = logits * (size**-0.5 if scale is None else scale)
-        masks = soft_masks(logits, soft_mask, voted)[:, :, :-1]
-        return torch.where(visible[:, None], 1 - masks.clamp(max=tau) / tau, 0.0).sum(-1)
+        return blocked_count(select_q, select_k, soft_mask, key_mask, segment_ids, tau, scale)
 
 
 def _check_impl(impl: str) -> None:
