@@ -414,3 +414,14 @@ def test_misuse_is_refused():
         layer(x, segment_ids=torch.zeros(1, 5, dtype=torch.long), cache=EvictingCache(4, "h2o"))
     with pytest.raises(ValueError, match=r"\(B, T, T\)"):
         eviction_mask(torch.zeros(3, 3), 4)
+
+
+def test_another_precision_is_refused():
+    layer = layer_of("mha", "selective").float()
+    memory, x = EvictingCache(4), torch.randn(1, 3, 16)
+    with torch.no_grad():
+        layer(x, cache=memory)
+        with pytest.raises(TypeError, match=r"the cache holds k in torch.float32, got torch.float64"):
+            layer.double()(x.double(), cache=memory)
+        with pytest.raises(TypeError, match=r"the cache holds k in torch.float32"):
+            layer(x[:, :1].double(), cache=memory)

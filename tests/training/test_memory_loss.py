@@ -342,3 +342,43 @@ def test_refused(settings: Settings, wrong: dict[str, Any], message: str):
 def test_softmax_has_none(settings: Settings):
     with pytest.raises((ValueError, TypeError), match="memory_loss"):
         settings(score="softmax", score_options={"memory_loss": 0.1})
+
+
+def test_rows_of_unequal_length_accumulate_to_the_same():
+    from heedful.hf import HeedfulConfig, HeedfulForCausalLM
+
+    torch.manual_seed(0)
+    config = HeedfulConfig(
+        vocab_size=20,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        score="selective",
+        score_options={"memory_loss": 5.0},
+        init_logit_std=2.0,
+    )
+    model = HeedfulForCausalLM(config).double().train()
+    ids = torch.randint(0, 20, (4, 12))
+    mask = torch.ones_like(ids)
+    mask[0, 5:], mask[1, 9:] = 0, 0
+    labels = ids.masked_fill(mask == 0, -100)
+    items = (labels[:, 1:] != -100).sum()
+    whole = model(ids, attention_mask=mask, labels=labels, num_items_in_batch=items).memory_loss
+    for cut in (1, 2, 3):
+        parts = [
+            model(ids[p], attention_mask=mask[p], labels=labels[p], num_items_in_batch=items).memory_loss
+            for p in (slice(0, cut), slice(cut, None))
+        ]
+        torch.testing.assert_close(sum(parts), whole)
+
+
+def test_a_cache_is_refused_where_the_memory_loss_is_trained():
+    from heedful.hf import HeedfulConfig, HeedfulForCausalLM
+
+    sizes = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = HeedfulForCausalLM(HeedfulConfig(**sizes, score="selective", score_options={"memory_loss": 0.1}))
+    ids = torch.zeros(1, 5, dtype=torch.long)
+    with pytest.raises(ValueError, match="memory loss cannot be computed with a cache"):
+        model.train()(ids, labels=ids, use_cache=True)
+    with torch.no_grad():
+        assert model(ids, labels=ids).memory_loss is not None

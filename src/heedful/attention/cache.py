@@ -192,10 +192,7 @@ class LayerCache:
         if storage is not None and storage.shape[0] != new.shape[0]:
             raise another_batch(storage.shape[0], new.shape[0])
         if storage is not None and storage.dtype != new.dtype:
-            raise TypeError(
-                f"the cache holds {name} in {storage.dtype}, got {new.dtype}; keep one precision (autocast on or "
-                f"off) from the first token to the last, or start a new cache"
-            )
+            raise another_dtype(name, storage.dtype, new.dtype)
         if torch.is_grad_enabled():
             # Writing in place would break gradients: those of earlier queries need the keys as they were.
             old = [] if storage is None else [storage.narrow(axis, 0, self.seen)]
@@ -223,3 +220,11 @@ def token_axis(tensor: Tensor) -> int:
 def another_batch(held: int, new: int) -> ValueError:
     """The error for rows that the cache does not hold."""
     return ValueError(f"the cache holds {held} sequences but got {new} new ones; use one cache per batch")
+
+
+def another_dtype(name: str, held: torch.dtype, new: torch.dtype) -> TypeError:
+    """What to raise for tokens in another precision than those before."""
+    return TypeError(
+        f"the cache holds {name} in {held}, got {new}; keep one precision (autocast on or off) from the first "
+        f"token to the last, or start a new cache"
+    )

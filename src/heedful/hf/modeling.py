@@ -9,6 +9,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from heedful.attention.base import LayerLoss
+from heedful.attention.eviction import get_policy
 from heedful.decoder import DecoderParts
 from heedful.hf.cache import HeedfulCache, check_cache
 from heedful.hf.configuration import HeedfulConfig
@@ -87,7 +88,8 @@ class HeedfulForCausalLM(PreTrainedModel, DecoderParts, GenerationMixin):
 
         In training mode the loss includes the memory loss of the layers that have one (`--score.memory-loss`):
         its mean over rows and layers. Where `num_items_in_batch` says that these rows are a part of a larger
-        batch, they count by their share of its labelled tokens, as the rest of the loss does.
+        batch, each row counts by its share of the labelled tokens, as in the rest of the loss, so that the
+        sum over the parts is the same however the batch is cut.
 
         Args:
             input_ids: (B, T) token ids; or give `inputs_embeds` (B, T, C).
@@ -111,7 +113,8 @@ class HeedfulForCausalLM(PreTrainedModel, DecoderParts, GenerationMixin):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds, one of them")
         if use_cache is None:
-            use_cache = self.config.use_cache and not torch.is_grad_enabled()
+            trains = self.training and labels is not None
+            use_cache = self.config.use_cache and not torch.is_grad_enabled() and not trains
         cache = None
         if past_key_values is not None:
             cache = check_cache(past_key_values, len(self.layers))
@@ -128,6 +131,10 @@ class HeedfulForCausalLM(PreTrainedModel, DecoderParts, GenerationMixin):
             output_hidden_states = getattr(self.config, "output_hidden_states", False)
         collected: list[Tensor] | None = [] if output_hidden_states else None
         losses: list[LayerLoss] | None = [] if self.training and labels is not None else None
+        if losses is not None and cache is not None and self._trains_memory():
+            raise ValueError(
+                "the memory loss cannot be computed with a cache; leave out use_cache and the cache"
+            )
         hidden = self.hidden_states(
             input_ids,
             embeds=inputs_embeds,
@@ -196,6 +203,7 @@ class HeedfulForCausalLM(PreTrainedModel, DecoderParts, GenerationMixin):
             ValueError: for an unsound budget or threshold, an unknown policy, or a budget or threshold together
                 with a cache of one's own or `use_cache=False`.
         """
+        get_policy(kv_policy)
         if kwargs.get("segment_ids") is not None:
             raise ValueError("generate() continues one text per row: leave out segment_ids")
         given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
@@ -255,15 +263,21 @@ class HeedfulForCausalLM(PreTrainedModel, DecoderParts, GenerationMixin):
             return nll.sum() / counted.sum() if reduction == "mean" else nll
         return nll.mean() if reduction == "mean" else nll
 
+    def _trains_memory(self) -> bool:
+        options = self.config.score_options
+        return any(o.get("memory_loss") for o in (options if isinstance(options, list) else [options or {}]))
+
     def _memory_loss(self, losses: list[LayerLoss], labels: Tensor, items: Tensor | int | None) -> Tensor:
         """The layers' own losses, averaged over rows and layers."""
-        loss = torch.stack([own.loss for own in losses]).sum(0).mean() / len(self.layers)
+        rows = torch.stack([own.loss for own in losses]).sum(0) / len(self.layers)
+        counted = (labels[:, 1:] != -100).sum(-1)
+        loss = rows.mean() if items is None else (rows * counted).sum() / items
         if torch.is_grad_enabled() and self.gradient_checkpointing and not loss.requires_grad:
             raise ValueError(
                 "the memory loss has no gradient under reentrant gradient checkpointing; use "
                 'gradient_checkpointing_kwargs={"use_reentrant": False}'
             )
-        return loss if items is None else loss * (labels[:, 1:] != -100).sum() / items
+        return loss
 
     def _budget(self, kv_budget: Any) -> Any:
         if kv_budget is None:

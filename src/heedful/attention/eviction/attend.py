@@ -31,6 +31,7 @@ def attend_evicting(
         cache: what is held.
 
     Raises:
+        TypeError: for another precision than that of the tokens held.
         ValueError: if the policy does not go with the score, or the score has several selection heads.
         RuntimeError: while gradients are on: training never evicts.
     """
@@ -43,6 +44,7 @@ def attend_evicting(
         )
     batch, length = x.shape[:2]
     cache.check_rows(batch)
+    cache.check_dtypes(memory)
     if key_mask is not None:
         cache.ragged = True
     real = real_tokens(key_mask, batch, length, x.device)

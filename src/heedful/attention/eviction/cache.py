@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from heedful.attention.cache import LayerCache, another_batch, token_axis
+from heedful.attention.cache import LayerCache, another_batch, another_dtype, token_axis
 from heedful.attention.eviction.policy import Policy, get_policy
 from heedful.attention.eviction.rule import Rule
 from heedful.ops.selective.slots import least_needed_slot
@@ -118,6 +118,12 @@ class EvictingCache(LayerCache):
         self.check_rows(real.shape[0])
         arrived = self._book.get("arrived", real.new_zeros(real.shape[0], 1, dtype=torch.long))
         return torch.where(real, arrived + real.long().cumsum(-1) - 1, -1)
+
+    def check_dtypes(self, memory: dict[str, Tensor]) -> None:
+        """Raise TypeError for tokens in another precision than those held."""
+        for name, new in memory.items():
+            if name in self._storage and self._storage[name].dtype != new.dtype:
+                raise another_dtype(name, self._storage[name].dtype, new.dtype)
 
     def check_rows(self, batch: int) -> None:
         """Raise unless the cache holds as many rows, or none yet."""
