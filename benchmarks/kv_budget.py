@@ -22,7 +22,7 @@ from heedful.evaluation import evaluate
 from heedful.evaluation.kv_budget import evaluate_budgets
 from heedful.evaluation.search import BudgetSearch, split_rows
 from heedful.hf.load import load_model, load_tokenizer
-from heedful.plotting import PALETTE, new_figure, save, spread_labels, titled
+from heedful.plotting import PALETTE, label_ends, new_figure, save, titled
 from heedful.training import TrainSettings, held_out, train
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -198,21 +198,8 @@ def plot(results: Path) -> None:
         panel.minorticks_off()
         panel.set_xlabel(f"tokens kept per layer, of {context}")
         titled(panel, f"Context {context}", "validation loss; mean and range of the seeds")
-        bottom, top = panel.get_ylim()
         if context == contexts[-1]:
-            heights = spread_labels([y for y, _, _ in ends], 0.05 * (top - bottom))
-            for (_, label, color), height in zip(ends, heights, strict=True):
-                panel.annotate(
-                    label,
-                    (1, height),
-                    xycoords=("axes fraction", "data"),
-                    xytext=(8, 0),
-                    textcoords="offset points",
-                    color=color,
-                    va="center",
-                    fontsize=9.5,
-                    annotation_clip=False,
-                )
+            label_ends(panel, ends, gap=0.05)
     (axes[0] if len(contexts) > 1 else axes).set_ylabel("loss (nats per token)")
     save(figure, results / "curves.png")
 

@@ -133,9 +133,10 @@ def _text_under_budget(folders: dict[tuple[str, str], Path]) -> Held:
     for attention, score, policy in TEXT_UNDER_BUDGET:
         folder = folders[attention, score]
         rows = held_out(folder, load_tokenizer(folder)).rows
-        some = TokenDataset({name: tensor[:: len(rows) // 32] for name, tensor in rows.tensors.items()})
-        label = f"{attention} x {score}" + (", first and last tokens" if policy == "streaming" else "")
-        held[label] = list(
+        some = TokenDataset(
+            {name: tensor[:: max(1, len(rows) // 32)] for name, tensor in rows.tensors.items()}
+        )
+        held[f"{attention} x {score}"] = list(
             evaluate_budgets(load_model(folder), some, (*TEXT_KEPT, "full"), [policy], decoded=2)
         )
     return held
@@ -162,7 +163,10 @@ HELD_COLUMNS = ("form", "kept", "loss", "vs standard", "bytes", "fewer bytes")
 
 def _held_table(held: Held) -> Table:
     """Loss and bytes of the caches, for a terminal."""
-    title = f"tokens kept per layer, of {TEXT.context}: loss, and bytes of one text's cache"
+    title = (
+        f"loss, and bytes of one text's cache, by the tokens of {TEXT.context} kept per layer: those with\n"
+        f"the fewest votes against them; in softmax attention, which has none, the first and the last"
+    )
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for i, name in enumerate(HELD_COLUMNS):
         table.add_column(name, justify="right" if i else "left")
@@ -205,7 +209,7 @@ def plot_held(held: Held, path: Path) -> None:
     titled(
         axes,
         "Loss against the memory of the cache",
-        f"Jane Austen, one seed; {kept} and all {TEXT.context} tokens kept per layer",
+        f"Jane Austen, one seed; {kept} and all {TEXT.context} tokens kept per layer (softmax: first and last)",
     )
     save(figure, path)
 
@@ -352,7 +356,8 @@ def _report(
         [
             "",
             f"The selective models are trained with the memory loss ({SELECTIVE['memory_loss']:g}). With caches "
-            f"that keep few of {TEXT.context} tokens per layer (32 rows of the validation text):",
+            f"that keep few of {TEXT.context} tokens per layer (32 rows of the validation text; softmax attention "
+            "keeps the first and the last tokens):",
             "",
             "| " + " | ".join(HELD_COLUMNS) + " |",
             "|---" * len(HELD_COLUMNS) + "|",

@@ -1,6 +1,7 @@
 """The look of every figure: one palette, quiet axes, labels at the lines."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,24 @@ def save(figure: Any, path: Path) -> None:
 
     figure.savefig(path, dpi=160)
     plt.close(figure)
+
+
+def label_ends(axes: Any, ends: Sequence[tuple[float, str, str]], gap: float = 0.055) -> None:
+    """Name lines at the right edge: (height, label, color) each, kept `gap` of the axis apart."""
+    bottom, top = axes.get_ylim()
+    heights = spread_labels([height for height, _, _ in ends], gap * (top - bottom))
+    for (_, label, color), height in zip(ends, heights, strict=True):
+        axes.annotate(
+            label,
+            (1, height),
+            xycoords=("axes fraction", "data"),
+            xytext=(8, 0),
+            textcoords="offset points",
+            color=color,
+            va="center",
+            fontsize=10,
+            annotation_clip=False,
+        )
 
 
 def spread_labels(values: list[float], gap: float) -> list[float]:

@@ -260,11 +260,17 @@ def test_demo(heedful: Heedful, text_file: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(demo_module, "TASK", dataclasses.replace(demo_module.TASK, **tiny))
     done = heedful("demo", "--out", tmp_path / "demo")
     assert done.code == 0, done.err
-    for name in ("compare.png", "variable-assignment.png"):
+    for name in ("compare.png", "kv-text.png", "variable-assignment.png", "kv-budget.png"):
         assert min(matplotlib.image.imread(tmp_path / "demo" / name).shape[:2]) > 500
     assert len(read(tmp_path / "demo" / "results.jsonl")) == 4
     summary = (tmp_path / "demo" / "summary.md").read_text()
-    for part in ("does not rank the forms", "# Variable assignment", "128 statements", "# Text from"):
+    for part in (
+        "does not rank the forms",
+        "fewer bytes",
+        "# Variable assignment",
+        "128 statements",
+        "# Text from",
+    ):
         assert part in summary
     weights = tmp_path / "demo" / "variable-assignment" / "selective" / "model.safetensors"
     before = weights.stat().st_mtime_ns

@@ -50,7 +50,7 @@ def test_resume_continues_exactly(
 
 def test_interrupted_folder(settings: Settings, interrupt: Interrupt, tmp_path: Path):
     interrupt(settings(), tmp_path / "run")
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {"train.json", "checkpoints"}
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"train.json", "checkpoints", "log.jsonl"}
     assert (tmp_path / "run" / "checkpoints" / "checkpoint-12").is_dir()
     with pytest.raises(FileNotFoundError, match="training has not finished: heedful train --resume --out"):
         load_model(tmp_path / "run")

@@ -33,6 +33,7 @@ def test_files(settings: Settings, quiet_train: Train, tmp_path: Path):
     assert {p.name for p in out.iterdir()} == {
         "config.json",
         "generation_config.json",
+        "log.jsonl",
         "model.safetensors",
         "result.json",
         "tokenizer.json",

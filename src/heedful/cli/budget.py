@@ -242,12 +242,12 @@ def _score_of(model: Any) -> str:
 @torch.no_grad()
 def _cache_bytes(model: Any, held: Any, kv_budget: Any, policy: str) -> int:
     """Bytes held after one sequence of a whole context, without room for tokens to come."""
-    from heedful.attention.eviction import EvictingCache
+    from heedful.evaluation.kv_budget import held_bytes
     from heedful.hf.cache import HeedfulCache
 
     cache = HeedfulCache(len(model.layers), kv_budget, policy)
     model(held.rows.tensors["input_ids"][:1].to(model.device), past_key_values=cache)
-    return sum(m.nbytes if isinstance(m, EvictingCache) else m.used_bytes for m in cache.memories)
+    return held_bytes(cache)
 
 
 class _Progress:

@@ -174,7 +174,7 @@ def _measure(
             tally.add(logits, targets)
             if policy is not None:
                 divergence += _divergence(labelled_logits(model, batch)[0], logits)
-            cache_bytes = max(cache_bytes, _held_bytes(cache) // n_rows)
+            cache_bytes = max(cache_bytes, held_bytes(cache) // n_rows)
             kept = [max(pair) for pair in zip(kept, cache.kept, strict=True)]
             report(policy, budget, n_rows)
         speed = _decoding_speed(model, _longest_row(rows)[:decoded], new_cache())
@@ -202,8 +202,8 @@ def _divergence(full: Tensor, budgeted: Tensor) -> float:
     return total
 
 
-def _held_bytes(cache: HeedfulCache) -> int:
-    """Slots count whole; the storage of a full cache has room for tokens to come, which does not."""
+def held_bytes(cache: HeedfulCache) -> int:
+    """Bytes held: slots count whole; the room that a full cache has for tokens to come does not."""
     return sum(m.nbytes if isinstance(m, EvictingCache) else m.used_bytes for m in cache.memories)
 
 

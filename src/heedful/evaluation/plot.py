@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from heedful.evaluation.kv_budget import BudgetResult
-from heedful.plotting import PALETTE, new_figure, save, spread_labels, titled
+from heedful.plotting import PALETTE, label_ends, new_figure, save, titled
 
 
 def plot_budgets(
@@ -43,7 +43,7 @@ def plot_budgets(
     for color, (policy, points) in zip(_colors(len(lines)), lines.items(), strict=True):
         xs, ys = zip(*sorted(points), strict=True)
         axes.plot(xs, ys, color=color, linewidth=2, marker="o", markersize=4)
-        ends.append((xs[-1], ys[-1], color, policy))
+        ends.append((ys[-1], policy, color))
     full = [r for r in results if r.policy is None]
     values = [y for points in lines.values() for _, y in points] + [getattr(r, measure) for r in full]
     low, high = min(values), max(values)
@@ -67,20 +67,7 @@ def plot_budgets(
             fontsize=9,
         )
     axes.margins(x=0.04)
-    bottom, top = axes.get_ylim()
-    heights = spread_labels([y for _, y, _, _ in ends], 0.055 * (top - bottom))
-    for (_, _, color, label), height in zip(ends, heights, strict=True):
-        axes.annotate(
-            label,
-            (1, height),
-            xycoords=("axes fraction", "data"),
-            xytext=(8, 0),
-            textcoords="offset points",
-            color=color,
-            va="center",
-            fontsize=10,
-            annotation_clip=False,
-        )
+    label_ends(axes, ends)
     axes.set_xlabel("tokens kept per layer")
     if measure == "loss":
         axes.set_ylabel("loss (nats per token)")
