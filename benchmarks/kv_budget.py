@@ -221,7 +221,8 @@ def needed(
 
 def tables(results: Path) -> str:
     """Markdown of what the curves and the searches say."""
-    rows, searches = read(results / "curves.jsonl"), read(results / "searches.jsonl")
+    rows = read(results / "curves.jsonl")
+    searches = sorted(read(results / "searches.jsonl"), key=lambda s: s["run"])
     lines = [
         "| context | form | evicting by | softmax + 0 | softmax + 0.01 | itself + 0.01 | itself + 0.05 |"
     ]
