@@ -112,9 +112,9 @@ def _ratios(case: Any, timing: Any, result: list[tuple[Any, Any]]) -> tuple[floa
 
 def _table(result: list[tuple[Any, Any]], context: int, values: dict[str, Any]) -> Table:
     title = (
-        f"one decoding step at {context:,} tokens; {values['heads']} heads of {values['head_dim']}, "
-        f"{values['dtype']},\n{values['device']}, {values['threads']} thread(s); medians of {values['turns']} turns; "
-        "plain: SDPA on as many keys"
+        f"one decoding step at {context:,} tokens: {values['heads']} heads of {values['head_dim']}, "
+        f"{values['dtype']},\n{values['device']}, {values['threads']} thread(s), {values['turns']} turns; "
+        f"vs plain: SDPA on as many keys"
     )
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for i, name in enumerate(("", "kept", "median", "vs full", "vs plain")):
