@@ -140,7 +140,8 @@ class Tiles:
     def hide(self, block: Block, masks: Tensor) -> None:
         """Make F infinite where a key is not visible; rows that see nothing see everything, and are dropped."""
         diagonal = masks[..., block.end - (block.stop - block.start) :]
-        diagonal.masked_fill_(~(_strictly_lower(diagonal).bool() | _identity(diagonal)), torch.inf)
+        later = torch.ones(diagonal.shape[-2:], dtype=torch.bool, device=masks.device).triu_(1)
+        diagonal.masked_fill_(later, torch.inf)
         if self.first is not None:
             visible = self._visible(block)
             masks.masked_fill_(~visible[:, None], torch.inf)
@@ -208,10 +209,6 @@ def exp2_(logits: Tensor) -> Tensor:
 def _strictly_lower(like: Tensor) -> Tensor:
     n = like.shape[-1]
     return torch.ones(n, n, dtype=like.dtype, device=like.device).tril_(-1)
-
-
-def _identity(like: Tensor) -> Tensor:
-    return torch.eye(like.shape[-1], dtype=torch.bool, device=like.device)
 
 
 def exclusive_sum(x: Tensor, *, reverse: bool = False, part: int = 16) -> Tensor:
