@@ -1,0 +1,57 @@
+"""Whether the kernels can run some tensors, and why not."""
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+LARGEST = 128
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def unavailable(q: Tensor, v: Tensor, select_q: Tensor | None = None) -> str | None:
+    """Why `impl="triton"` cannot run these tensors, and what to do; None if it can.
+
+    Args:
+        q: (B, H, T, D).
+        v: (B, G, S, E).
+        select_q: (B, R, T, D') or None.
+    """
+    reason = _machine(q.device.type, q.device.index or 0)
+    if reason:
+        return reason
+    if q.dtype not in DTYPES:
+        return f"it takes float16, bfloat16 and float32, got {q.dtype}; use impl='sdpa'"
+    for name, size in (("D", q), ("E", v), ("D'", select_q)):
+        if size is not None and not 1 <= size.shape[-1] <= LARGEST:
+            return f"it takes head sizes from 1 to {LARGEST}, got {name} = {size.shape[-1]}; use impl='sdpa'"
+    if (
+        torch.are_deterministic_algorithms_enabled()
+        and not torch.is_deterministic_algorithms_warn_only_enabled()
+        and torch.is_grad_enabled()
+    ):
+        return (
+            "its gradient of the selection heads is summed in any order, and deterministic algorithms were "
+            "asked for; use impl='sdpa', or torch.no_grad()"
+        )
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _machine(device: str, index: int) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install triton, or use impl='blocked'"
+    if device == "cuda":
+        if torch.version.hip:
+            return "it needs an NVIDIA GPU; use impl='sdpa'"
+        capability = torch.cuda.get_device_capability(index)
+        if capability < (8, 0):
+            return f"it needs a GPU of compute capability 8.0, got {capability[0]}.{capability[1]}; use impl='sdpa'"
+        return None
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return (
+        f"it needs an NVIDIA GPU, got tensors on {device}; use impl='blocked', or set TRITON_INTERPRET=1 before "
+        "Python starts to try the kernels, slowly, on the CPU"
+    )

@@ -1,0 +1,385 @@
+"""Selective attention by Triton kernels, as registered operators: no (T, T) tensor, forward or backward.
+
+Forward: the votes of each block of queries are summed (`sum_votes`) and added up from block to block
+(`running_sum`), which gives F before each block; `attend` adds the votes inside its own block by a triangular
+product, subtracts F from the logits of one or two heads, and takes the softmax along the keys. Kept for the
+backward pass are q, k, v, out, log_sum (B, H, T), and F before each block (B, R, T / block, S).
+
+Backward: `within_blocks` sums the gradients of the logits over the heads that share F and takes from them the part
+of the selection gradient that comes from each vote's own block; then the part from later blocks, and one kernel
+each for dq and for dk and dv.
+
+S, F, the softmax and all sums are float32. Votes inside a block are summed from two bfloat16 parts (16 bits) for
+float16 and bfloat16 inputs; for float32, products take three TF32 passes and agree with float32 to about 1e-6.
+
+The gradients of the selection heads are summed by atomics in any order, and may differ in the last bits from run to
+run. Everything else is deterministic. With `torch.use_deterministic_algorithms(True)` the backward pass raises.
+"""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heedful.ops.precision import no_autocast
+from heedful.ops.selective.triton.available import unavailable
+from heedful.ops.selective.triton.codes import token_codes
+from heedful.ops.selective.triton.tilings import Launch, Tiling, padded, tiling
+
+
+def selective_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    select: tuple[Tensor, Tensor, float] | None,
+    soft_mask: Tensor | None,
+    key_mask: Tensor | None,
+    segment_ids: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Same result as `selective_reference`, for checked tensors; shapes as in `selective_attention`.
+
+    Raises:
+        ValueError: if the kernels cannot run these tensors.
+    """
+    select_q, select_k, select_scale = select or (None, None, scale)
+    reason = unavailable(q, v, select_q)
+    if reason is not None:
+        raise ValueError(f"impl='triton' cannot run here: {reason}")
+    code = token_codes(k.shape[2], key_mask, segment_ids)
+    out, after, *_ = _forward(q, k, v, select_q, select_k, soft_mask, code, scale, select_scale)
+    return out, after
+
+
+@torch.library.custom_op("heedful::selective_triton", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    select_q: Tensor | None,
+    select_k: Tensor | None,
+    soft_mask: Tensor | None,
+    code: Tensor | None,
+    scale: float,
+    select_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Attend.
+
+    Returns:
+        Output (B, H, T, E); F after the last query (B, R, S) and before each block (B, R, T / block, S); the
+        natural logarithm of each row's sum of weights (B, H, T).
+    """
+    from heedful.ops.selective.triton.kernels.forward import attend
+    from heedful.ops.selective.triton.kernels.prefixes import sum_votes
+
+    job = _Job(q, k, v, select_q, select_k, code, scale, select_scale)
+    start = job.new(job.batch, job.selectors, job.n_keys).zero_()
+    if soft_mask is not None:
+        start[..., : soft_mask.shape[-1]] = soft_mask
+    out = torch.empty(job.batch, job.heads, job.length, v.shape[-1], dtype=v.dtype, device=v.device)
+    log_sum = job.new(job.batch, job.heads, job.length)
+    sums = job.new(job.batch, job.selectors, job.n_blocks, job.n_keys)
+    launch = job.tiling.votes
+    spans = job.spans(launch)
+    job.run(
+        sum_votes,
+        launch,
+        job.batch * job.selectors * job.n_blocks * spans,
+        *(job.select_q, job.select_k, job.code, sums),
+        *(*_strides(job.select_q), *_strides(job.select_k)),
+        *(job.length, job.n_keys, job.n_blocks, spans, job.selectors, select_scale),
+        **job.select_sizes("SIZE", "PADDED"),
+        SPAN=launch.span,
+    )
+    before, after = job.running_sum(sums, start, reverse=False)
+    launch = job.tiling.attend
+    heads = job.heads_per_program(launch)
+    job.run(
+        attend,
+        launch,
+        job.batch * (job.heads // heads) * job.n_blocks,
+        *(job.q, job.k, job.v, job.select_q, job.select_k, job.code, before, out, log_sum),
+        *job.strides(),
+        *(job.length, job.n_keys, job.n_blocks, job.heads, job.groups, job.selectors, scale, select_scale),
+        **job.sizes(),
+        HEADS=heads,
+    )
+    return out, after, before, log_sum
+
+
+@_forward.register_fake
+def _(q, k, v, select_q, select_k, soft_mask, code, scale, select_scale):
+    batch, heads, length, _ = q.shape
+    selectors = 1 if select_q is None else select_q.shape[1]
+    blocks = -(-length // _tiling(q, v, select_q).block)
+    return (
+        v.new_empty(batch, heads, length, v.shape[-1]),
+        q.new_empty(batch, selectors, k.shape[2], dtype=torch.float32),
+        q.new_empty(batch, selectors, blocks, k.shape[2], dtype=torch.float32),
+        q.new_empty(batch, heads, length, dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("heedful::selective_triton_backward", mutates_args=())
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    select_q: Tensor | None,
+    select_k: Tensor | None,
+    code: Tensor | None,
+    out: Tensor,
+    before: Tensor,
+    log_sum: Tensor,
+    grad_out: Tensor | None,
+    grad_after: Tensor | None,
+    scale: float,
+    select_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, select_q, select_k (empty without selection heads), and F before the first query."""
+    from heedful.ops.selective.triton.kernels import backward, selection
+
+    _check_deterministic()
+    job = _Job(q, k, v, select_q, select_k, code, scale, select_scale)
+    own = select_q is not None
+    d_out = torch.zeros_like(out) if grad_out is None else _rows(grad_out.to(v.dtype))
+    if code is not None:  # padded rows are 0 whatever comes, so that what comes may be NaN
+        d_out = d_out.masked_fill((code < 0)[:, None, job.n_keys - job.length :, None], 0.0)
+    delta = torch.empty_like(log_sum)
+    job.run(
+        backward.dot_out,
+        Launch(0),
+        job.batch * job.heads * job.n_blocks,
+        *(out, d_out, delta, *_strides(d_out), job.length, job.n_blocks, job.heads),
+        V_SIZE=job.v.shape[-1],
+        V_PADDED=padded(job.v.shape[-1]),
+    )
+    inputs = (job.q, job.k, job.v, job.select_q, job.select_k, job.code, before, d_out, log_sum, delta)
+    strides = (*job.strides(), *_strides(d_out))
+    counts = (job.length, job.n_keys, job.n_blocks)
+
+    select_size = job.select_q.shape[-1]
+    d_select_q = job.new(job.batch, job.selectors, job.length, select_size).zero_()
+    d_select_k = job.new(job.batch, job.selectors, job.n_keys, select_size).zero_()
+    sums = torch.empty_like(before)
+    launch = job.tiling.selection
+    spans = job.spans(launch)
+    job.run(
+        selection.within_blocks,
+        launch,
+        job.batch * job.selectors * job.n_blocks * spans,
+        *(*inputs, sums, d_select_q, d_select_k, *strides, *counts, spans),
+        *(job.heads, job.groups, job.selectors, scale, select_scale),
+        **job.sizes(),
+        SPAN=launch.span,
+    )
+    start = torch.zeros_like(before[:, :, 0]) if grad_after is None else -grad_after.float()
+    later, total = job.running_sum(sums, start.contiguous(), reverse=True)
+    for kernel, gradient, tiles in (
+        (selection.from_later_blocks_to_queries, d_select_q, job.n_blocks),
+        (selection.from_later_blocks_to_keys, d_select_k, -(-job.n_keys // job.tiling.later.keys)),
+    ):
+        job.run(
+            kernel,
+            job.tiling.later,
+            job.batch * job.selectors * tiles,
+            *(job.select_q, job.select_k, job.code, later, gradient),
+            *(*_strides(job.select_q), *_strides(job.select_k), *counts, job.selectors, select_scale),
+            **job.select_sizes("S_SIZE", "S_PADDED"),
+        )
+
+    dq = torch.empty(job.q.shape, dtype=q.dtype, device=q.device)
+    launch = job.tiling.query
+    heads = job.heads_per_program(launch)
+    job.run(
+        backward.query_gradient,
+        launch,
+        job.batch * (job.heads // heads) * job.n_blocks,
+        *(*inputs, dq, *strides, *counts, job.heads, job.groups, job.selectors, scale, select_scale),
+        **job.sizes(),
+        HEADS=heads,
+    )
+    # Query heads that share a key head but listen to different selection heads are summed afterwards.
+    owners = job.groups if job.group_shares_selector else job.heads
+    wide = k.dtype if owners == job.groups else torch.float32
+    dk = torch.empty(job.batch, owners, job.n_keys, job.k.shape[-1], dtype=wide, device=k.device)
+    dv = torch.empty(job.batch, owners, job.n_keys, job.v.shape[-1], dtype=wide, device=v.device)
+    launch = job.tiling.key
+    job.run(
+        backward.key_gradient,
+        launch,
+        job.batch * owners * -(-job.n_keys // launch.keys),
+        *(*inputs, dk, dv, *strides, *counts, job.heads, job.groups, job.selectors, owners),
+        *(scale, select_scale),
+        **job.sizes(),
+    )
+    if owners != job.groups:
+        dk, dv = (x.unflatten(1, (job.groups, -1)).sum(2).to(like.dtype) for x, like in ((dk, k), (dv, v)))
+    empty = q.new_empty(0)
+    if not own:
+        dq[:, :1] += d_select_q
+        dk[:, :1] += d_select_k
+    return (
+        dq,
+        dk,
+        dv,
+        d_select_q.to(q.dtype) if own else empty,
+        d_select_k.to(k.dtype) if own else empty.clone(),
+        total.neg_(),
+    )
+
+
+@_backward.register_fake
+def _(q, k, v, select_q, select_k, code, out, before, *rest):
+    empty = q.new_empty(0)
+    return (
+        torch.empty_like(q, memory_format=torch.contiguous_format),
+        torch.empty_like(k, memory_format=torch.contiguous_format),
+        torch.empty_like(v, memory_format=torch.contiguous_format),
+        empty if select_q is None else torch.empty_like(select_q, memory_format=torch.contiguous_format),
+        empty if select_k is None else torch.empty_like(select_k, memory_format=torch.contiguous_format),
+        before.new_empty(before.shape[0], before.shape[1], before.shape[3]),
+    )
+
+
+def _save(ctx, inputs, output):
+    q, k, v, select_q, select_k, soft_mask, code, scale, select_scale = inputs
+    out, _, before, log_sum = output
+    ctx.save_for_backward(q, k, v, select_q, select_k, code, out, before, log_sum)
+    ctx.scales = (scale, select_scale)
+    ctx.held = None if soft_mask is None else (soft_mask.shape[-1], soft_mask.dtype)
+    ctx.mark_non_differentiable(before, log_sum)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, grad_out, grad_after, *_):
+    if grad_out is None and grad_after is None:
+        return (None,) * 9
+    saved = ctx.saved_tensors  # once: gradient checkpointing recomputes them a single time
+    own = saved[3] is not None
+    with no_autocast(saved[0].device):
+        dq, dk, dv, dsq, dsk, start = _backward(*saved, grad_out, grad_after, *ctx.scales)
+    held = None if ctx.held is None else start[..., : ctx.held[0]].to(ctx.held[1])
+    return dq, dk, dv, dsq if own else None, dsk if own else None, held, None, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_save)
+
+
+class _Job:
+    """The tensors of one call as the kernels take them, and how they are cut."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        select_q: Tensor | None,
+        select_k: Tensor | None,
+        code: Tensor | None,
+        scale: float,
+        select_scale: float,
+    ) -> None:
+        self.q, self.k, self.v = _rows(q), _rows(k), _rows(v)
+        self.select_q = self.q if select_q is None else _rows(select_q)
+        self.select_k = self.k if select_k is None else _rows(select_k)
+        self.coded = code is not None
+        self.code = self.q if code is None else code  # not read without codes
+        self.batch, self.heads, self.length, _ = q.shape
+        self.groups, self.n_keys = k.shape[1:3]
+        self.selectors = 1 if select_q is None else select_q.shape[1]
+        self.tiling = _tiling(q, v, select_q)
+        self.n_blocks = -(-self.length // self.tiling.block)
+
+    @property
+    def group_shares_selector(self) -> bool:
+        """Whether all query heads of a key head listen to one selection head."""
+        return self._share(self.heads // self.groups)
+
+    def heads_per_program(self, launch: Launch) -> int:
+        return launch.heads if self.heads % launch.heads == 0 and self._share(launch.heads) else 1
+
+    def _share(self, n: int) -> bool:
+        """Whether heads 0 to n - 1, n to 2n - 1 and so on each listen to one selection head."""
+        return all(
+            at * self.selectors // self.heads == (at + n - 1) * self.selectors // self.heads
+            for at in range(0, self.heads, n)
+        )
+
+    def new(self, *shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=torch.float32, device=self.q.device)
+
+    def spans(self, launch: Launch) -> int:
+        return -(-self.n_keys // (launch.keys * launch.span))
+
+    def strides(self) -> tuple[int, ...]:
+        tensors = (self.q, self.k, self.v, self.select_q, self.select_k)
+        return tuple(stride for x in tensors for stride in _strides(x))
+
+    def sizes(self) -> dict[str, int]:
+        size, v_size = self.q.shape[-1], self.v.shape[-1]
+        return {
+            "SIZE": size,
+            "PADDED": padded(size),
+            "V_SIZE": v_size,
+            "V_PADDED": padded(v_size),
+            **self.select_sizes("S_SIZE", "S_PADDED"),
+        }
+
+    def select_sizes(self, size: str, padded_size: str) -> dict[str, int]:
+        return {size: self.select_q.shape[-1], padded_size: padded(self.select_q.shape[-1])}
+
+    def run(self, kernel: Any, launch: Launch, programs: int, *args: Any, **constants: Any) -> None:
+        """Launch a kernel, with those of the common constants that it takes."""
+        common = {
+            "BLOCK": self.tiling.block,
+            "KEYS": launch.keys,
+            "CODED": self.coded,
+            "EXACT": self.q.dtype == torch.float32,
+        }
+        constants |= {name: value for name, value in common.items() if name in kernel.arg_names}
+        if programs:
+            with torch.cuda.device_of(self.q):
+                kernel[(programs,)](*args, **constants, num_warps=launch.warps, num_stages=launch.stages)
+
+    def running_sum(self, sums: Tensor, start: Tensor, *, reverse: bool) -> tuple[Tensor, Tensor]:
+        from heedful.ops.selective.triton.kernels.prefixes import running_sum
+
+        launch = Launch(keys=64)
+        before, after = torch.empty_like(sums), torch.empty_like(start)
+        self.run(
+            running_sum,
+            launch,
+            self.batch * self.selectors * -(-self.n_keys // launch.keys),
+            *(sums, start, before, after, self.length, self.n_keys, self.n_blocks),
+            STEP=16,
+            REVERSE=reverse,
+        )
+        return before, after
+
+
+def _rows(x: Tensor) -> Tensor:
+    """The tensor with its last axis in one piece; batch, heads and tokens may lie anywhere."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    return x.stride(0), x.stride(1), x.stride(2)
+
+
+def _tiling(q: Tensor, v: Tensor, select_q: Tensor | None) -> Tiling:
+    sizes = [x.shape[-1] for x in (q, v, select_q) if x is not None]
+    return tiling(q.dtype, *sizes)
+
+
+def _check_deterministic() -> None:
+    if not torch.are_deterministic_algorithms_enabled():
+        return
+    message = (
+        "selective_attention with impl='triton' has no deterministic gradient of the selection heads, and "
+        "torch.use_deterministic_algorithms(True) asks for one; use impl='sdpa'"
+    )
+    if not torch.is_deterministic_algorithms_warn_only_enabled():
+        raise RuntimeError(message)
+    warnings.warn(message, stacklevel=2)

@@ -1,0 +1,73 @@
+"""How the kernels cut their work: chosen from registers and spills of the code compiled for sm_90.
+
+`benchmarks/compile_triton.py` prints that report. Nothing here has been timed on a GPU yet; a run that has may
+replace the table, whose entries are all there is to choose.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How one kernel is cut and compiled."""
+
+    keys: int
+    """Keys per tile."""
+    warps: int = 4
+    stages: int = 2
+    heads: int = 1
+    """Heads per program that share a tile of F."""
+    span: int = 8
+    """Tiles of keys per program, where a program does not take all of them."""
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """One entry for each kernel, and the queries per block, which are the same for all of them."""
+
+    block: int
+    votes: Launch
+    attend: Launch
+    query: Launch
+    key: Launch
+    selection: Launch
+    later: Launch
+
+
+# By the largest of the head sizes, padded to a power of two.
+HALF = {
+    size: Tiling(
+        block=64,
+        votes=Launch(64),
+        attend=Launch(64, heads=2),
+        query=Launch(64),
+        key=Launch(64),
+        selection=Launch(64),
+        later=Launch(64),
+    )
+    for size in (16, 32, 64, 128)
+}
+SINGLE = {
+    size: Tiling(
+        block=32,
+        votes=Launch(32),
+        attend=Launch(32),
+        query=Launch(32),
+        key=Launch(32),
+        selection=Launch(32),
+        later=Launch(32),
+    )
+    for size in (16, 32, 64, 128)
+}
+
+
+def padded(size: int) -> int:
+    """The power of two, 16 or more, that a head size is padded to inside a kernel."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def tiling(dtype: torch.dtype, *sizes: int) -> Tiling:
+    """The tiling for inputs of some dtype and head sizes."""
+    return (SINGLE if dtype == torch.float32 else HALF)[padded(max(sizes))]
