@@ -12,7 +12,7 @@ from heedful.attention.init import fill_
 from heedful.attention.registry import register_attention
 from heedful.ops.checks import check_divides, check_shape, check_tensor
 from heedful.ops.dot_product import attention_sdpa
-from heedful.ops.sas import aggregate_heads, simulate_features, simulate_heads
+from heedful.ops.sas import Features, aggregate_heads, expand
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,7 @@ class Expansion(nn.Module):
         kernel_size: W, odd.
         head_dim: D.
         sim_head_dim: D̂, or None to leave the features alone, as for v.
+        impl: how it is computed, see `heedful.ops.sas.expand`.
     """
 
     def __init__(
@@ -120,8 +121,10 @@ class Expansion(nn.Module):
         kernel_size: int,
         head_dim: int,
         sim_head_dim: int | None = None,
+        impl: str = "auto",
     ) -> None:
         super().__init__()
+        self.impl = impl
         self.conv1 = nn.Conv1d(n_heads, sim_heads, kernel_size)
         self.conv2 = nn.Conv1d(sim_heads, sim_heads, kernel_size)
         self.widens = sim_head_dim is not None
@@ -131,12 +134,10 @@ class Expansion(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, T, D) -> (B, Ĥ, T, D̂), or (B, Ĥ, T, D) for v."""
-        conv1, conv2 = self.conv1, self.conv2
-        x = simulate_heads(x, conv1.weight, conv1.bias, conv2.weight, conv2.bias)
-        if not self.widens:
-            return x
-        lin1, lin2 = self.lin1, self.lin2
-        return simulate_features(x, lin1.weight, lin1.bias, lin2.weight, lin2.bias)
+        conv1, conv2, features = self.conv1, self.conv2, None
+        if self.widens:
+            features = Features(self.lin1.weight, self.lin1.bias, self.lin2.weight, self.lin2.bias)
+        return expand(x, conv1.weight, conv1.bias, conv2.weight, conv2.bias, features, impl=self.impl)
 
     def reset_published(self) -> None:
         """PyTorch's own start of every layer: uniform within ±1/sqrt(fan in)."""
@@ -200,9 +201,10 @@ class SASAttention(Attention):
         self.k_proj = nn.Linear(config.d_model, groups * size, bias=config.bias)
         self.v_proj = nn.Linear(config.d_model, groups * size, bias=config.bias)
         wide, width = config.score_heads, config.kernel_size
-        self.q_expand = Expansion(heads, wide, width, size, config.qk_dim)
-        self.k_expand = Expansion(groups, wide, width, size, config.qk_dim)
-        self.v_expand = Expansion(groups, wide, width, size)
+        impl = "reference" if config.score_config.impl == "reference" else "auto"
+        self.q_expand = Expansion(heads, wide, width, size, config.qk_dim, impl)
+        self.k_expand = Expansion(groups, wide, width, size, config.qk_dim, impl)
+        self.v_expand = Expansion(groups, wide, width, size, impl=impl)
         if config.qk_norm:
             # Zeros widen D to D̂ in the identity start: with epsilon scaled alike, the norm is the same.
             for norm in (self.q_norm, self.k_norm):

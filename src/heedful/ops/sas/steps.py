@@ -27,17 +27,9 @@ def simulate_heads(
     Raises:
         ValueError: if W is even or a shape does not fit.
     """
-    check_float("x", check_tensor("x", x, "(B, H, T, D)"))
-    sim_heads, _, width = check_tensor("weight1", weight1, "(Ĥ, H, W)").shape
+    check_head_weights(x, weight1, bias1, weight2, bias2)
+    sim_heads, _, width = weight1.shape
     batch, heads, length, size = x.shape
-    if width % 2 == 0:
-        raise ValueError(
-            f"the kernel size W must be odd, so that it has a centre, got {width}; "
-            f"use {width - 1} or {width + 1}"
-        )
-    check_shape("weight1", weight1, (sim_heads, heads, width), "(Ĥ, H, W)")
-    check_shape("weight2", weight2, (sim_heads, sim_heads, width), "(Ĥ, Ĥ, W)")
-    _check_parameters(x, sim_heads, weight1=weight1, bias1=bias1, weight2=weight2, bias2=bias2)
     # One row per token, heads in the last (dense) axis: "channels last" is what oneDNN and cuDNN like.
     rows = x.permute(0, 2, 3, 1).reshape(batch * length, 1, size, heads).permute(0, 3, 1, 2)
     padding = (0, width // 2)
@@ -66,11 +58,7 @@ def simulate_features(
     Raises:
         ValueError: if a shape does not fit.
     """
-    check_float("x", check_tensor("x", x, "(B, Ĥ, T, D)"))
-    sim_dim = check_tensor("weight1", weight1, "(D̂, D)").shape[0]
-    check_shape("weight1", weight1, (sim_dim, x.shape[-1]), "(D̂, D)")
-    check_shape("weight2", weight2, (sim_dim, sim_dim), "(D̂, D̂)")
-    _check_parameters(x, sim_dim, weight1=weight1, bias1=bias1, weight2=weight2, bias2=bias2)
+    check_feature_weights(x, weight1, bias1, weight2, bias2)
     wide = F.linear(x, weight1, bias1)
     return wide + F.linear(F.relu(wide), weight2, bias2)
 
@@ -102,6 +90,33 @@ def aggregate_heads(x: Tensor, n_heads: int, weight: Tensor, bias: Tensor | None
     groups = x.reshape(batch, sim_heads // n_heads, n_heads, length, size)
     merged = groups.mean(1).transpose(1, 2).reshape(batch, length, n_heads * size)
     return F.linear(merged, weight, bias)
+
+
+def check_head_weights(
+    x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None
+) -> None:
+    """Raise unless the weights of `simulate_heads` fit x (B, H, T, D)."""
+    check_float("x", check_tensor("x", x, "(B, H, T, D)"))
+    sim_heads, _, width = check_tensor("weight1", weight1, "(Ĥ, H, W)").shape
+    if width % 2 == 0:
+        raise ValueError(
+            f"the kernel size W must be odd, so that it has a centre, got {width}; "
+            f"use {width - 1} or {width + 1}"
+        )
+    check_shape("weight1", weight1, (sim_heads, x.shape[1], width), "(Ĥ, H, W)")
+    check_shape("weight2", weight2, (sim_heads, sim_heads, width), "(Ĥ, Ĥ, W)")
+    _check_parameters(x, sim_heads, weight1=weight1, bias1=bias1, weight2=weight2, bias2=bias2)
+
+
+def check_feature_weights(
+    x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None
+) -> None:
+    """Raise unless the weights of `simulate_features` fit x (B, Ĥ, T, D)."""
+    check_float("x", check_tensor("x", x, "(B, Ĥ, T, D)"))
+    sim_dim = check_tensor("weight1", weight1, "(D̂, D)").shape[0]
+    check_shape("weight1", weight1, (sim_dim, x.shape[-1]), "(D̂, D)")
+    check_shape("weight2", weight2, (sim_dim, sim_dim), "(D̂, D̂)")
+    _check_parameters(x, sim_dim, weight1=weight1, bias1=bias1, weight2=weight2, bias2=bias2)
 
 
 def _check_parameters(x: Tensor, rows: int, **parameters: Tensor | None) -> None:
