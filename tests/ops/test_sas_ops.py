@@ -1,6 +1,7 @@
 """The steps of SAS against plain layers and loops."""
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from heedful.ops import aggregate_heads, simulate_features, simulate_heads
+from heedful.ops.sas import Features, expand
+from heedful.ops.sas.pieces import Layers, pieces
 
 SMALL = st.integers(1, 4)
 
@@ -157,3 +160,181 @@ def test_a_parameter_of_another_dtype_or_device_is_refused(name):
         simulate_heads(x, **{**good, name: good[name].double()})
     with pytest.raises(ValueError, match=f"{name} and x must be on one device"):
         simulate_heads(x, **{**good, name: good[name].to("meta")})
+
+
+def expansion(
+    heads: int,
+    sim: int,
+    width: int,
+    size: int,
+    wide: int | None,
+    bias: bool,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[list[torch.Tensor | None], Features | None]:
+    """Weights for `expand`."""
+
+    def draw(*shape: int) -> torch.Tensor:
+        return (torch.randn(*shape, dtype=torch.float64) / shape[-1]).to(dtype).requires_grad_()
+
+    def offset(n: int) -> torch.Tensor | None:
+        return draw(n) if bias else None
+
+    conv = [draw(sim, heads, width), offset(sim), draw(sim, sim, width), offset(sim)]
+    if wide is None:
+        return conv, None
+    return conv, Features(draw(wide, size), offset(wide), draw(wide, wide), offset(wide))
+
+
+def gradients(out: torch.Tensor, *inputs: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    wanted = [x for x in inputs if x is not None and x.requires_grad]
+    return torch.autograd.grad(out.square().sum(), wanted)
+
+
+@given(
+    batch=SMALL,
+    length=st.integers(1, 9),
+    heads=SMALL,
+    sim=SMALL,
+    half_width=st.integers(0, 2),
+    size=SMALL,
+    wide=st.none() | st.integers(1, 6),
+    bias=st.booleans(),
+    piece=st.sampled_from([1, 40, 100, 10**6]),
+    frozen=st.sets(st.integers(0, 8)),
+    seed=st.integers(0, 99),
+)
+def test_the_expansion_in_pieces_equals_its_steps(
+    batch: int,
+    length: int,
+    heads: int,
+    sim: int,
+    half_width: int,
+    size: int,
+    wide: int | None,
+    bias: bool,
+    piece: int,
+    frozen: set[int],
+    seed: int,
+):
+    torch.manual_seed(seed)
+    conv, features = expansion(heads, sim, 2 * half_width + 1, size, wide, bias)
+    x = randn(batch, length, size, heads).transpose(1, 3)  # (B, H, D, T): every stride is unusual
+    x = x.transpose(2, 3).detach().requires_grad_()
+    inputs = [x, *conv, *(features or ())]
+    for i in frozen:
+        if i < len(inputs) and inputs[i] is not None:
+            inputs[i].requires_grad_(False)
+    expected = expand(x, *conv, features, impl="reference")
+    with mock.patch("heedful.ops.sas.pieces.PIECE", piece):
+        got = expand(x, *conv, features, impl="blocked")
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+        assert got.requires_grad == expected.requires_grad
+        if not got.requires_grad:
+            return
+        pairs = zip(gradients(got, *inputs), gradients(expected, *inputs), strict=True)
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12 * max(1.0, theirs.abs().max().item()))
+
+
+@pytest.mark.parametrize(("batch", "length"), [(1, 50), (7, 3), (3, 25), (2, 1)])
+def test_pieces_cover_every_token_once(batch: int, length: int):
+    x, conv = torch.zeros(batch, length, 2, 4), expansion(2, 4, 3, 4, 6, True)
+    layers = Layers.of(*conv[0], *conv[1])  # type: ignore[arg-type, misc]
+    with mock.patch("heedful.ops.sas.pieces.PIECE", 10 * 4 * 6):
+        for rows, tokens in pieces(x, layers):
+            assert 1 <= x[rows, tokens].numel() // 8 <= 10
+            x[rows, tokens] += 1
+    assert (x == 1).all()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("wide", [None, 12])
+def test_the_expansion_in_low_precision(dtype: torch.dtype, tolerance: float, wide: int | None):
+    """Against float64 from the same inputs, many pieces: errors do not add up in the sums over pieces."""
+    torch.manual_seed(0)
+    conv, features = expansion(4, 12, 3, 8, wide, True, dtype)
+    inputs = [torch.randn(2, 4, 300, 8).to(dtype).requires_grad_(), *conv, *(features or ())]
+    double = [t.detach().double().requires_grad_() for t in inputs]
+    with mock.patch("heedful.ops.sas.pieces.PIECE", 4000):
+        got = expand(*inputs[:5], Features(*inputs[5:]) if features else None, impl="blocked")
+        found = gradients(got, *inputs)
+    expected = expand(*double[:5], Features(*double[5:]) if features else None, impl="reference")
+    for ours, theirs in zip((got, *found), (expected, *gradients(expected, *double)), strict=True):
+        error = (ours.double() - theirs).norm() / theirs.norm()
+        assert error < tolerance, f"{tuple(ours.shape)}: {error:.1e}"
+
+
+def test_the_expansion_keeps_its_input_alone():
+    conv, features = expansion(2, 6, 3, 4, 8, True)
+    x, sizes = randn(1, 2, 500, 4), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
+        expand(x, *conv, features)
+    weights = sum(w.numel() for w in (*conv, *features) if w is not None)
+    assert sum(sizes) == x.numel() + weights
+
+
+def test_the_expansion_is_a_proper_operator():
+    for wide, bias in ((6, True), (None, False)):
+        conv, features = expansion(2, 4, 3, 4, wide, bias)
+        arguments = (randn(2, 3, 2, 4), *conv, *(features or [None] * 4))
+        torch.library.opcheck(torch.ops.heedful.sas_expand.default, arguments)
+
+
+def test_the_expansion_compiles():
+    conv, features = expansion(2, 4, 3, 4, 6, True)
+    x = randn(2, 2, 5, 4)
+    expected = expand(x, *conv, features)
+    got = torch.compile(expand, fullgraph=True, backend="aot_eager")(x, *conv, features)
+    torch.testing.assert_close(got, expected)
+    inputs = (x, *conv, *features)
+    for ours, theirs in zip(gradients(got, *inputs), gradients(expected, *inputs), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_the_expansion_under_autocast_equals_its_steps():
+    torch.manual_seed(0)
+    conv, features = expansion(4, 8, 3, 8, 12, True, torch.float32)
+    x = torch.randn(2, 4, 30, 8, requires_grad=True)
+    inputs, found = (x, *conv, *features), []
+    for impl in ("blocked", "reference"):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = expand(x, *conv, features, impl=impl)
+        found.append((out, *torch.autograd.grad(out.float().square().sum(), inputs)))
+    assert found[0][0].dtype == torch.bfloat16
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert (ours.double() - theirs.double()).norm() < 2e-2 * theirs.double().norm()
+
+
+def test_the_expansion_has_no_second_derivative():
+    conv, features = expansion(2, 4, 3, 4, 6, True)
+    x = randn(1, 2, 3, 4)
+    (grad,) = torch.autograd.grad(expand(x, *conv, features).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="sas_expand_backward"):
+        grad.sum().backward()
+
+
+def test_the_expansion_on_meta_tensors_and_without_tokens():
+    conv, features = expansion(2, 4, 3, 4, 6, True)
+    meta = [None if w is None else w.to("meta") for w in (*conv, *features)]
+    out = expand(torch.empty(2, 2, 5, 4, dtype=torch.float64, device="meta"), *meta[:4], Features(*meta[4:]))
+    assert out.shape == (2, 4, 5, 6)
+    for shape in ((2, 2, 0, 4), (0, 2, 5, 4)):
+        x = randn(*shape)
+        out = expand(x, *conv, features)
+        assert out.shape == (shape[0], 4, shape[2], 6)
+        out.sum().backward()
+        assert conv[0].grad.eq(0).all()
+
+
+def test_the_expansion_refuses_what_its_steps_refuse():
+    conv, features = expansion(3, 6, 3, 5, 8, True, torch.float32)
+    with pytest.raises(ValueError, match=r"impl must be 'auto' or 'reference' or 'blocked', got 'fast'"):
+        expand(X, *conv, features, impl="fast")
+    for impl in ("blocked", "reference"):
+        with pytest.raises(ValueError, match="W must be odd"):
+            expand(X, conv[0][..., :2], *conv[1:], features, impl=impl)
+        with pytest.raises(ValueError, match=r"weight1 must have shape \(D̂, D\) = \(8, 5\)"):
+            expand(X, *conv, features._replace(weight1=torch.zeros(8, 4)), impl=impl)
+        with pytest.raises(TypeError, match="weight2 and x must have one dtype"):
+            expand(X, *conv, features._replace(weight2=torch.zeros(8, 8).double()), impl=impl)
