@@ -21,6 +21,7 @@ from heedful.ops.selective.blocked import selective_blocked
 from heedful.ops.selective.count import blocked_count
 from heedful.ops.selective.reference import selective_reference
 from heedful.ops.selective.sdpa import selective_sdpa
+from heedful.ops.selective.triton import selective_triton
 
 
 class DenseImplementation(Protocol):
@@ -40,7 +41,8 @@ class DenseImplementation(Protocol):
 
 
 DENSE: dict[str, DenseImplementation] = {"reference": selective_reference, "sdpa": selective_sdpa}
-IMPLEMENTATIONS = (*DENSE, "blocked")
+BLOCKED = {"blocked": selective_blocked, "triton": selective_triton}
+IMPLEMENTATIONS = (*DENSE, *BLOCKED)
 
 
 def selective_attention(
@@ -82,7 +84,8 @@ def selective_attention(
             protects its own first real token.
         scale: multiplies the logits, of the selection heads too; default 1 / sqrt(last axis).
         impl: "reference" (the formula, all logits in memory), "sdpa" (F as a bias of PyTorch's fused
-            attention), "blocked" (blocks of queries, memory grows with T; no double backward), or "auto":
+            attention), "blocked" (blocks of queries, memory grows with T; no double backward), "triton" (the
+            same as kernels for NVIDIA GPUs: float16, bfloat16 and float32, head sizes up to 128), or "auto":
             blocked on the CPU, sdpa elsewhere and for a single query.
 
     Returns:
@@ -91,7 +94,7 @@ def selective_attention(
 
     Raises:
         TypeError: for a wrong type or dtype.
-        ValueError: for a wrong shape, device or `impl`.
+        ValueError: for a wrong shape, device or `impl`, or an `impl` that cannot run these tensors.
 
     Source: Leviathan, Kalman, Matias, "Selective Attention Improves Transformer", arXiv 2410.02703.
     """
@@ -118,8 +121,8 @@ def selective_attention(
     if impl == "auto":
         impl = "blocked" if q.device.type == "cpu" and length > 1 else "sdpa"
     with no_autocast(q.device):
-        if impl == "blocked":
-            return selective_blocked(q, k, v, select, soft_mask, key_mask, segment_ids, scale)
+        if impl in BLOCKED:
+            return BLOCKED[impl](q, k, v, select, soft_mask, key_mask, segment_ids, scale)
         visible = visible_keys(length, n_keys, key_mask, segment_ids, q.device)
         voted = voted_keys(visible, rank_in_segment(n_keys, key_mask, segment_ids, q.device))
         return DENSE[impl](q, k, v, select, soft_mask, visible, voted, scale)

@@ -2,5 +2,6 @@
 
 from heedful.ops.selective.triton.available import unavailable
 from heedful.ops.selective.triton.op import selective_triton
+from heedful.ops.selective.triton.slots import attend_slots_triton
 
-__all__ = ["selective_triton", "unavailable"]
+__all__ = ["attend_slots_triton", "selective_triton", "unavailable"]

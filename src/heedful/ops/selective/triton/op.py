@@ -73,7 +73,7 @@ def _forward(
     from heedful.ops.selective.triton.kernels.forward import attend
     from heedful.ops.selective.triton.kernels.prefixes import sum_votes
 
-    job = _Job(q, k, v, select_q, select_k, code, scale, select_scale)
+    job = Job(q, k, v, select_q, select_k, code, scale, select_scale)
     start = job.new(job.batch, job.selectors, job.n_keys).zero_()
     if soft_mask is not None:
         start[..., : soft_mask.shape[-1]] = soft_mask
@@ -141,7 +141,7 @@ def _backward(
     from heedful.ops.selective.triton.kernels import backward, selection
 
     _check_deterministic()
-    job = _Job(q, k, v, select_q, select_k, code, scale, select_scale)
+    job = Job(q, k, v, select_q, select_k, code, scale, select_scale)
     own = select_q is not None
     d_out = torch.zeros_like(out) if grad_out is None else _rows(grad_out.to(v.dtype))
     if code is not None:  # padded rows are 0 whatever comes, so that what comes may be NaN
@@ -267,7 +267,7 @@ def _gradients(ctx, grad_out, grad_after, *_):
 _forward.register_autograd(_gradients, setup_context=_save)
 
 
-class _Job:
+class Job:
     """The tensors of one call as the kernels take them, and how they are cut."""
 
     def __init__(
@@ -331,17 +331,21 @@ class _Job:
         return {size: self.select_q.shape[-1], padded_size: padded(self.select_q.shape[-1])}
 
     def run(self, kernel: Any, launch: Launch, programs: int, *args: Any, **constants: Any) -> None:
-        """Launch a kernel, with those of the common constants that it takes."""
+        """Launch a kernel."""
+        if programs:
+            constants = self.constants(kernel, launch, constants)
+            with torch.cuda.device_of(self.q):
+                kernel[(programs,)](*args, **constants, num_warps=launch.warps, num_stages=launch.stages)
+
+    def constants(self, kernel: Any, launch: Launch, constants: dict[str, Any]) -> dict[str, Any]:
+        """The constants, and those of the common ones that the kernel takes."""
         common = {
             "BLOCK": self.tiling.block,
             "KEYS": launch.keys,
             "CODED": self.coded,
             "EXACT": self.q.dtype == torch.float32,
         }
-        constants |= {name: value for name, value in common.items() if name in kernel.arg_names}
-        if programs:
-            with torch.cuda.device_of(self.q):
-                kernel[(programs,)](*args, **constants, num_warps=launch.warps, num_stages=launch.stages)
+        return constants | {name: value for name, value in common.items() if name in kernel.arg_names}
 
     def running_sum(self, sums: Tensor, start: Tensor, *, reverse: bool) -> tuple[Tensor, Tensor]:
         from heedful.ops.selective.triton.kernels.prefixes import running_sum

@@ -61,6 +61,7 @@ SINGLE = {
     )
     for size in (16, 32, 64, 128)
 }
+DECODE = Launch(64)
 
 
 def padded(size: int) -> int:

@@ -38,11 +38,14 @@ def dot_out(
     BLOCK: tl.constexpr,
 ):
     """delta (B, H, T): out . d_out of each query."""
-    rows = tl.program_id(0) % n_blocks * BLOCK + tl.arange(0, BLOCK)
+    block = tl.program_id(0) % n_blocks
+    rows = block * BLOCK + tl.arange(0, BLOCK)
     row = (tl.program_id(0) // n_blocks).to(tl.int64)
     batch, head = row // heads, row % heads
-    x = load_rows(out + row * length * V_SIZE, V_SIZE, rows, length, V_SIZE, V_PADDED)
-    y = load_rows(d_out + batch * d_batch + head * d_head, d_row, rows, length, V_SIZE, V_PADDED)
+    x = load_rows(out + row * length * V_SIZE, V_SIZE, block * BLOCK, length, BLOCK, V_SIZE, V_PADDED)
+    y = load_rows(
+        d_out + batch * d_batch + head * d_head, d_row, block * BLOCK, length, BLOCK, V_SIZE, V_PADDED
+    )
     products = x.to(tl.float32) * y.to(tl.float32)
     tl.store(delta + row * length + rows, tl.sum(products, 1), mask=rows < length)
 
@@ -122,17 +125,17 @@ def query_gradient(
     before += ((batch * selectors + selector) * n_blocks + block) * n_keys
     first = (batch * heads + head) * length
 
-    queries = load_rows(q, q_row, rows, length, SIZE, PADDED)
-    d_rows = load_rows(d_out, d_row, rows, length, V_SIZE, V_PADDED)
+    queries = load_rows(q, q_row, block * BLOCK, length, BLOCK, SIZE, PADDED)
+    d_rows = load_rows(d_out, d_row, block * BLOCK, length, BLOCK, V_SIZE, V_PADDED)
     sums = tl.load(log_sum + first + rows, mask=rows < length, other=float("inf"))
     deltas = tl.load(delta + first + rows, mask=rows < length, other=0.0)
     queries2, d_rows2, sums2, deltas2 = queries, d_rows, sums, deltas
     if HEADS == 2:
-        queries2 = load_rows(q + q_head, q_row, rows, length, SIZE, PADDED)
-        d_rows2 = load_rows(d_out + d_head, d_row, rows, length, V_SIZE, V_PADDED)
+        queries2 = load_rows(q + q_head, q_row, block * BLOCK, length, BLOCK, SIZE, PADDED)
+        d_rows2 = load_rows(d_out + d_head, d_row, block * BLOCK, length, BLOCK, V_SIZE, V_PADDED)
         sums2 = tl.load(log_sum + first + length + rows, mask=rows < length, other=float("inf"))
         deltas2 = tl.load(delta + first + length + rows, mask=rows < length, other=0.0)
-    selecting = load_rows(select_q, sq_row, rows, length, S_SIZE, S_PADDED)
+    selecting = load_rows(select_q, sq_row, block * BLOCK, length, BLOCK, S_SIZE, S_PADDED)
     gradient = tl.zeros([BLOCK, PADDED], tl.float32)
     gradient2 = gradient
     far = (earlier + block * BLOCK) // KEYS * KEYS
@@ -145,24 +148,26 @@ def query_gradient(
             key_code = load_codes(code, key, n_keys, CODED)
             at_, key_ = at[:, None], key[None, :]
             at_code_, key_code_ = at_code[:, None], key_code[None, :]
-            selected = load_rows(select_k, sk_row, key, n_keys, S_SIZE, S_PADDED)
+            selected = load_rows(select_k, sk_row, start, n_keys, KEYS, S_SIZE, S_PADDED)
             votes = product(selecting, tl.trans(selected), EXACT) * select_scale
             votes = votes_of(votes, at_, key_, at_code_, key_code_, CODED, NEAR)
             earlier_votes = tl.load(before + key, mask=key < n_keys, other=0.0)
             soft_mask = sum_before(votes, BLOCK, EXACT) + earlier_votes[None, :]
             soft_mask = hide(-soft_mask, at_, key_, at_code_, key_code_, CODED, NEAR)
-            keys = load_rows(k_base, k_row, key, n_keys, SIZE, PADDED)
-            values = load_rows(v_base, v_row, key, n_keys, V_SIZE, V_PADDED)
+            keys = load_rows(k_base, k_row, start, n_keys, KEYS, SIZE, PADDED)
+            values = load_rows(v_base, v_row, start, n_keys, KEYS, V_SIZE, V_PADDED)
             gradient = _add(gradient, queries, keys, values, d_rows, sums, deltas, soft_mask, scale, EXACT)
             if HEADS == 2:
-                keys = load_rows(k_base2, k_row, key, n_keys, SIZE, PADDED)
-                values = load_rows(v_base2, v_row, key, n_keys, V_SIZE, V_PADDED)
+                keys = load_rows(k_base2, k_row, start, n_keys, KEYS, SIZE, PADDED)
+                values = load_rows(v_base2, v_row, start, n_keys, KEYS, V_SIZE, V_PADDED)
                 gradient2 = _add(
                     gradient2, queries2, keys, values, d_rows2, sums2, deltas2, soft_mask, scale, EXACT
                 )
-    store_rows(dq + first * SIZE, SIZE, rows, length, gradient * scale, SIZE, PADDED)
+    store_rows(dq + first * SIZE, SIZE, block * BLOCK, length, gradient * scale, BLOCK, SIZE, PADDED)
     if HEADS == 2:
-        store_rows(dq + (first + length) * SIZE, SIZE, rows, length, gradient2 * scale, SIZE, PADDED)
+        store_rows(
+            dq + (first + length) * SIZE, SIZE, block * BLOCK, length, gradient2 * scale, BLOCK, SIZE, PADDED
+        )
 
 
 @triton.jit
@@ -246,9 +251,9 @@ def key_gradient(
     select_k += batch * sk_batch + selector * sk_head
     before_row = (batch * selectors + selector) * n_blocks
 
-    keys = load_rows(k + batch * k_batch + group * k_head, k_row, key, n_keys, SIZE, PADDED)
-    values = load_rows(v + batch * v_batch + group * v_head, v_row, key, n_keys, V_SIZE, V_PADDED)
-    selected = load_rows(select_k, sk_row, key, n_keys, S_SIZE, S_PADDED)
+    keys = load_rows(k + batch * k_batch + group * k_head, k_row, start, n_keys, KEYS, SIZE, PADDED)
+    values = load_rows(v + batch * v_batch + group * v_head, v_row, start, n_keys, KEYS, V_SIZE, V_PADDED)
+    selected = load_rows(select_k, sk_row, start, n_keys, KEYS, S_SIZE, S_PADDED)
     dk_sum = tl.zeros([KEYS, PADDED], tl.float32)
     dv_sum = tl.zeros([KEYS, V_PADDED], tl.float32)
     nearest = tl.maximum(start - earlier, 0) // BLOCK
@@ -262,7 +267,7 @@ def key_gradient(
             at_code = load_codes(code, at, n_keys, CODED)
             at_, key_ = at[None, :], key[:, None]
             at_code_, key_code_ = at_code[None, :], key_code[:, None]
-            selecting = load_rows(select_q, sq_row, rows, length, S_SIZE, S_PADDED)
+            selecting = load_rows(select_q, sq_row, block * BLOCK, length, BLOCK, S_SIZE, S_PADDED)
             votes = product(selected, tl.trans(selecting), EXACT) * select_scale
             votes = votes_of(votes, at_, key_, at_code_, key_code_, CODED, 1 - FAR)
             at_before = before + (before_row + block) * n_keys + key
@@ -271,9 +276,17 @@ def key_gradient(
             soft_mask = hide(-soft_mask, at_, key_, at_code_, key_code_, CODED, 1 - FAR)
             for head in range(owner * shared, (owner + 1) * shared):
                 first = (batch * heads + head) * length
-                queries = load_rows(q + batch * q_batch + head * q_head, q_row, rows, length, SIZE, PADDED)
+                queries = load_rows(
+                    q + batch * q_batch + head * q_head, q_row, block * BLOCK, length, BLOCK, SIZE, PADDED
+                )
                 d_rows = load_rows(
-                    d_out + batch * d_batch + head * d_head, d_row, rows, length, V_SIZE, V_PADDED
+                    d_out + batch * d_batch + head * d_head,
+                    d_row,
+                    block * BLOCK,
+                    length,
+                    BLOCK,
+                    V_SIZE,
+                    V_PADDED,
                 )
                 sums = tl.load(log_sum + first + rows, mask=rows < length, other=float("inf"))
                 deltas = tl.load(delta + first + rows, mask=rows < length, other=0.0)
@@ -282,5 +295,5 @@ def key_gradient(
                 dv_sum = plus_product(dv_sum, narrow(weights, d_rows.dtype), d_rows, EXACT)
                 d_logits = weights * (product(values, tl.trans(d_rows), EXACT) - deltas[None, :])
                 dk_sum = plus_product(dk_sum, narrow(d_logits, queries.dtype), queries, EXACT)
-    store_rows(dk + row * n_keys * SIZE, SIZE, key, n_keys, dk_sum * scale, SIZE, PADDED)
-    store_rows(dv + row * n_keys * V_SIZE, V_SIZE, key, n_keys, dv_sum, V_SIZE, V_PADDED)
+    store_rows(dk + row * n_keys * SIZE, SIZE, start, n_keys, dk_sum * scale, KEYS, SIZE, PADDED)
+    store_rows(dv + row * n_keys * V_SIZE, V_SIZE, start, n_keys, dv_sum, KEYS, V_SIZE, V_PADDED)

@@ -86,11 +86,11 @@ def attend(
     select_k += batch * sk_batch + selector.to(tl.int64) * sk_head
     before += ((batch * selectors + selector) * n_blocks + block) * n_keys
 
-    queries = load_rows(q, q_row, rows, length, SIZE, PADDED)
+    queries = load_rows(q, q_row, block * BLOCK, length, BLOCK, SIZE, PADDED)
     queries2 = queries
     if HEADS == 2:
-        queries2 = load_rows(q + q_head, q_row, rows, length, SIZE, PADDED)
-    selecting = load_rows(select_q, sq_row, rows, length, S_SIZE, S_PADDED)
+        queries2 = load_rows(q + q_head, q_row, block * BLOCK, length, BLOCK, SIZE, PADDED)
+    selecting = load_rows(select_q, sq_row, block * BLOCK, length, BLOCK, S_SIZE, S_PADDED)
     largest = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     sums = tl.zeros([BLOCK, V_PADDED], tl.float32)
@@ -106,28 +106,26 @@ def attend(
             key_code = load_codes(code, key, n_keys, CODED)
             at_, key_ = at[:, None], key[None, :]
             at_code_, key_code_ = at_code[:, None], key_code[None, :]
-            selected = load_rows(select_k, sk_row, key, n_keys, S_SIZE, S_PADDED)
+            selected = load_rows(select_k, sk_row, start, n_keys, KEYS, S_SIZE, S_PADDED)
             votes = product(selecting, tl.trans(selected), EXACT) * select_scale
             votes = votes_of(votes, at_, key_, at_code_, key_code_, CODED, NEAR)
             earlier_votes = tl.load(before + key, mask=key < n_keys, other=0.0)
             soft_mask = sum_before(votes, BLOCK, EXACT) + earlier_votes[None, :]
             soft_mask = hide(-soft_mask, at_, key_, at_code_, key_code_, CODED, NEAR)
-            keys = load_rows(k_base, k_row, key, n_keys, SIZE, PADDED)
-            values = load_rows(v_base, v_row, key, n_keys, V_SIZE, V_PADDED)
+            keys = load_rows(k_base, k_row, start, n_keys, KEYS, SIZE, PADDED)
+            values = load_rows(v_base, v_row, start, n_keys, KEYS, V_SIZE, V_PADDED)
             logits = product(queries, tl.trans(keys), EXACT) * scale + soft_mask
             largest, total, sums = _add(logits, values, largest, total, sums, EXACT)
             if HEADS == 2:
-                keys = load_rows(k_base2, k_row, key, n_keys, SIZE, PADDED)
-                values = load_rows(v_base2, v_row, key, n_keys, V_SIZE, V_PADDED)
+                keys = load_rows(k_base2, k_row, start, n_keys, KEYS, SIZE, PADDED)
+                values = load_rows(v_base2, v_row, start, n_keys, KEYS, V_SIZE, V_PADDED)
                 logits = product(queries2, tl.trans(keys), EXACT) * scale + soft_mask
                 largest2, total2, sums2 = _add(logits, values, largest2, total2, sums2, EXACT)
     first = (batch * heads + head) * length
-    _finish(out + first * V_SIZE, log_sum + first, rows, length, largest, total, sums, V_SIZE, V_PADDED)
+    _finish(out, log_sum, first, block, length, largest, total, sums, BLOCK, V_SIZE, V_PADDED)
     if HEADS == 2:
         first += length
-        _finish(
-            out + first * V_SIZE, log_sum + first, rows, length, largest2, total2, sums2, V_SIZE, V_PADDED
-        )
+        _finish(out, log_sum, first, block, length, largest2, total2, sums2, BLOCK, V_SIZE, V_PADDED)
 
 
 @triton.jit
@@ -143,10 +141,23 @@ def _add(logits, values, largest, total, sums, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _finish(out, log_sum, rows, length, largest, total, sums, SIZE: tl.constexpr, PADDED: tl.constexpr):
+def _finish(
+    out,
+    log_sum,
+    first,
+    block,
+    length,
+    largest,
+    total,
+    sums,
+    BLOCK: tl.constexpr,
+    SIZE: tl.constexpr,
+    PADDED: tl.constexpr,
+):
     """Rows that saw nothing are 0, and their log_sum is infinite: all weights are 0 in the backward pass."""
     some = total > 0.0
-    sums = sums / tl.where(some, total, 1.0)[:, None]
-    store_rows(out, SIZE, rows, length, sums, SIZE, PADDED)
-    logarithm = tl.where(some, largest + tl.log(tl.where(some, total, 1.0)), float("inf"))
-    tl.store(log_sum + rows, logarithm, mask=rows < length)
+    total = tl.where(some, total, 1.0)
+    store_rows(out + first * SIZE, SIZE, block * BLOCK, length, sums / total[:, None], BLOCK, SIZE, PADDED)
+    rows = block * BLOCK + tl.arange(0, BLOCK)
+    logarithm = tl.where(some, largest + tl.log(total), float("inf"))
+    tl.store(log_sum + first + rows, logarithm, mask=rows < length)

@@ -47,11 +47,15 @@ def sum_votes(
     code += batch * n_keys
     at_code = load_codes(code, at, n_keys, CODED)
     if span * SPAN * KEYS < end:
-        q = load_rows(select_q + batch * q_batch + selector * q_head, q_row, rows, length, SIZE, PADDED)
+        q = load_rows(
+            select_q + batch * q_batch + selector * q_head, q_row, block * BLOCK, length, BLOCK, SIZE, PADDED
+        )
         for start in range(span * SPAN * KEYS, tl.minimum((span + 1) * SPAN * KEYS, end), KEYS):
             key = start + tl.arange(0, KEYS)
             key_code = load_codes(code, key, n_keys, CODED)
-            k = load_rows(select_k + batch * k_batch + selector * k_head, k_row, key, n_keys, SIZE, PADDED)
+            k = load_rows(
+                select_k + batch * k_batch + selector * k_head, k_row, start, n_keys, KEYS, SIZE, PADDED
+            )
             logits = product(q, tl.trans(k), EXACT) * scale
             votes = votes_of(
                 logits, at[:, None], key[None, :], at_code[:, None], key_code[None, :], CODED, True

@@ -99,14 +99,14 @@ def within_blocks(
     sums += (row * n_blocks + block) * n_keys
     if span * SPAN * KEYS < end:
         select_q += batch * sq_batch + selector * sq_head
-        selecting = load_rows(select_q, sq_row, rows, length, S_SIZE, S_PADDED)
+        selecting = load_rows(select_q, sq_row, block * BLOCK, length, BLOCK, S_SIZE, S_PADDED)
         gradient = tl.zeros([BLOCK, S_PADDED], tl.float32)
         for start in range(span * SPAN * KEYS, tl.minimum((span + 1) * SPAN * KEYS, end), KEYS):
             key = start + tl.arange(0, KEYS)
             key_code = load_codes(code, key, n_keys, CODED)
             at_, key_ = at[:, None], key[None, :]
             at_code_, key_code_ = at_code[:, None], key_code[None, :]
-            selected = load_rows(select_k, sk_row, key, n_keys, S_SIZE, S_PADDED)
+            selected = load_rows(select_k, sk_row, start, n_keys, KEYS, S_SIZE, S_PADDED)
             votes = product(selecting, tl.trans(selected), EXACT) * select_scale
             votes = votes_of(votes, at_, key_, at_code_, key_code_, CODED, True)
             earlier_votes = tl.load(before + key, mask=key < n_keys, other=0.0)
@@ -117,13 +117,25 @@ def within_blocks(
                 tl.cdiv(selector * heads, selectors), tl.cdiv((selector + 1) * heads, selectors)
             ):
                 first = (batch * heads + head) * length
-                queries = load_rows(q + batch * q_batch + head * q_head, q_row, rows, length, SIZE, PADDED)
+                queries = load_rows(
+                    q + batch * q_batch + head * q_head, q_row, block * BLOCK, length, BLOCK, SIZE, PADDED
+                )
                 d_rows = load_rows(
-                    d_out + batch * d_batch + head * d_head, d_row, rows, length, V_SIZE, V_PADDED
+                    d_out + batch * d_batch + head * d_head,
+                    d_row,
+                    block * BLOCK,
+                    length,
+                    BLOCK,
+                    V_SIZE,
+                    V_PADDED,
                 )
                 group = head // shared
-                keys = load_rows(k + batch * k_batch + group * k_head, k_row, key, n_keys, SIZE, PADDED)
-                values = load_rows(v + batch * v_batch + group * v_head, v_row, key, n_keys, V_SIZE, V_PADDED)
+                keys = load_rows(
+                    k + batch * k_batch + group * k_head, k_row, start, n_keys, KEYS, SIZE, PADDED
+                )
+                values = load_rows(
+                    v + batch * v_batch + group * v_head, v_row, start, n_keys, KEYS, V_SIZE, V_PADDED
+                )
                 log_sums = tl.load(log_sum + first + rows, mask=rows < length, other=float("inf"))
                 deltas = tl.load(delta + first + rows, mask=rows < length, other=0.0)
                 logits = product(queries, tl.trans(keys), EXACT) * scale + soft_mask
@@ -135,8 +147,19 @@ def within_blocks(
             d_keys = plus_wide_product(
                 tl.zeros([KEYS, S_PADDED], tl.float32), tl.trans(d_votes), selecting, EXACT
             )
-            add_rows(d_select_k + row * n_keys * S_SIZE, S_SIZE, key, n_keys, d_keys, S_SIZE, S_PADDED)
-        add_rows(d_select_q + row * length * S_SIZE, S_SIZE, rows, length, gradient, S_SIZE, S_PADDED)
+            add_rows(
+                d_select_k + row * n_keys * S_SIZE, S_SIZE, start, n_keys, d_keys, KEYS, S_SIZE, S_PADDED
+            )
+        add_rows(
+            d_select_q + row * length * S_SIZE,
+            S_SIZE,
+            block * BLOCK,
+            length,
+            gradient,
+            BLOCK,
+            S_SIZE,
+            S_PADDED,
+        )
 
 
 @triton.jit
@@ -178,20 +201,26 @@ def from_later_blocks_to_queries(
     later += (row * n_blocks + block) * n_keys
     d_select_q += row * length * S_SIZE
     selecting = load_rows(
-        select_q + batch * sq_batch + selector * sq_head, sq_row, rows, length, S_SIZE, S_PADDED
+        select_q + batch * sq_batch + selector * sq_head,
+        sq_row,
+        block * BLOCK,
+        length,
+        BLOCK,
+        S_SIZE,
+        S_PADDED,
     )
     gradient = tl.zeros([BLOCK, S_PADDED], tl.float32)
     for start in range(0, end, KEYS):
         key = start + tl.arange(0, KEYS)
         key_code = load_codes(code, key, n_keys, CODED)
-        selected = load_rows(select_k, sk_row, key, n_keys, S_SIZE, S_PADDED)
+        selected = load_rows(select_k, sk_row, start, n_keys, KEYS, S_SIZE, S_PADDED)
         votes = product(selecting, tl.trans(selected), EXACT) * select_scale
         votes = votes_of(votes, at[:, None], key[None, :], at_code[:, None], key_code[None, :], CODED, True)
         rest = tl.load(later + key, mask=key < n_keys, other=0.0) * -select_scale
         d_votes = tl.where(votes > 0.0, rest[None, :], 0.0)
         gradient = plus_wide_product(gradient, d_votes, selected, EXACT)
-    gradient += load_rows(d_select_q, S_SIZE, rows, length, S_SIZE, S_PADDED)
-    store_rows(d_select_q, S_SIZE, rows, length, gradient, S_SIZE, S_PADDED)
+    gradient += load_rows(d_select_q, S_SIZE, block * BLOCK, length, BLOCK, S_SIZE, S_PADDED)
+    store_rows(d_select_q, S_SIZE, block * BLOCK, length, gradient, BLOCK, S_SIZE, S_PADDED)
 
 
 @triton.jit
@@ -231,18 +260,18 @@ def from_later_blocks_to_keys(
     select_q += batch * sq_batch + selector * sq_head
     d_select_k += row * n_keys * S_SIZE
     selected = load_rows(
-        select_k + batch * sk_batch + selector * sk_head, sk_row, key, n_keys, S_SIZE, S_PADDED
+        select_k + batch * sk_batch + selector * sk_head, sk_row, start, n_keys, KEYS, S_SIZE, S_PADDED
     )
     gradient = tl.zeros([KEYS, S_PADDED], tl.float32)
     for block in range(tl.maximum(start - earlier, 0) // BLOCK, n_blocks):
         rows = block * BLOCK + tl.arange(0, BLOCK)
         at = earlier + rows
         at_code = load_codes(code, at, n_keys, CODED)
-        selecting = load_rows(select_q, sq_row, rows, length, S_SIZE, S_PADDED)
+        selecting = load_rows(select_q, sq_row, block * BLOCK, length, BLOCK, S_SIZE, S_PADDED)
         votes = product(selected, tl.trans(selecting), EXACT) * select_scale
         votes = votes_of(votes, at[None, :], key[:, None], at_code[None, :], key_code[:, None], CODED, True)
         rest = tl.load(later + (row * n_blocks + block) * n_keys + key, mask=key < n_keys, other=0.0)
         d_votes = tl.where(votes > 0.0, rest[:, None] * -select_scale, 0.0)
         gradient = plus_wide_product(gradient, d_votes, selecting, EXACT)
-    gradient += load_rows(d_select_k, S_SIZE, key, n_keys, S_SIZE, S_PADDED)
-    store_rows(d_select_k, S_SIZE, key, n_keys, gradient, S_SIZE, S_PADDED)
+    gradient += load_rows(d_select_k, S_SIZE, start, n_keys, KEYS, S_SIZE, S_PADDED)
+    store_rows(d_select_k, S_SIZE, start, n_keys, gradient, KEYS, S_SIZE, S_PADDED)

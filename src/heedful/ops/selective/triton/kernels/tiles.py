@@ -8,33 +8,39 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def load_rows(base, stride, rows, n_rows, SIZE: tl.constexpr, PADDED: tl.constexpr):
-    """Rows of a (rows, SIZE) matrix, (len(rows), PADDED); 0 beyond its edges."""
-    columns = tl.arange(0, PADDED)
-    inside = rows[:, None] < n_rows
-    if SIZE < PADDED:
-        inside = inside & (columns[None, :] < SIZE)
-    return tl.load(base + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+def load_rows(base, stride, first, n_rows, ROWS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr):
+    """ROWS rows from the first on of a (n_rows, SIZE) matrix, (ROWS, PADDED); 0 beyond its edges."""
+    offsets, inside = _places(stride, first, n_rows, ROWS, SIZE, PADDED)
+    return tl.load(base + _wide(first) * stride + offsets, mask=inside, other=0.0)
 
 
 @triton.jit
-def store_rows(base, stride, rows, n_rows, x, SIZE: tl.constexpr, PADDED: tl.constexpr):
-    """Write x to rows of a (rows, SIZE) matrix."""
-    columns = tl.arange(0, PADDED)
-    inside = rows[:, None] < n_rows
-    if SIZE < PADDED:
-        inside = inside & (columns[None, :] < SIZE)
-    at = base + rows.to(tl.int64)[:, None] * stride + columns[None, :]
-    tl.store(at, narrow(x, base.dtype.element_ty), mask=inside)
+def store_rows(base, stride, first, n_rows, x, ROWS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr):
+    """Write x to rows of a (n_rows, SIZE) matrix."""
+    offsets, inside = _places(stride, first, n_rows, ROWS, SIZE, PADDED)
+    tl.store(base + _wide(first) * stride + offsets, narrow(x, base.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def add_rows(base, stride, rows, n_rows, x, SIZE: tl.constexpr, PADDED: tl.constexpr):
-    """Add x to rows of a (rows, SIZE) matrix that other programs add to as well."""
-    columns = tl.arange(0, PADDED)
-    inside = (rows[:, None] < n_rows) & (columns[None, :] < SIZE)
-    at = base + rows.to(tl.int64)[:, None] * stride + columns[None, :]
-    tl.atomic_add(at, x, mask=inside, sem="relaxed")
+def add_rows(base, stride, first, n_rows, x, ROWS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr):
+    """Add x to rows of a (n_rows, SIZE) matrix that other programs add to as well."""
+    offsets, inside = _places(stride, first, n_rows, ROWS, SIZE, PADDED)
+    tl.atomic_add(base + _wide(first) * stride + offsets, x, mask=inside, sem="relaxed")
+
+
+@triton.jit
+def _places(stride, first, n_rows, ROWS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr):
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, PADDED)
+    inside = rows[:, None] < n_rows - first
+    if SIZE < PADDED:
+        inside = inside & (columns[None, :] < SIZE)
+    return rows[:, None] * stride + columns[None, :], inside
+
+
+@triton.jit
+def _wide(first):
+    """As int64: rows times strides may not fit int32."""
+    return tl.zeros([], tl.int64) + first
 
 
 @triton.jit

@@ -1,0 +1,82 @@
+"""A decoding step over slots in one launch."""
+
+import torch
+from torch import Tensor
+
+from heedful.ops.selective.triton.available import unavailable
+from heedful.ops.selective.triton.tilings import DECODE, padded
+
+
+def attend_slots_triton(
+    q: Tensor, k: Tensor, v: Tensor, soft_mask: Tensor, positions: Tensor, newest: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attend with the newest token, cast its votes, and pick the slot that the next token may take.
+
+    The same numbers as `selective_attention` gives for its last query, in any order of the keys. No gradient.
+
+    Args:
+        q: (B, H, 1, D).
+        k: (B, G, C, D).
+        v: (B, G, C, E).
+        soft_mask: (B, C) float32, the votes against each slot so far; not changed.
+        positions: (B, C) int64, -1 = empty: whatever it holds is not attended to; 0 = the first real token, which nobody votes on and
+            which is never evicted.
+        newest: (B, 1) int64, the slot of the query's own token, which it does not vote on.
+        scale: multiplies the logits.
+
+    Returns:
+        out: (B, H, 1, E) in the dtype of v, 0 where all slots are empty.
+        soft_mask: (B, C) float32, with the votes of this query.
+        next_slot: (B, 1) int64, the first empty slot; where there is none, the slot with the most votes, the
+            oldest among equals; 0 where that leaves nothing.
+
+    Raises:
+        ValueError: if the kernel cannot run these tensors.
+    """
+    reason = unavailable(q, v)
+    if reason is not None:
+        raise ValueError(f"attend_slots_triton cannot run here: {reason}")
+    return _attend_slots(q, k, v, soft_mask, positions, newest, scale)
+
+
+@torch.library.custom_op("heedful::attend_slots_triton", mutates_args=())
+def _attend_slots(
+    q: Tensor, k: Tensor, v: Tensor, soft_mask: Tensor, positions: Tensor, newest: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    from heedful.ops.selective.triton.kernels.slots import attend_and_vote
+
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    soft_mask, positions = (x if x.stride(-1) == 1 else x.contiguous() for x in (soft_mask, positions))
+    batch, heads, _, size = q.shape
+    groups, n_slots = k.shape[1:3]
+    shared, v_size = heads // groups, v.shape[-1]
+    out = torch.empty(batch, heads, 1, v_size, dtype=v.dtype, device=v.device)
+    new_mask = torch.empty(batch, n_slots, dtype=torch.float32, device=q.device)
+    next_slot = torch.empty(batch, 1, dtype=torch.int64, device=q.device)
+    if batch:
+        with torch.cuda.device_of(q):
+            attend_and_vote[(batch * groups,)](
+                *(q, k, v, soft_mask, positions, newest, out, new_mask, next_slot),
+                *(*q.stride()[:2], *k.stride()[:3], *v.stride()[:3]),
+                *(soft_mask.stride(0), positions.stride(0), newest.stride(0), n_slots, groups, scale),
+                SHARED=shared,
+                ROWS=padded(shared),
+                SIZE=size,
+                PADDED=padded(size),
+                V_SIZE=v_size,
+                V_PADDED=padded(v_size),
+                KEYS=DECODE.keys,
+                EXACT=q.dtype == torch.float32,
+                num_warps=DECODE.warps,
+                num_stages=DECODE.stages,
+            )
+    return out, new_mask, next_slot
+
+
+@_attend_slots.register_fake
+def _(q, k, v, soft_mask, positions, newest, scale):
+    return (
+        v.new_empty(*q.shape[:3], v.shape[-1]),
+        q.new_empty(soft_mask.shape, dtype=torch.float32),
+        q.new_empty(q.shape[0], 1, dtype=torch.int64),
+    )
