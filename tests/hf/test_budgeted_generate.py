@@ -123,13 +123,13 @@ def test_a_prompt_in_chunks_never_holds_more_than_budget_and_chunk(
     ids = torch.randint(1, 50, (1, 61), generator=torch.Generator().manual_seed(4))
     whole = generate(model, ids, **how)
     widest: list[int] = []
-    attend = type(model.layers[0].attention.score).attend
+    attend = type(model.layers[0].attention.score).attend_pruned
 
     def watched(score: Any, q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> Any:
         widest.append(k.shape[2])
         return attend(score, q, k, *args, **kwargs)
 
-    monkeypatch.setattr(type(model.layers[0].attention.score), "attend", watched)
+    monkeypatch.setattr(type(model.layers[0].attention.score), "attend_pruned", watched)
     chunked = generate(model, ids, prefill_chunk_size=chunk, **how)
     assert torch.equal(chunked.sequences, whole.sequences)
     budgets = how["kv_budget"] if isinstance(how["kv_budget"], list) else [how["kv_budget"]] * 2

@@ -1,5 +1,6 @@
 """The base classes of all forms. Read this first: an Attention makes q, k, v; a Score uses them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,6 +13,7 @@ from heedful.attention.eviction.attend import attend_evicting, check_one_selecto
 from heedful.attention.eviction.cache import EvictingCache
 from heedful.attention.registry import SCORES
 from heedful.ops.checks import check_shape, check_tensor, show
+from heedful.ops.masks import visible_keys
 from heedful.ops.precision import wide_dtype
 from heedful.ops.rope import rope
 
@@ -164,6 +166,46 @@ class Score(nn.Module):
         for name, value in after.items():
             state[name].copy_(value)
         return out
+
+    def attend_pruned(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        x: Tensor,
+        state: dict[str, Tensor],
+        positions: Tensor,
+        scale: float,
+        evict: Callable[[Tensor | None], Tensor | None],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`attend` where keys are evicted as the votes go.
+
+        Args:
+            q: (B, H, T, D).
+            k: (B, G, S, D); the last T keys belong to the queries.
+            v: (B, G, S, E).
+            x: (B, T, C).
+            state: per-token state of the first S - T keys; the others start at 0.
+            positions: (B, S) position of each key in its row, -1 = padding or nothing.
+            scale: multiplies the logits.
+            evict: from F before every query, (B, T, S), or None for a score without votes, to the index of the
+                first query that no longer sees each key, (B, S) integers; None = all stay.
+
+        Returns:
+            out (B, H, T, E) and the state for all S keys.
+        """
+        length, n_keys = q.shape[2], k.shape[2]
+        real = (positions >= 0)[:, None] & (positions[:, n_keys - length :, None] >= 0)
+        visible = visible_keys(length, n_keys, None, None, q.device) & real
+        voted = visible.tril(n_keys - length - 1) & (positions > 0)[:, None]
+        rows = None
+        if "soft_mask" in self.state_names:
+            rows = self.soft_mask_rows(q, k, state, voted, scale)
+        gone_at = evict(rows)
+        if gone_at is not None:
+            visible = visible & (torch.arange(length, device=q.device)[:, None] < gone_at[:, None])
+        return self.attend(q, k, v, x=x, state=state, visible=visible, voted=voted, scale=scale)
 
     def soft_mask_rows(
         self, q: Tensor, k: Tensor, state: dict[str, Tensor], voted: Tensor, scale: float

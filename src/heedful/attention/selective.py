@@ -1,6 +1,7 @@
 """Selective attention as a Score: head 0 votes, the votes are subtracted from every head's logits."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,8 @@ from heedful.attention.registry import register_score
 from heedful.ops.dot_product import masked_softmax, repeat_kv
 from heedful.ops.precision import wide_dtype
 from heedful.ops.selective import memory_share, selective_attention, unmasked_count
-from heedful.ops.selective.api import attend_visible
+from heedful.ops.selective.api import DENSE, attend_visible
+from heedful.ops.selective.pruned import attend_pruned
 from heedful.ops.selective.reference import soft_masks
 from heedful.ops.selective.slots import attend_slots
 
@@ -141,6 +143,26 @@ class SelectiveScore(Score):
                 q, k, v, x=x, state=state, positions=positions, newest=newest, scale=scale
             )
         return attend_slots(q, k, v, state["soft_mask"][:, 0], newest, scale)
+
+    def attend_pruned(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        x: Tensor,
+        state: dict[str, Tensor],
+        positions: Tensor,
+        scale: float,
+        evict: Callable[[Tensor | None], Tensor | None],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`softmax(L - F) v` over what is left; F is computed once, for the evictions and the attention."""
+        if self.config.impl in DENSE:
+            return super().attend_pruned(
+                q, k, v, x=x, state=state, positions=positions, scale=scale, evict=evict
+            )
+        out, soft_mask = attend_pruned(q, k, v, state.get("soft_mask"), positions, scale, evict)
+        return out, {"soft_mask": soft_mask}
 
     def soft_mask_rows(
         self, q: Tensor, k: Tensor, state: dict[str, Tensor], voted: Tensor, scale: float

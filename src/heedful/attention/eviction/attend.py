@@ -7,9 +7,13 @@ from torch import Tensor
 
 from heedful.attention.cache import token_axis
 from heedful.attention.eviction.cache import EvictingCache, real_tokens
+from heedful.attention.eviction.departures import departures
 
 if TYPE_CHECKING:
     from heedful.attention.base import Attention
+
+BLOCK = 128
+"""Tokens of a piece that attend together."""
 
 
 def attend_evicting(
@@ -48,19 +52,22 @@ def attend_evicting(
     if key_mask is not None:
         cache.ragged = True
     real = real_tokens(key_mask, batch, length, x.device)
-    if length > 1 and not cache.policy.needs_weights:
-        return _many(layer, x, q, memory, real, cache)
-    outputs = []
-    for t in range(length):
-        now = {n: v.narrow(token_axis(v), t, 1) for n, v in memory.items()}
-        part = slice(t, t + 1)
-        if not cache.filled:  # without state of ours, the score shows what state it keeps
-            outputs.append(_many(layer, x[:, part], q[:, :, part], now, real[:, part], cache))
+    cache.expect(length)
+    outputs, together = [], 1 if cache.policy.needs_weights else BLOCK
+    for start in range(0, length, together):
+        n = min(together, length - start)
+        now = {name: tensor.narrow(token_axis(tensor), start, n) for name, tensor in memory.items()}
+        part = slice(start, start + n)
+        if n > 1 or not cache.filled:  # without state of ours, the score shows what state it keeps
+            outputs.append(_block(layer, x[:, part], q[:, :, part], now, real[:, part], cache))
         elif not cache.ragged and cache.rule.evict_every == 1 and cache.rule.threshold is None:
             outputs.append(_next(layer, x[:, part], q[:, :, part], now, cache))
         else:
             outputs.append(_one(layer, x[:, part], q[:, :, part], now, real[:, part], cache))
-    return outputs[0] if length == 1 else torch.cat(outputs, dim=2)
+    if length == 1:
+        return outputs[0]
+    cache.note_piece(memory)
+    return torch.cat(outputs, dim=2)
 
 
 def _next(
@@ -110,7 +117,7 @@ def _one(
     return out
 
 
-def _many(
+def _block(
     layer: "Attention",
     x: Tensor,
     q: Tensor,
@@ -118,50 +125,51 @@ def _many(
     real: Tensor,
     cache: EvictingCache,
 ) -> Tensor:
-    """Several tokens at once: who is evicted when follows from the votes alone, so one masked pass will do."""
+    """Some tokens at once: votes do not depend on who was evicted, so those give the evictions, then all attend."""
     length = real.shape[1]
     newest = cache.positions_of(real)
-    policy, rule, fresh = cache.policy, cache.rule, cache.policy.start(newest)
-    held = 0
-    positions, scores, state, everything = newest, fresh, {}, memory
+    policy, rule = cache.policy, cache.rule
+    positions, everything, rated = newest, memory, policy.start(newest)
+    state: dict[str, Tensor] = {}
     if cache.filled:
-        old, held = cache.held(), cache.n_slots
+        old, state, held = cache.in_use()
         everything = {n: torch.cat((old[n], t), dim=token_axis(t)) for n, t in memory.items()}
-        positions = torch.cat((cache.positions, newest), dim=1)
-        state = cache.state
+        positions = torch.cat((held, newest), dim=1)
         if not policy.selective:
-            scores = torch.cat((cache.scores, fresh), dim=1)
+            rated = torch.cat((cache.scores[:, : held.shape[1]], rated), dim=1)
     k, v = layer.keys_values(everything)
-    column = torch.arange(held + length, device=x.device)
-    arrived = column <= column[held:, None]
-    visible = arrived & (positions >= 0)[:, None] & real[:, :, None]
-    voted = visible & (positions > 0)[:, None] & (positions[:, None] != newest[:, :, None])
-    scale = layer.config.qk_dim**-0.5
-    alive = positions >= 0
-    certified = None
-    if rule.threshold is not None or cache.seen + length > (rule.budget or 0):
-        rows = layer.score.soft_mask_rows(q, k, state, voted, scale) if policy.selective else None
-        alive = alive & (column < held)
-        kept, gone = [], []
-        for t in range(length):
-            now = newest[:, t : t + 1]
-            before = alive.clone()
-            before[:, held + t] = real[:, t]
-            rated = policy.priority(scores if rows is None else rows[:, t], positions, now, rule.budget or 0)
-            alive = rule.evict(before, rated, positions, now)
-            kept.append(alive)
-            gone.append(before & ~alive)
-        visible = visible & torch.stack(kept, dim=1)
-        if rule.threshold is not None:
+    gone_at: Tensor | None = None
+    lost: Tensor | None = None
+
+    def evict(rows: Tensor | None) -> Tensor | None:
+        nonlocal gone_at, lost
+        # alone at the start, a token stays: nothing to look at, and the step compiles
+        if length == 1 or (rule.threshold is None and cache.seen + length <= (rule.budget or 0)):
+            return None
+        if policy.selective:
             assert rows is not None
-            sizes = layer.logit_sizes(q, k, real, positions >= 0)
-            certified = torch.stack(gone, dim=1).flatten(1), rows.flatten(1), sizes
-    out, state = layer.score.attend(q, k, v, x=x, state=state, visible=visible, voted=voted, scale=scale)
+            priority = rows
+        else:
+            everywhere = rated[:, None].expand(-1, length, -1)
+            flat = everywhere.flatten(0, 1), positions[:, None].expand_as(everywhere).flatten(0, 1)
+            priority = policy.priority(*flat, newest.reshape(-1, 1), rule.budget or 0).view_as(everywhere)
+        gone_at = departures(rule, priority, positions)
+        if rule.threshold is not None:
+            lost = priority.gather(1, gone_at.clamp(max=length - 1)[:, None])[:, 0]
+        return gone_at
+
+    scale = layer.config.qk_dim**-0.5
+    out, state = layer.score.attend_pruned(
+        q, k, v, x=x, state=state, positions=positions, scale=scale, evict=evict
+    )
     check_one_selector(state)
+    alive = positions >= 0
+    if gone_at is not None:
+        alive &= gone_at == length
     cache.pack(memory, newest, state, alive)
-    if certified is not None:
-        cache.forget(*certified[:2])
-        cache.reach(certified[2])
+    if lost is not None and gone_at is not None:
+        cache.forget(gone_at < length, lost)
+        cache.reach(layer.logit_sizes(q, k, real, positions >= 0))
     return out
 
 

@@ -119,6 +119,20 @@ class EvictingCache(LayerCache):
         arrived = self._book.get("arrived", real.new_zeros(real.shape[0], 1, dtype=torch.long))
         return torch.where(real, arrived + real.long().cumsum(-1) - 1, -1)
 
+    def note_piece(self, memory: dict[str, Tensor]) -> None:
+        """Count what a piece of several tokens held beside the slots, for `peak_bytes`."""
+        piece = sum(t.numel() * t.element_size() for t in memory.values())
+        self._peak = max(self._peak, self.nbytes + piece)
+
+    def expect(self, length: int) -> None:
+        """Prepare for a piece: one that overwrites slots time and again is undone from a copy of them all."""
+        if self._journal is None or length <= self.n_slots:
+            return
+        for name, storage in self._storage.items():
+            slot = torch.arange(storage.shape[token_axis(storage)], device=storage.device)
+            self._journal.append((name, slot.expand(storage.shape[0], -1), storage.clone()))
+        self._journal = None
+
     def check_dtypes(self, memory: dict[str, Tensor]) -> None:
         """Raise TypeError for tokens in another precision than those held."""
         for name, new in memory.items():
@@ -172,7 +186,7 @@ class EvictingCache(LayerCache):
         else:
             priority = self.policy.priority(self.scores, self.positions, newest, self.rule.budget)
             slot = least_needed_slot(priority, self.positions)
-        self._write(memory, newest, slot, None, state_names)
+        self._write(memory, newest, slot, None, self._zeros(state_names, slot))
         self._book["arrived"] += 1
         self.seen += 1
         return slot
@@ -197,7 +211,7 @@ class EvictingCache(LayerCache):
             self.forget(before & ~alive, self.scores)
         self.positions.masked_fill_(~alive, -1)
         slot = (~alive).int().argmax(-1, keepdim=True)
-        self._write(memory, positions, slot, real, state_names)
+        self._write(memory, positions, slot, real, self._zeros(state_names, slot))
         self._book["arrived"] += real.long()
         self.seen += 1
 
@@ -213,43 +227,36 @@ class EvictingCache(LayerCache):
         Args:
             memory: named tensors of the new tokens, (B, G, T, ·) or (B, T).
             positions: (B, T) of the new tokens, -1 for padding.
-            state: the score's per-token state of held and new tokens, (B, R, C + T).
-            alive: (B, C + T) bool, the survivors, at most as many as there are slots.
+            state: the score's per-token state of held and new tokens, (B, 1, C + T).
+            alive: (B, C + T) bool, the survivors, at most as many as there are slots; C are the slots in use.
         """
         length = positions.shape[1]
+        survives, arrives = alive.split([alive.shape[1] - length, length], dim=1)
+        stays, n, slots = 0, length, self.rule.n_slots
+        if slots is None:
+            stays = int(alive.sum(-1).max())
+        if length > 1:  # worth asking the device
+            n = int(arrives.sum(-1).max())
         if not self.filled:
-            slots = self.rule.n_slots
-            if slots is None:
-                slots = -(-max(1, int(alive.sum(-1).max())) // self.block) * self.block
-            self._allocate(memory, list(state), slots)
-            alive = torch.cat((alive.new_zeros(alive.shape[0], slots), alive), dim=1)
-            state = {n: torch.cat((self.state[n].to(t.dtype), t), dim=-1) for n, t in state.items()}
-        elif self.rule.budget is None:
-            alive, state = self._grow_for(alive, state)
+            self._allocate(memory, list(state), self._blocks_for(stays) if slots is None else slots)
+        elif stays > self.positions.shape[1]:
+            self._grow_to(self.positions.shape[1] + self._blocks_for(stays - self.positions.shape[1]))
         slots = self.positions.shape[1]
-        held = [memory, *self._groups()]
-        held_bytes = sum(t.numel() * t.element_size() for tensors in held for t in tensors.values())
-        self._peak = max(self._peak, held_bytes)
-        survives, arrives = alive[:, :slots], alive[:, slots:]
+        survives = _padded(survives, slots, 0)
         self.positions.masked_fill_(~survives, -1)
         for name, value in state.items():
-            self.state[name].copy_(value[..., :slots].masked_fill(~survives[:, None], 0.0))
-        n = min(length, slots)
-        free = survives.int().argsort(dim=-1, stable=True)[:, :n]
-        new = arrives.int().argsort(dim=-1, descending=True, stable=True)[:, :n]
-        real = arrives.gather(-1, new)
-        names = list(state)
-        chosen = {name: _gather(tensor, new) for name, tensor in memory.items()}
-        self._write(chosen, positions.gather(-1, new), free, real, names)
-        for name, value in state.items():
-            index = free[:, None]
-            fresh = value[..., slots:].gather(-1, new[:, None])
-            kept = self.state[name].gather(-1, index)
-            self.state[name].scatter_(-1, index, torch.where(real[:, None], fresh, kept))
+            held = _padded(value[..., : value.shape[-1] - length], slots, 0)
+            self.state[name].copy_(held.masked_fill(~survives[:, None], 0.0))
+        if n:
+            free, new = _first(~survives, n), _first(arrives, n)
+            # With one row, all n are real; with several, rows may get fewer.
+            real = None if length > 1 and alive.shape[0] == 1 else arrives.gather(-1, new)
+            chosen = {name: _gather(tensor, new) for name, tensor in memory.items()}
+            fresh = {name: value[..., -length:].gather(-1, new[:, None]) for name, value in state.items()}
+            self._write(chosen, positions.gather(-1, new), free, real, fresh)
         self._book["arrived"] += (positions >= 0).sum(-1, keepdim=True)
         self.seen += length
-        if self.rule.budget is None:
-            self._room = 0
+        self._room = 0
 
     def forget(self, gone: Tensor, soft_mask: Tensor) -> None:
         """Add evicted tokens to the bound on what was lost.
@@ -332,19 +339,9 @@ class EvictingCache(LayerCache):
                 self._room += self.block
         self._room -= 1
 
-    def _grow_for(self, alive: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Slots for all survivors; what is about the slots grows with them."""
-        before, needed = self.positions.shape[1], int(alive.sum(-1).max())
-        if needed <= before:
-            return alive, state
-        more = -(-(needed - before) // self.block) * self.block
-        self._grow_to(before + more)
-
-        def widened(tensor: Tensor) -> Tensor:
-            gap = tensor.new_zeros(*tensor.shape[:-1], more)
-            return torch.cat((tensor[..., :before], gap, tensor[..., before:]), dim=-1)
-
-        return widened(alive), {name: widened(tensor) for name, tensor in state.items()}
+    def _blocks_for(self, tokens: int) -> int:
+        """Slots for that many tokens, in whole blocks; one at least."""
+        return -(-max(1, tokens) // self.block) * self.block
 
     def _grow_to(self, slots: int) -> None:
         for name, tensor in self._storage.items():
@@ -352,42 +349,50 @@ class EvictingCache(LayerCache):
         self._book["positions"] = _padded(self.positions, slots, -1)
         self.state = {name: _padded(tensor, slots, 0) for name, tensor in self.state.items()}
 
+    def _zeros(self, state_names: Sequence[str], slot: Tensor) -> dict[str, Tensor]:
+        """What the per-token state of new tokens starts at."""
+        return {
+            name: slot.new_zeros(slot.shape, dtype=self.state[name].dtype)[:, None] for name in state_names
+        }
+
     def _write(  # type: ignore[override]
         self,
         memory: dict[str, Tensor],
         positions: Tensor,
         slot: Tensor,
         real: Tensor | None,
-        state_names: Sequence[str],
+        state: dict[str, Tensor],
     ) -> None:
-        """Put n tokens per row, (B, n), into slots (B, n) where they are real; their state starts at 0."""
+        """Put n tokens per row, (B, n), into slots (B, n) where they are real; `state` is (B, 1, n)."""
+
+        def where_real(new: Tensor, storage: Tensor) -> Tensor:
+            if real is None:
+                return new
+            return torch.where(_aligned(real, storage), new, _gather(storage, slot))
+
         for name, value in memory.items():
             storage = self._storage[name]
             if self._journal is not None:
                 self._journal.append((name, slot, _gather(storage, slot)))
-            if real is not None:
-                where = _aligned(real, storage)
-                value = torch.where(where, value.to(storage.dtype), _gather(storage, slot))
-            _scatter(storage, slot, value.to(storage.dtype))
-        fresh = None if self.policy.selective else self.policy.start(positions)
-        if real is not None:
-            positions = torch.where(real, positions, self.positions.gather(-1, slot))
-            if fresh is not None:
-                fresh = torch.where(real, fresh, self.scores.gather(-1, slot))
-        self.positions.scatter_(-1, slot, positions)
-        if fresh is not None:
-            self.scores.scatter_(-1, slot, fresh)
-        for name in state_names:
-            state, index = self.state[name], slot[:, None]
-            if real is None:
-                state.scatter_(-1, index, 0.0)
-            else:
-                state.scatter_(-1, index, state.gather(-1, index).masked_fill(real[:, None], 0.0))
+            _scatter(storage, slot, where_real(value.to(storage.dtype), storage))
+        if not self.policy.selective:
+            _scatter(self.scores, slot, where_real(self.policy.start(positions), self.scores))
+        _scatter(self.positions, slot, where_real(positions, self.positions))
+        for name, value in state.items():
+            storage = self.state[name]
+            _scatter(storage, slot, where_real(value.to(storage.dtype), storage))
 
 
 def real_tokens(key_mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
     """(B, T) bool: the key mask, or ones."""
     return key_mask if key_mask is not None else torch.ones(batch, length, dtype=torch.bool, device=device)
+
+
+def _first(where: Tensor, n: int) -> Tensor:
+    """(B, n), where the first n True of (B, S) are; what follows where a row has fewer does not matter."""
+    if n > 1 and where.shape[0] == 1:
+        return where[0].nonzero()[:n, 0][None]  # there are n: faster
+    return where.int().argsort(dim=-1, descending=True, stable=True)[:, :n]
 
 
 def _aligned(slot: Tensor, storage: Tensor) -> Tensor:
@@ -403,18 +408,27 @@ def _index(slot: Tensor, storage: Tensor) -> Tensor:
 
 def _gather(storage: Tensor, slot: Tensor) -> Tensor:
     """The tokens in the slots (B, n)."""
+    if storage.ndim == 4 and storage.shape[0] == 1:
+        return storage.index_select(2, slot[0])
+    if storage.ndim == 4 and slot.shape[-1] > 1:
+        return storage[_rows_and_groups(slot, storage)]  # whole vectors: faster than gather
     return storage.gather(token_axis(storage), _index(slot, storage))
 
 
 def _scatter(storage: Tensor, slot: Tensor, value: Tensor) -> None:
     """Overwrite the slots (B, n)."""
-    if torch.compiler.is_compiling() and storage.ndim == 4:
-        # The compiler writes this one in place, where it copies the whole storage for scatter_.
-        row = torch.arange(storage.shape[0], device=slot.device)[:, None, None]
-        group = torch.arange(storage.shape[1], device=slot.device)[None, :, None]
-        storage.index_put_((row, group, slot[:, None]), value)
+    if storage.ndim == 4 and (slot.shape[-1] > 1 or torch.compiler.is_compiling()):
+        # Whole vectors; and the compiler writes this one in place, where it copies the storage for scatter_.
+        storage.index_put_(_rows_and_groups(slot, storage), value)
     else:
         storage.scatter_(token_axis(storage), _index(slot, storage), value)
+
+
+def _rows_and_groups(slot: Tensor, storage: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What indexes the first three axes of a storage (B, G, C, ·) by slots (B, n)."""
+    row = torch.arange(storage.shape[0], device=slot.device)[:, None, None]
+    group = torch.arange(storage.shape[1], device=slot.device)[None, :, None]
+    return row, group, slot[:, None]
 
 
 def _padded(tensor: Tensor, size: int, value: int, axis: int = -1) -> Tensor:
