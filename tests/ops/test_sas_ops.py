@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from heedful.ops import aggregate_heads, simulate_features, simulate_heads
-from heedful.ops.sas import Features, expand
+from heedful.ops.rope import rope, rotation
+from heedful.ops.sas import NOWHERE, Features, Placement, expand
 from heedful.ops.sas.pieces import Layers, pieces
+from heedful.ops.sas.placing import place
 
 SMALL = st.integers(1, 4)
 
@@ -185,6 +187,17 @@ def expansion(
     return conv, Features(draw(wide, size), offset(wide), draw(wide, wide), offset(wide))
 
 
+def placement(
+    wide: int, batch: int, length: int, norm: bool, rotated: bool, norm_first: bool, by_row: bool
+) -> Placement:
+    """A norm and a rotation; the positions of each row are its own, or those of all."""
+    cos, sin = None, None
+    if rotated:
+        positions = torch.randint(0, 50, (batch if by_row else 1, length))
+        cos, sin = rotation(positions, wide, torch.float64)
+    return Placement(randn(wide) if norm else None, 1e-3, cos, sin, norm_first)
+
+
 def gradients(out: torch.Tensor, *inputs: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
     wanted = [x for x in inputs if x is not None and x.requires_grad]
     return torch.autograd.grad(out.square().sum(), wanted)
@@ -200,7 +213,8 @@ def gradients(out: torch.Tensor, *inputs: torch.Tensor | None) -> tuple[torch.Te
     wide=st.none() | st.integers(1, 6),
     bias=st.booleans(),
     piece=st.sampled_from([1, 40, 100, 10**6]),
-    frozen=st.sets(st.integers(0, 8)),
+    frozen=st.sets(st.integers(0, 9)),
+    placed=st.tuples(st.booleans(), st.booleans(), st.booleans(), st.booleans()),
     seed=st.integers(0, 99),
 )
 def test_the_expansion_in_pieces_equals_its_steps(
@@ -214,19 +228,22 @@ def test_the_expansion_in_pieces_equals_its_steps(
     bias: bool,
     piece: int,
     frozen: set[int],
+    placed: tuple[bool, bool, bool, bool],
     seed: int,
 ):
     torch.manual_seed(seed)
+    wide = wide and 2 * wide
     conv, features = expansion(heads, sim, 2 * half_width + 1, size, wide, bias)
+    at = NOWHERE if wide is None else placement(wide, batch, length, *placed)
     x = randn(batch, length, size, heads).transpose(1, 3)  # (B, H, D, T): every stride is unusual
     x = x.transpose(2, 3).detach().requires_grad_()
-    inputs = [x, *conv, *(features or ())]
+    inputs = [x, *conv, *(features or ()), at.norm]
     for i in frozen:
         if i < len(inputs) and inputs[i] is not None:
             inputs[i].requires_grad_(False)
-    expected = expand(x, *conv, features, impl="reference")
+    expected = expand(x, *conv, features, at, impl="reference")
     with mock.patch("heedful.ops.sas.pieces.PIECE", piece):
-        got = expand(x, *conv, features, impl="blocked")
+        got = expand(x, *conv, features, at, impl="blocked")
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
         assert got.requires_grad == expected.requires_grad
         if not got.requires_grad:
@@ -273,34 +290,58 @@ def test_the_expansion_keeps_its_input_alone():
     assert sum(sizes) == x.numel() + weights
 
 
+def test_placing_is_norm_and_rope():
+    x, gains = randn(2, 3, 4, 6), randn(6)
+    positions = torch.tensor([[3, 5, 8, 9], [0, 0, 1, 2]])
+    cos, sin = rotation(positions, 6, torch.float64, theta=100.0, base_dim=4)
+
+    def norm(x: torch.Tensor) -> torch.Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + 0.1).sqrt() * gains
+
+    def turn(x: torch.Tensor) -> torch.Tensor:
+        return rope(x, positions, theta=100.0, base_dim=4)
+
+    for first, expected in ((True, turn(norm(x))), (False, norm(turn(x)))):
+        torch.testing.assert_close(place(x, Placement(gains, 0.1, cos, sin, first)), expected)
+    torch.testing.assert_close(place(x, Placement(None, 0.1, cos, sin, True)), turn(x))
+    torch.testing.assert_close(place(x, Placement(gains, 0.1, None, None, True)), norm(x))
+    assert place(x, NOWHERE) is x
+
+
 def test_the_expansion_is_a_proper_operator():
-    for wide, bias in ((6, True), (None, False)):
+    everywhere = placement(6, 2, 3, True, True, True, True)
+    for wide, bias, at in ((6, True, everywhere), (6, False, NOWHERE), (None, False, NOWHERE)):
         conv, features = expansion(2, 4, 3, 4, wide, bias)
-        arguments = (randn(2, 3, 2, 4), *conv, *(features or [None] * 4))
+        arguments = (randn(2, 3, 2, 4), *conv, *(features or [None] * 4), *at)
         torch.library.opcheck(torch.ops.heedful.sas_expand.default, arguments)
 
 
 def test_the_expansion_compiles():
     conv, features = expansion(2, 4, 3, 4, 6, True)
-    x = randn(2, 2, 5, 4)
-    expected = expand(x, *conv, features)
-    got = torch.compile(expand, fullgraph=True, backend="aot_eager")(x, *conv, features)
+    x, at = randn(2, 2, 5, 4), placement(6, 2, 5, True, True, False, False)
+    expected = expand(x, *conv, features, at)
+    got = torch.compile(expand, fullgraph=True, backend="aot_eager")(x, *conv, features, at)
     torch.testing.assert_close(got, expected)
-    inputs = (x, *conv, *features)
+    inputs = (x, *conv, *features, at.norm)
     for ours, theirs in zip(gradients(got, *inputs), gradients(expected, *inputs), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_the_expansion_under_autocast_equals_its_steps():
+@pytest.mark.parametrize("placed", [True, False])
+def test_the_expansion_under_autocast_equals_its_steps(placed: bool):
     torch.manual_seed(0)
     conv, features = expansion(4, 8, 3, 8, 12, True, torch.float32)
-    x = torch.randn(2, 4, 30, 8, requires_grad=True)
-    inputs, found = (x, *conv, *features), []
+    at, x = NOWHERE, torch.randn(2, 4, 30, 8, requires_grad=True)
+    if placed:
+        gains = torch.randn(12, requires_grad=True)
+        at = Placement(gains, 1e-6, *rotation(torch.arange(30), 12, torch.float32), True)
+    inputs, found = [t for t in (x, *conv, *features, at.norm) if t is not None], []
+    weight = torch.randn(2, 8, 30, 12)
     for impl in ("blocked", "reference"):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            out = expand(x, *conv, features, impl=impl)
-        found.append((out, *torch.autograd.grad(out.float().square().sum(), inputs)))
-    assert found[0][0].dtype == torch.bfloat16
+            out = expand(x, *conv, features, at, impl=impl)
+        found.append((out, *torch.autograd.grad((out.float() * weight).sum(), inputs)))
+    assert found[0][0].dtype == (torch.float32 if placed else torch.bfloat16)
     for ours, theirs in zip(*found, strict=True):
         assert ours.dtype == theirs.dtype
         assert (ours.double() - theirs.double()).norm() < 2e-2 * theirs.double().norm()
@@ -329,6 +370,9 @@ def test_the_expansion_on_meta_tensors_and_without_tokens():
 
 def test_the_expansion_refuses_what_its_steps_refuse():
     conv, features = expansion(3, 6, 3, 5, 8, True, torch.float32)
+    at = placement(8, 1, 4, True, False, True, False)
+    with pytest.raises(ValueError, match="a placement needs features"):
+        expand(X, *conv, None, at)
     with pytest.raises(ValueError, match=r"impl must be 'auto' or 'reference' or 'blocked', got 'fast'"):
         expand(X, *conv, features, impl="fast")
     for impl in ("blocked", "reference"):

@@ -12,7 +12,9 @@ from heedful.attention.init import fill_
 from heedful.attention.registry import register_attention
 from heedful.ops.checks import check_divides, check_shape, check_tensor
 from heedful.ops.dot_product import attention_sdpa
-from heedful.ops.sas import Features, aggregate_heads, expand
+from heedful.ops.precision import wide_dtype
+from heedful.ops.rope import rotation
+from heedful.ops.sas import NOWHERE, Features, Placement, aggregate_heads, expand
 
 
 @dataclass(frozen=True)
@@ -132,12 +134,14 @@ class Expansion(nn.Module):
             self.lin1 = nn.Linear(head_dim, sim_head_dim)
             self.lin2 = nn.Linear(sim_head_dim, sim_head_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, H, T, D) -> (B, Ĥ, T, D̂), or (B, Ĥ, T, D) for v."""
+    def forward(self, x: Tensor, placement: Placement = NOWHERE) -> Tensor:
+        """(B, H, T, D) -> (B, Ĥ, T, D̂), normed and rotated as `placement` says, or (B, Ĥ, T, D) for v."""
         conv1, conv2, features = self.conv1, self.conv2, None
         if self.widens:
             features = Features(self.lin1.weight, self.lin1.bias, self.lin2.weight, self.lin2.bias)
-        return expand(x, conv1.weight, conv1.bias, conv2.weight, conv2.bias, features, impl=self.impl)
+        return expand(
+            x, conv1.weight, conv1.bias, conv2.weight, conv2.bias, features, placement, impl=self.impl
+        )
 
     def reset_published(self) -> None:
         """PyTorch's own start of every layer: uniform within ±1/sqrt(fan in)."""
@@ -214,22 +218,34 @@ class SASAttention(Attention):
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Q (B, Ĥ, T, D̂); k (B, Ĥ, T, D̂) and v (B, Ĥ, T, D), or both unexpanded with their positions."""
         config = self.config
-        q = self.q_expand(self.split_heads(self.q_proj(x), config.n_heads))
+        q = self.q_expand(
+            self.split_heads(self.q_proj(x), config.n_heads), self._placement("q_norm", positions)
+        )
         k = self.split_heads(self.k_proj(x), config.kv_heads)
         v = self.split_heads(self.v_proj(x), config.kv_heads)
-        memory = {"k": k, "v": v}
         if config.cache == "compact":
-            memory["positions"] = positions.expand(x.shape[0], -1)
-        else:
-            memory = {"k": self.place_keys(self.k_expand(k), positions), "v": self.v_expand(v)}
-        return self.place_queries(q, positions), memory
+            return q, {"k": k, "v": v, "positions": positions.expand(x.shape[0], -1)}
+        return q, {"k": self.k_expand(k, self._placement("k_norm", positions)), "v": self.v_expand(v)}
 
     def keys_values(self, memory: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The expanded keys and values; the compact cache expands them here."""
         if self.config.cache == "expanded":
             return memory["k"], memory["v"]
-        k = self.place_keys(self.k_expand(memory["k"]), memory["positions"])
-        return k, self.v_expand(memory["v"])
+        placement = self._placement("k_norm", memory["positions"])
+        return self.k_expand(memory["k"], placement), self.v_expand(memory["v"])
+
+    def _placement(self, norm_name: str, positions: Tensor) -> Placement:
+        """What `place_queries` and `place_keys` do, for the expansion to do it while the heads are at hand."""
+        config, weight, eps, cos, sin = self.config, None, 0.0, None, None
+        if config.qk_norm:
+            norm = getattr(self, norm_name)
+            weight, eps = norm.weight, norm.eps
+        if config.rope:
+            dtype = wide_dtype(self.q_proj.weight)
+            cos, sin = rotation(
+                positions, config.qk_dim, dtype, theta=config.rope_theta, base_dim=config.size
+            )
+        return Placement(weight, eps, cos, sin, config.qk_norm_position == "before_rope")
 
     def aggregate(self, out: Tensor) -> Tensor:
         """PEAA: (B, Ĥ, T, D) -> (B, T, C)."""

@@ -38,12 +38,21 @@ def rope(x: Tensor, positions: Tensor, *, theta: float = 10000.0, base_dim: int 
             f"positions must have shape (T,) = ({length},) or (B, T) = ({batch}, {length}), "
             f"got {tuple(positions.shape)}"
         )
-    dtype = wide_dtype(x)
-    exponent = torch.arange(0, size, 2, device=x.device, dtype=dtype) / (base_dim or size)
-    angles = positions.to(dtype)[..., None] * theta**-exponent  # (T, D/2) or (B, T, D/2)
-    if angles.ndim == 3:
-        angles = angles[:, None]  # one rotation for all heads
-    cos, sin = angles.cos(), angles.sin()
-    first, second = x.to(dtype).chunk(2, dim=-1)
+    cos, sin = rotation(positions, size, wide_dtype(x), theta=theta, base_dim=base_dim)
+    return rotate(x, cos[:, None], sin[:, None])  # one rotation for all heads
+
+
+def rotation(
+    positions: Tensor, size: int, dtype: torch.dtype, *, theta: float = 10000.0, base_dim: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every angle, (1 or B, T, D/2), for heads of `size` features; see `rope`."""
+    exponent = torch.arange(0, size, 2, device=positions.device, dtype=dtype) / (base_dim or size)
+    angles = torch.atleast_2d(positions).to(dtype)[..., None] * theta**-exponent
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the feature pairs (i, i + D/2) of x (..., D) by angles (..., D/2), in the precision of the angles."""
+    first, second = x.to(cos.dtype).chunk(2, dim=-1)
     rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return rotated.to(x.dtype)

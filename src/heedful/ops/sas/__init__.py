@@ -1,6 +1,15 @@
 """SAS, Simulated Attention Score: its steps as readable functions, and its expansion in one operation."""
 
 from heedful.ops.sas.expand import Features, expand
+from heedful.ops.sas.placing import NOWHERE, Placement
 from heedful.ops.sas.steps import aggregate_heads, simulate_features, simulate_heads
 
-__all__ = ["Features", "aggregate_heads", "expand", "simulate_features", "simulate_heads"]
+__all__ = [
+    "NOWHERE",
+    "Features",
+    "Placement",
+    "aggregate_heads",
+    "expand",
+    "simulate_features",
+    "simulate_heads",
+]

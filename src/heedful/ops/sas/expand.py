@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from heedful.ops.checks import check_choice
-from heedful.ops.precision import no_autocast, to_autocast_dtype
+from heedful.ops.precision import no_autocast, to_autocast_dtype, wide_dtype
 from heedful.ops.sas.pieces import Layers, pieces
+from heedful.ops.sas.placing import NOWHERE, Placement, place
 from heedful.ops.sas.steps import check_feature_weights, check_head_weights, simulate_features, simulate_heads
 
 IMPLEMENTATIONS = ("auto", "reference", "blocked")
@@ -39,13 +40,14 @@ def expand(
     weight2: Tensor,
     bias2: Tensor | None,
     features: Features | None = None,
+    placement: Placement = NOWHERE,
     *,
     impl: str = "auto",
 ) -> Tensor:
-    """Simulate more heads, and wider ones where `features` are given.
+    """Simulate more heads, and wider ones where `features` are given, then norm and rotate these.
 
     Zheng et al., arXiv 2507.07694: for queries and keys `simulate_features(simulate_heads(x, ...), ...)`, for
-    values `simulate_heads(x, ...)`.
+    values `simulate_heads(x, ...)`. QK-norm and rotary positions are not in the paper; they act on D̂.
 
     Args:
         x: (B, H, T, D).
@@ -54,6 +56,7 @@ def expand(
         weight2: (Ĥ, Ĥ, W).
         bias2: (Ĥ,) or None.
         features: the weights of the second step; None leaves the features alone, as for values.
+        placement: the norm and the rotation of queries and keys; neither by default.
         impl: "reference" calls the two steps, "blocked" keeps the input alone and makes the rest again in the
             backward pass; "auto" is blocked on the CPU and the reference elsewhere.
 
@@ -61,18 +64,20 @@ def expand(
         (B, Ĥ, T, D̂), or (B, Ĥ, T, D) without `features`.
 
     Raises:
-        ValueError: if W is even, a shape does not fit, or `impl` is unknown.
+        ValueError: if W is even, a shape does not fit, `impl` is unknown, or there is a placement without features.
     """
     check_choice("impl", impl, IMPLEMENTATIONS)
+    if features is None and placement is not NOWHERE:
+        raise ValueError("a placement needs features: values are neither normed nor rotated; leave it out")
     if impl == "reference" or (impl == "auto" and x.device.type != "cpu"):
         x = simulate_heads(x, weight1, bias1, weight2, bias2)
-        return x if features is None else simulate_features(x, *features)
+        return x if features is None else place(simulate_features(x, *features), placement)
     check_head_weights(x, weight1, bias1, weight2, bias2)
     if features is not None:
         check_feature_weights(x, *features)
     cast, *weights = to_autocast_dtype(x, weight1, bias1, weight2, bias2, *(features or [None] * 4))
     assert cast is not None
-    return _expand(cast.transpose(1, 2), *weights)
+    return _expand(cast.transpose(1, 2), *weights, *placement)
 
 
 @torch.library.custom_op("heedful::sas_expand", mutates_args=())
@@ -86,24 +91,32 @@ def _expand(
     lin1_bias: Tensor | None,
     lin2: Tensor | None,
     lin2_bias: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    norm_first: bool,
 ) -> Tensor:
     """X (B, T, H, D) -> (B, Ĥ, T, D̂)."""
     layers = Layers.of(conv1, conv1_bias, conv2, conv2_bias, lin1, lin1_bias, lin2, lin2_bias)
-    out = x.new_empty(_shape_out(x, conv1, lin1))
-    for rows, tokens in pieces(x, layers):
-        part = out[rows, :, tokens].transpose(0, 1)  # (Ĥ, b, t, D̂)
-        layers.forward(x[rows, tokens], part)
+    placement = Placement(norm, eps, cos, sin, norm_first)
+    out = _like_out(x, conv1, lin1, norm)
+    with no_autocast(x.device):
+        for rows, tokens in pieces(x, layers):
+            part = out[rows, :, tokens].transpose(0, 1)  # (Ĥ, b, t, D̂)
+            layers.forward(x[rows, tokens], placement.of(rows, tokens), part)
     return out
 
 
 @_expand.register_fake
-def _(x, conv1, conv1_bias, conv2, conv2_bias, lin1, lin1_bias, lin2, lin2_bias):
-    return x.new_empty(_shape_out(x, conv1, lin1))
+def _(x, conv1, conv1_bias, conv2, conv2_bias, lin1, lin1_bias, lin2, lin2_bias, norm, *rest):
+    return _like_out(x, conv1, lin1, norm)
 
 
-def _shape_out(x: Tensor, conv1: Tensor, lin1: Tensor | None) -> tuple[int, int, int, int]:
+def _like_out(x: Tensor, conv1: Tensor, lin1: Tensor | None, norm: Tensor | None) -> Tensor:
     batch, length, _, size = x.shape
-    return batch, conv1.shape[0], length, size if lin1 is None else lin1.shape[0]
+    wide = size if lin1 is None else lin1.shape[0]
+    return x.new_empty(batch, conv1.shape[0], length, wide, dtype=(x if norm is None else norm).dtype)
 
 
 @torch.library.custom_op("heedful::sas_expand_backward", mutates_args=())
@@ -118,17 +131,26 @@ def _expand_backward(
     lin1_bias: Tensor | None,
     lin2: Tensor | None,
     lin2_bias: Tensor | None,
+    norm: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    eps: float,
+    norm_first: bool,
     need_x: bool,
     need_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x and of the weights; empty where there is no weight or none is needed."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x and of the weights, gains included; empty where there is no weight or none is needed."""
     weights = (conv1, conv1_bias, conv2, conv2_bias, lin1, lin1_bias, lin2, lin2_bias)
     layers = Layers.of(*weights)
+    placement = Placement(norm, eps, cos, sin, norm_first)
     d_x = x.new_empty(x.shape if need_x else 0)
     sums = layers.sums() if need_weights else []
+    d_norm = None
+    if norm is not None and need_weights:
+        d_norm = torch.zeros_like(norm, dtype=wide_dtype(norm))
     for rows, tokens in pieces(x, layers):
         part = grad[rows, :, tokens].transpose(0, 1)
-        d_piece = layers.backward(x[rows, tokens], part, sums, need_x)
+        d_piece = layers.backward(x[rows, tokens], placement.of(rows, tokens), part, sums, d_norm, need_x)
         if d_piece is not None:
             d_x[rows, tokens] = d_piece
     totals = [total for layer in sums for total in layer]
@@ -137,30 +159,31 @@ def _expand_backward(
         x.new_empty(0)
         if total is None or weight is None
         else total.reshape(weight.shape).to(weight.dtype).contiguous()
-        for weight, total in zip(weights, totals, strict=True)
+        for weight, total in zip((*weights, norm), (*totals, d_norm), strict=True)
     )
 
 
 @_expand_backward.register_fake
 def _(grad, x, *rest):
-    *weights, need_x, need_weights = rest
+    *weights, _, _, _, _, need_x, need_weights = rest
     d_x = x.new_empty(x.shape if need_x else 0)
     return d_x, *(
-        x.new_empty(0) if weight is None or not need_weights else x.new_empty(weight.shape)
+        x.new_empty(0) if weight is None or not need_weights else weight.new_empty(weight.shape)
         for weight in weights
     )
 
 
 def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+    *weights, norm, eps, cos, sin, norm_first = inputs
+    ctx.save_for_backward(*weights, norm, cos, sin)
+    ctx.options = eps, norm_first
 
 
 def _gradients(ctx, grad):
-    saved = ctx.saved_tensors
-    needed = ctx.needs_input_grad
+    needed = ctx.needs_input_grad[:10]
     with no_autocast(grad.device):
-        found = _expand_backward(grad, *saved, needed[0], any(needed[1:]))
-    return tuple(d if need else None for d, need in zip(found, needed, strict=True))
+        found = _expand_backward(grad, *ctx.saved_tensors, *ctx.options, needed[0], any(needed[1:]))
+    return *(d if need else None for d, need in zip(found, needed, strict=True)), None, None, None, None
 
 
 _expand.register_autograd(_gradients, setup_context=_save)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from heedful.ops.precision import wide_dtype
+from heedful.ops.sas.placing import Placement, place_backward, place_piece
 
 PIECE = 2**18  # values of one intermediate result: 1 MB of float32 stay in the cache of a core
 
@@ -76,7 +77,7 @@ class Layers:
         """Zeros to add the gradients of the layers to, in order."""
         return [Sum.of(layer) for layer in (self.conv1, self.conv2, *(self.features or ()))]
 
-    def forward(self, x: Tensor, out: Tensor) -> None:
+    def forward(self, x: Tensor, placement: Placement, out: Tensor) -> None:
         """X (b, t, H, D) -> out (Ĥ, b, t, D̂), which is written."""
         hidden = _conv(_channels_last(x), self.conv1)
         wide = _token_rows(_conv(hidden.relu(), self.conv2).add_(hidden))
@@ -85,25 +86,36 @@ class Layers:
             return
         lin1, lin2 = self.features
         hidden = F.linear(wide.flatten(0, 1), *lin1)
-        refined = F.linear(hidden.relu(), *lin2)
-        torch.add(refined.view(out.shape), hidden.view(out.shape), out=out)
+        refined = F.linear(hidden.relu(), *lin2).add_(hidden)
+        place_piece(refined.view(out.shape), placement, out)
 
-    def backward(self, x: Tensor, grad: Tensor, sums: list[Sum], need_x: bool) -> Tensor | None:
+    def backward(
+        self,
+        x: Tensor,
+        placement: Placement,
+        grad: Tensor,
+        sums: list[Sum],
+        d_norm: Tensor | None,
+        need_x: bool,
+    ) -> Tensor | None:
         """Add to the gradients of the layers, and return that of x.
 
         Args:
             x: (b, t, H, D).
+            placement: of these tokens.
             grad: (Ĥ, b, t, D̂), the gradient of the output.
             sums: gradients of the layers so far; empty if nobody wants them.
+            d_norm: gradient of the gains so far, (D̂,), or None if nobody wants it.
             need_x: return the gradient of x.
         """
         rows = _channels_last(x)
         hidden = _conv(rows, self.conv1)
         active = hidden.relu()
-        d_wide = grad.reshape(grad.shape[0], -1, grad.shape[-1])  # (Ĥ, n, D̂)
-        if self.features is not None:
+        if self.features is None:
+            d_wide = grad.reshape(grad.shape[0], -1, grad.shape[-1])  # (Ĥ, n, D)
+        else:
             wide = _token_rows(_conv(active, self.conv2).add_(hidden))
-            d_wide = _features_backward(wide, d_wide, self.features, sums[2:])
+            d_wide = _features_backward(wide, self.features, placement, grad, sums[2:], d_norm)
         d_out = d_wide.permute(1, 2, 0).contiguous()[:, None].permute(0, 3, 1, 2)  # channels-last
         d_active = _conv_backward(active, self.conv2, d_out, sums[1:2], True)
         assert d_active is not None
@@ -151,11 +163,21 @@ def _conv_backward(x: Tensor, layer: Layer, grad: Tensor, sums: list[Sum], need_
     return d_x
 
 
-def _features_backward(wide: Tensor, grad: Tensor, layers: tuple[Layer, Layer], sums: list[Sum]) -> Tensor:
-    """The gradient of wide (Ĥ, n, D) from that of the output (Ĥ, n, D̂)."""
+def _features_backward(
+    wide: Tensor,
+    layers: tuple[Layer, Layer],
+    placement: Placement,
+    grad: Tensor,
+    sums: list[Sum],
+    d_norm: Tensor | None,
+) -> Tensor:
+    """The gradient of wide (Ĥ, n, D) from that of the output (Ĥ, b, t, D̂)."""
     lin1, lin2 = layers
-    rows, grad = wide.flatten(0, 1), grad.flatten(0, 1)
-    active = F.linear(rows, *lin1).relu_()
+    rows = wide.flatten(0, 1)
+    hidden = F.linear(rows, *lin1)
+    active = hidden.relu()
+    x = None if placement.norm is None else F.linear(active, *lin2).add_(hidden).view(grad.shape)
+    grad = place_backward(x, placement, grad, d_norm).to(rows.dtype).reshape(hidden.shape)
     d_hidden = torch.ops.aten.threshold_backward(grad @ lin2.weight, active, 0).add_(grad)
     if sums:
         sums[0].add(d_hidden.t() @ rows, d_hidden)

@@ -1,0 +1,31 @@
+"""The baseline computes what SASCore computes, so that their times may be compared."""
+
+import pytest
+import torch
+
+from heedful.attention import SASCore
+from heedful.bench.published_sas import PublishedSAS
+
+
+@pytest.mark.parametrize("width", [1, 5])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_the_published_module_equals_the_core(width: int, dtype: torch.dtype, tolerance: float):
+    torch.manual_seed(0)
+    published = PublishedSAS(4, 12, 8, 12, width).to(dtype)
+    core = SASCore(4, 12, 8, 12, width).to(dtype)
+    core.load_published_state_dict(published.state_dict())
+    tokens = [torch.randn(2, 67, 4, 8, dtype=dtype) for _ in range(3)]
+    weight, found = torch.randn(2, 67, 32, dtype=dtype), []
+    for module in (published, core):
+        inputs = [x.clone().requires_grad_() for x in tokens]
+        out = module(*inputs)
+        (out * weight).sum().backward()
+        found.append([out.detach(), *(x.grad for x in inputs)])
+    # A module of the same layout takes the gradients by their published names.
+    gradients = SASCore(4, 12, 8, 12, width).to(dtype)
+    gradients.load_published_state_dict({name: p.grad for name, p in published.named_parameters()})
+    found[0] += [p.detach() for p in gradients.parameters()]
+    found[1] += [p.grad for p in core.parameters()]
+    for theirs, ours in zip(*found, strict=True):
+        scale = max(1.0, theirs.abs().max().item())
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance * scale)
