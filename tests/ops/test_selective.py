@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from heedful.ops import selective_attention, unmasked_count
+from heedful.ops.dot_product import attention_reference
+from heedful.ops.masks import visible_keys
 from heedful.ops.selective import api
+from heedful.ops.selective.blocked import plain_blocked
 
 IMPLS = ["auto", "reference", "sdpa", "blocked"]
 
@@ -602,23 +605,63 @@ def test_errors(case: str, monkeypatch: pytest.MonkeyPatch):
         assert part in str(raised.value)
 
 
-def test_blocked_over_several_blocks_and_tiles(monkeypatch: pytest.MonkeyPatch):
-    """Blocks of odd sizes, and heads that do not fit one tile, give what the formula gives."""
+@settings(max_examples=60)
+@given(
+    x=inputs(),
+    queries=st.integers(1, 45),
+    block=st.integers(1, 48),
+    width=st.integers(1, 48),
+    fit=st.sampled_from([1, 100, 1000]),
+    size=st.sampled_from([1.0, 1e-3, 30.0]),
+)
+def test_blocked_in_any_geometry(x: Inputs, queries: int, block: int, width: int, fit: int, size: float):
+    """However the plane is cut, with small logits and with some that need a maximum: what the formula gives."""
     from heedful.ops.selective import tiles
 
-    for block, tile in ((5, 2**18), (16, 1), (32, 300)):
-        monkeypatch.setattr(tiles, "BLOCK", block)
-        monkeypatch.setattr(tiles, "TILE", tile)
-        torch.manual_seed(0)
-        q, k, v = (torch.randn(2, n, 43, d, dtype=torch.float64) for n, d in ((6, 4), (2, 4), (2, 3)))
-        leaves = [t.requires_grad_() for t in (q, k, v)]
-        results = []
+    groups, heads, earlier = x.k.shape[1], x.q.shape[1], x.k.shape[2] - x.q.shape[2]
+    x = random_inputs(
+        batch=3,
+        groups=groups,
+        repeats=heads // groups,
+        queries=queries,
+        earlier=earlier,
+        selectors=None if x.select_q is None else x.select_q.shape[1],
+        soft_mask=x.soft_mask is not None,
+        padding="none" if x.key_mask is None else "holes",
+        segments="none" if x.segment_ids is None else "packed",
+        seed=queries,
+    )
+    x = replace(x, q=x.q * size)
+    results = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles, "BLOCK", block)
+        patch.setattr(tiles, "WIDTH", width)
+        patch.setattr(tiles, "TILE", block * width * fit // 100 + 1)
         for impl in ("reference", "blocked"):
-            out, soft_mask = selective_attention(q, k, v, impl=impl)
-            loss = out.square().sum() + (soft_mask * torch.linspace(0, 1, 43)).sum()
-            results.append((out, soft_mask, *torch.autograd.grad(loss, leaves)))
-        for got, expected in zip(*results, strict=True):
-            close(got, expected, 1e-10)
+            leaves = x.map(lambda t: t.clone().requires_grad_())
+            outs, wanted = leaves.run(impl), list(leaves.floats().values())
+            torch.manual_seed(0)
+            loss = sum((torch.randn(o.shape, dtype=torch.float64) * o).sum() for o in outs)
+            grads = torch.autograd.grad(loss, wanted, allow_unused=True)
+            found = [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, grads, strict=True)]
+            results.append([*outs, *found])
+    for expected, got in zip(*results, strict=True):
+        close(got, expected, 1e-9)
+
+
+@pytest.mark.parametrize("size", [0.5, 40.0])
+@pytest.mark.parametrize("masked", [False, True])
+def test_plain_blocked_is_causal_softmax_attention(size: float, masked: bool):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, h, 300, d, dtype=torch.float64) for h, d in ((4, 6), (2, 6), (2, 3)))
+    leaves = [(size * q).requires_grad_(), k.requires_grad_(), v.requires_grad_()]
+    key_mask = torch.rand(2, 300) > 0.3 if masked else None
+    visible = visible_keys(300, 300, key_mask, None, q.device)
+    results = []
+    for out in (plain_blocked(*leaves, 0.4, key_mask), attention_reference(*leaves, visible, 0.4)):
+        results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    for got, expected in zip(*results, strict=True):
+        close(got, expected, 1e-10)
 
 
 def test_blocked_refuses_double_backward():
@@ -643,10 +686,11 @@ def test_blocked_compiles_forward_and_backward():
         close(got, gradient, 1e-5)
 
 
-def test_blocked_stays_exact_where_weights_underflow():
+@pytest.mark.parametrize("size", [0.5, 3.0, 20.0])
+def test_blocked_stays_exact_where_weights_underflow(size: float):
     """Votes far above the logits make weights that are no normal numbers; they are dropped, nothing else is."""
     torch.manual_seed(0)
-    q, k, v = (torch.randn(1, 2, 300, 8) * scale for scale in (3.0, 3.0, 1.0))
+    q, k, v = (torch.randn(1, 2, 300, 8) * scale for scale in (size, size, 1.0))
     for got, expected in zip(
         selective_attention(q, k, v, impl="blocked"),
         selective_attention(q.double(), k.double(), v.double(), impl="reference"),

@@ -1,18 +1,56 @@
-"""Selective attention over blocks of queries, for any device: extra memory grows with T, not with T squared.
+"""Selective attention over tiles of the (T, S) plane, for any device: extra memory grows with T, not T squared.
 
-For each block of queries all keys up to it are taken at once. The logits of the selection heads give the votes
-of the block; F is the running sum up to the block plus an exclusive scan inside it; every head subtracts F from
-its logits and takes a softmax over whole rows. Kept for the backward pass are q, k, v, the output, and F before
+For each block of queries the keys up to it are taken in tiles. The logits of the selection heads give the votes
+of the tile; F is the running sum up to the block plus an exclusive scan inside it; every head subtracts F from
+its logits. Kept for the backward pass are q, k, v, the output, the logarithm of each row's sum, and F before
 each block, (B, R, T / block, S). The backward pass walks the blocks in reverse, recomputes their logits, and
 carries the sum of the later gradients of F, which is what a vote's gradient consists of; a selection head that
 is also an attention head comes last, when that gradient is known.
+
+Where no logit can be large (`Range.bounded`) the softmax needs no maximum: every weight is exp(L - F), and the
+rows are divided by their sums at the end.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from heedful.ops.precision import no_autocast, wide_dtype
-from heedful.ops.selective.tiles import LOG2_E, Tiles, blocks_of, exclusive_sum, exp2_
+from heedful.ops.selective.tiles import Tile, Tiles, blocks_of, exclusive_sum
+
+
+class Range(NamedTuple):
+    """How the exponentials stay inside the numbers of their dtype, away from the slow denormal ones.
+
+    With logits up to b in size, a row's sum is at least exp(-b), for its own token has F = 0. F may then be cut
+    off where even a logit of b weighs less than rounding: at c with c - 2b large, and -b - c still a normal
+    number.
+    """
+
+    lowest: float
+    """Where exp is still a normal number."""
+    bounded: bool
+    """Whether the logits are so small that no maximum is needed."""
+    largest_mask: float
+    """Where F may be cut off."""
+
+    @classmethod
+    def of(cls, job: Tiles) -> "Range":
+        """From the lengths of queries and keys: no logit is larger than their product."""
+        lowest = -87.0 if job.q.dtype == torch.float32 else -708.0
+        bound = 0.0
+        if job.q.numel() and job.k.numel():
+            queries = torch.linalg.vector_norm(job.q, dim=-1).amax((0, 2)).view(job.groups, -1)
+            keys = torch.linalg.vector_norm(job.k, dim=-1).amax((0, 2))
+            bound = float((queries * keys[:, None]).amax())
+        # A NaN is not smaller than anything. Three times 0.22: what is cut off weighs exp(-0.34 * 87) at most.
+        return cls(lowest, bound < -0.22 * lowest, -lowest - bound)
+
+    def cut_off(self, masks: Tensor, largest: Tensor) -> None:
+        """Cut F (B, R, n, w) off where that is needed; none of it exceeds `largest`."""
+        if self.bounded and float(largest.max()) > self.largest_mask:
+            masks.clamp_(max=self.largest_mask)
 
 
 def selective_blocked(
@@ -28,9 +66,33 @@ def selective_blocked(
     """Same result as `selective_reference`, for checked tensors; shapes as in `selective_attention`."""
     select_q, select_k, select_scale = select or (None, None, scale)
     out, after, *_ = _forward(
-        q, k, v, select_q, select_k, soft_mask, key_mask, segment_ids, scale, select_scale
+        q, k, v, select_q, select_k, soft_mask, key_mask, segment_ids, scale, select_scale, True
     )
     return out, after
+
+
+def plain_blocked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    key_mask: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+) -> Tensor:
+    """Causal softmax attention over the same tiles: what selection costs is measured against it.
+
+    Args:
+        q: (B, H, T, D).
+        k: (B, G, S, D), the last T keys belong to the queries.
+        v: (B, G, S, E); E and D may differ.
+        scale: multiplies the logits.
+        key_mask: (B, S) bool, False = padding.
+        segment_ids: (B, S) integers.
+
+    Returns:
+        (B, H, T, E) in the dtype of v.
+    """
+    return _forward(q, k, v, None, None, None, key_mask, segment_ids, scale, scale, False)[0]
 
 
 @torch.library.custom_op("heedful::selective_blocked", mutates_args=())
@@ -45,47 +107,91 @@ def _forward(
     segment_ids: Tensor | None,
     scale: float,
     select_scale: float,
+    selects: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Attend.
 
     Returns:
         Output (B, H, T, E); F after the last query (B, R, S) and before each block (B, R, T / block, S); the
-        logarithm, base 2, of each row's sum of weights (B, H, T, 1).
+        logarithm of each row's sum of weights (B, H, T, 1).
     """
-    job = Tiles.of(q, k, v, select_q, select_k, key_mask, segment_ids, scale, select_scale)
-    out = torch.empty(*job.q.shape[:3], job.v.shape[-1], dtype=v.dtype, device=q.device)
-    carry = job.q.new_zeros(job.batch, job.selectors, job.n_keys)
+    every = Tiles.of(q, k, v, select_q, select_k, key_mask, segment_ids, scale, select_scale, selects)
+    limits = Range.of(every)
+    out = torch.empty(*every.q.shape[:3], every.v.shape[-1], dtype=v.dtype, device=q.device)
+    after = every.q.new_zeros(every.batch, every.selectors, every.n_keys)
     if soft_mask is not None:
-        carry[..., : soft_mask.shape[-1]] = soft_mask
-    before = carry.new_empty(job.batch, job.selectors, job.n_blocks, job.n_keys)
-    log_sum = carry.new_empty(*job.q.shape[:3], 1)
-    for number, block in enumerate(job.blocks()):
-        first = job.heads_of(block)[0]
-        logits = job.logits(block, *first)
-        before[:, :, number] = carry
-        votes = job.votes(block, logits[:, :1] if select_q is None else job.select_logits(block))
-        masks = exclusive_sum(votes)
-        masks += carry[:, :, None, : block.end] * LOG2_E
-        carry[..., : block.end] += votes.sum(2).mul_(1 / LOG2_E)
-        job.hide(block, masks)
-        for heads in job.heads_of(block):
-            if heads is not first:
-                logits = job.logits(block, *heads)
-            part = slice(*heads)
-            largest = job.subtract(logits, masks, *heads).amax(-1, keepdim=True)
-            weights = exp2_(logits.sub_(largest))
-            total = weights.sum(-1, keepdim=True)
-            out[:, part, block.rows] = job.times(weights, job.v, block, *heads).div_(total)
-            log_sum[:, part, block.rows] = largest.add_(total.log2_())
-    if key_mask is not None:
-        out.masked_fill_(~key_mask[:, None, job.n_keys - job.length :, None], 0.0)
-    return out, carry, before, log_sum
+        after[..., : soft_mask.shape[-1]] = soft_mask
+    before = after.new_empty(every.batch, every.selectors, blocks_of(every.length), every.n_keys)
+    log_sum = after.new_empty(*every.q.shape[:3], 1)
+    for part, job in every.parts():
+        carry = after[part]
+        for number, tiles in enumerate(job.blocks()):
+            before[part, :, number] = carry
+            rows = tiles[0].rows
+            acc = job.scratch("out", job.batch, job.heads, tiles[0].n, v.shape[-1])
+            total, largest = _attend_block(job, limits, tiles, carry, acc)
+            if key_mask is not None:  # a padded query sees nothing
+                total.masked_fill_(total == 0, 1.0)
+            out[part, :, rows] = acc.div_(total)
+            log_sum[part, :, rows] = total.log_().add_(largest)
+    return out, after, before, log_sum
+
+
+def _attend_block(
+    job: Tiles, limits: Range, tiles: list[Tile], carry: Tensor, acc: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One block of queries: the weighted values in `acc` (B, H, n, E), the votes added to `carry` (B, R, S).
+
+    Returns:
+        The sums of the weights and what their logits were reduced by, both (B, H, n, 1).
+    """
+    units, (keys, values) = job.units(tiles), job.planes
+    total = carry.new_zeros(*acc.shape[:3], 1)
+    largest = torch.full_like(total, 0.0 if limits.bounded else torch.finfo(total.dtype).min / 2)
+    everything = [
+        (
+            unit.flat(job.q[:, heads, tiles[0].rows]),
+            unit.flat(acc[:, heads]),
+            total[:, heads],
+            largest[:, heads],
+        )
+        for unit in units
+        for heads in [unit.heads]
+    ]
+    for tile in tiles:
+        masks, skipped = None, tile.start - tiles[0].start
+        for unit, own in zip(units, everything, strict=True):
+            q, into, sums, peaks = own if not skipped else (x[..., skipped:, :] for x in own)
+            flat = job.product("logits", q, keys[unit.planes, tile.keys])
+            weights = flat.view(unit.batch, -1, tile.n, tile.width)
+            if job.selectors and masks is None:
+                votes = job.votes(tile, weights[:, :1] if job.select_q is None else job.select_logits(tile))
+                masks = job.soft_masks(votes, carry, tile)
+                after = torch.add(masks[:, :, -1], votes[:, :, -1])
+                carry[..., tile.keys] = after
+                limits.cut_off(masks, after)
+            if masks is not None:
+                weights.sub_(job.heard(masks, unit.heads))
+            if not limits.bounded:
+                job.block_out(tile, weights)
+                peak = torch.maximum(peaks, weights.amax(-1, keepdim=True))
+                shrink = torch.exp(peaks - peak)
+                weights.sub_(peak).clamp_(min=limits.lowest)
+                peaks.copy_(peak)
+                sums.mul_(shrink)
+                if tile.left:
+                    into.mul_(unit.flat(shrink))
+            weights.exp_()
+            job.hide(tile, weights)
+            sums.add_(weights.sum(-1, keepdim=True))
+            unit.add_product(into, flat, values[unit.planes, tile.keys], fresh=tile.left == 0)
+    return total, largest
 
 
 @_forward.register_fake
-def _(q, k, v, select_q, select_k, soft_mask, key_mask, segment_ids, scale, select_scale):
+def _(q, k, v, select_q, select_k, soft_mask, key_mask, segment_ids, scale, select_scale, selects):
     batch, heads, length, _ = q.shape
-    selectors = 1 if select_q is None else select_q.shape[1]
+    selectors = 0 if not selects else 1 if select_q is None else select_q.shape[1]
     dtype, n_keys = wide_dtype(q), k.shape[2]
     blocks = blocks_of(length)
     return (
@@ -112,98 +218,173 @@ def _backward(
     grad_after: Tensor | None,
     scale: float,
     select_scale: float,
+    selects: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, select_q, select_k (empty without selection heads), and F before the first query."""
-    job = Tiles.of(q, k, v, select_q, select_k, key_mask, segment_ids, scale, select_scale)
-    wide = job.q.dtype
+    every = Tiles.of(q, k, v, select_q, select_k, key_mask, segment_ids, scale, select_scale, selects)
+    limits = Range.of(every)
+    wide = every.q.dtype
     d_out = torch.zeros_like(out, dtype=wide) if grad_out is None else grad_out.to(wide)
-    if key_mask is not None:
-        d_out = d_out.masked_fill(~key_mask[:, None, job.n_keys - job.length :, None], 0.0)
     delta = (d_out * out.to(wide)).sum(-1, keepdim=True)  # (B, H, T, 1)
-    dq, dk, dv = torch.zeros_like(job.q), torch.zeros_like(job.k), torch.zeros_like(job.v)
-    own = select_q is not None
-    d_select_q = torch.zeros_like(job.select_q) if own else q.new_empty(0)
-    d_select_k = torch.zeros_like(job.select_k) if own else q.new_empty(0)
+    if limits.bounded:  # divide here, where it is cheap, instead of the weights
+        factor = log_sum.neg().exp_()
+        d_out, delta = d_out * factor, delta * factor
+    if key_mask is not None:
+        d_out = d_out.masked_fill(~key_mask[:, None, every.n_keys - every.length :, None], 0.0)
+    d_out = d_out.contiguous()
+    gradients = Gradients.zeros(every)
     # Gradient of F with the opposite sign, summed over later queries; what follows the last one is grad_after.
-    later = job.q.new_zeros(job.batch, job.selectors, job.n_keys)
     if grad_after is not None:
-        later -= grad_after
-    for number, block in reversed(list(enumerate(job.blocks()))):
-        every = job.heads_of(block)
-        first = job.logits(block, *every[0])
-        raw = first[:, :1] if not own else job.select_logits(block)
-        votes = job.votes(block, raw)
-        masks = exclusive_sum(votes)
-        masks += before[:, :, number, None, : block.end] * LOG2_E
-        job.hide(block, masks)
-        total = torch.zeros_like(votes)
-        for heads in reversed(every):
-            logits = first if heads is every[0] else job.logits(block, *heads)
-            part = slice(*heads)
-            weights = exp2_(job.subtract(logits, masks, *heads).sub_(log_sum[:, part, block.rows]))
-            d = d_out[:, part, block.rows]
-            job.add_transposed(dv, weights, d, block, *heads)
-            d_logits = job.product(d, job.v, block, *heads)
-            d_logits.sub_(delta[:, part, block.rows]).mul_(weights)
-            job.add_per_selector(total, d_logits, *heads)
-            if heads is every[0]:
-                d_votes = exclusive_sum(total, reverse=True)
-                d_votes += later[:, :, None, : block.end]
-                d_votes.mul_(votes > 0).neg_()
-                later[..., : block.end] += total.sum(2)
-                if own:
-                    d_select_q[:, :, block.rows] = d_votes @ job.select_k[:, :, : block.end] * select_scale
-                    d_select_k[:, :, : block.end] += (
-                        d_votes.transpose(-1, -2) @ job.select_q[:, :, block.rows]
-                    )
-                else:
-                    d_logits[:, :1] += d_votes
-            dq[:, part, block.rows] = job.times(d_logits, job.k, block, *heads)
-            job.add_transposed(dk, d_logits, job.q[:, part, block.rows], block, *heads)
-    dq *= scale
-    for scaled in (dk, d_select_k):  # job.q and job.select_q carry the scale, and more
-        scaled *= 1 / LOG2_E
+        gradients.later.sub_(grad_after)
+    for part, job in every.parts():
+        for number, tiles in reversed(list(enumerate(job.blocks()))):
+            rows = tiles[0].rows
+            _differentiate_block(
+                job,
+                limits,
+                tiles,
+                before[part, :, number],
+                log_sum[part, :, rows],
+                d_out[part, :, rows],
+                delta[part, :, rows],
+                gradients.of(part),
+            )
+    gradients.q.mul_(scale)
+    gradients.select_q.mul_(select_scale)
     return (
-        dq.to(q.dtype),
-        dk.to(k.dtype),
-        dv.to(v.dtype),
-        d_select_q.to(q.dtype),
-        d_select_k.to(k.dtype),
-        later.neg_(),
+        gradients.q.to(q.dtype),
+        gradients.k.to(k.dtype),
+        gradients.v.to(v.dtype),
+        gradients.select_q.to(q.dtype),
+        gradients.select_k.to(k.dtype),
+        gradients.later.neg_(),
     )
+
+
+class Gradients(NamedTuple):
+    """What the backward pass adds up; that of F with the opposite sign."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    select_q: Tensor
+    select_k: Tensor
+    later: Tensor
+
+    @classmethod
+    def zeros(cls, job: Tiles) -> "Gradients":
+        own = [
+            job.q.new_zeros((job.batch, 0) if x is None else x.shape) for x in (job.select_q, job.select_k)
+        ]
+        later = job.q.new_zeros(job.batch, job.selectors, job.n_keys)
+        return cls(torch.empty_like(job.q), torch.zeros_like(job.k), torch.zeros_like(job.v), *own, later)
+
+    def of(self, part: slice) -> "Gradients":
+        """Those of some rows of the batch."""
+        return Gradients(*(x[part] for x in self))
+
+
+def _differentiate_block(
+    job: Tiles,
+    limits: Range,
+    tiles: list[Tile],
+    before: Tensor,
+    log_sum: Tensor,
+    d_out: Tensor,
+    delta: Tensor,
+    gradients: Gradients,
+) -> None:
+    """Add the gradients of one block of queries, given F before it and what belongs to its queries."""
+    rows, units, (keys, values) = tiles[0].rows, job.units(tiles), job.planes
+    dk, dv = gradients.k.flatten(0, 1), gradients.v.flatten(0, 1)
+    dq = job.scratch("dq", *job.q[:, :, rows].shape)
+    everything = [
+        (
+            *(unit.flat(x[:, unit.heads]) for x in (job.q[:, :, rows], d_out, dq)),
+            *(x[:, unit.heads] for x in (delta, log_sum)),
+        )
+        for unit in units
+    ]
+    for tile in tiles:
+        votes = masks = d_masks = None
+        skipped = tile.start - tiles[0].start
+        first = job.product("first", everything[0][0][..., skipped:, :], keys[units[0].planes, tile.keys])
+        if job.selectors:
+            logits = first.view(units[0].batch, -1, tile.n, tile.width)[:, :1]
+            votes = job.votes(tile, logits if job.select_q is None else job.select_logits(tile))
+            masks = job.soft_masks(votes, before, tile)
+            limits.cut_off(masks, masks[:, :, -1])
+            d_masks = job.scratch("d_masks", *masks.shape).zero_()
+        for unit, own in reversed(list(zip(units, everything, strict=True))):
+            q, d, into, deltas, logs = own if not skipped else (x[..., skipped:, :] for x in own)
+            place = unit.planes, tile.keys
+            k = keys[place]
+            flat = first if unit is units[0] else job.product("logits", q, k)
+            weights = flat.view(unit.batch, -1, tile.n, tile.width)
+            if masks is not None:
+                weights.sub_(job.heard(masks, unit.heads))
+            if not limits.bounded:
+                weights.sub_(logs).clamp_(limits.lowest, -limits.lowest)
+            weights.exp_()
+            job.hide(tile, weights)
+            unit.add_product(dv[place], flat.mT, d)
+            flat = job.product("d_logits", d, values[place])
+            d_logits = flat.view(weights.shape).sub_(deltas).mul_(weights)
+            if votes is not None and d_masks is not None:
+                job.add_heard(d_masks, d_logits, unit.heads)
+                if unit is units[0]:
+                    _vote_gradient(job, tile, votes, d_masks, d_logits, gradients)
+            unit.add_product(into, flat, k, fresh=tile.left == 0)
+            unit.add_product(dk[place], flat.mT, q)
+    gradients.q[:, :, rows] = dq
+
+
+def _vote_gradient(
+    job: Tiles, tile: Tile, votes: Tensor, d_masks: Tensor, d_logits: Tensor, gradients: Gradients
+) -> None:
+    """The gradient that reaches the selection heads through F, from minus the gradient of F, d_masks."""
+    later = gradients.later[..., tile.keys]
+    d_votes = exclusive_sum(d_masks, later, reverse=True, out=job.scratch("masks", *d_masks.shape))
+    later.copy_(d_votes[:, :, 0] + d_masks[:, :, 0])
+    d_votes.mul_(votes.sign_())
+    if job.select_q is None or job.select_k is None:
+        d_logits[:, :1] -= d_votes
+        return
+    gradients.select_q[:, :, tile.rows] -= d_votes @ job.select_k[:, :, tile.keys]
+    gradients.select_k[:, :, tile.keys] -= d_votes.transpose(-1, -2) @ job.select_q[:, :, tile.rows]
 
 
 @_backward.register_fake
 def _(q, k, v, select_q, select_k, key_mask, segment_ids, out, before, *rest):
-    empty = q.new_empty(0)
+    none = (q.shape[0], 0)
     return (
-        torch.empty_like(q, memory_format=torch.contiguous_format),
-        torch.empty_like(k, memory_format=torch.contiguous_format),
-        torch.empty_like(v, memory_format=torch.contiguous_format),
-        empty if select_q is None else torch.empty_like(select_q, memory_format=torch.contiguous_format),
-        empty if select_k is None else torch.empty_like(select_k, memory_format=torch.contiguous_format),
+        q.new_empty(q.shape),
+        k.new_empty(k.shape),
+        v.new_empty(v.shape),
+        q.new_empty(none if select_q is None else select_q.shape),
+        k.new_empty(none if select_k is None else select_k.shape),
         before.new_empty(before.shape[0], before.shape[1], before.shape[3]),
     )
 
 
 def _save(ctx, inputs, output):
-    q, k, v, select_q, select_k, soft_mask, key_mask, segment_ids, scale, select_scale = inputs
+    q, k, v, select_q, select_k, soft_mask, key_mask, segment_ids, *numbers = inputs
     out, _, before, log_sum = output
     ctx.save_for_backward(q, k, v, select_q, select_k, key_mask, segment_ids, out, before, log_sum)
-    ctx.scales, ctx.held = (scale, select_scale), None if soft_mask is None else soft_mask.shape[-1]
+    ctx.numbers, ctx.held = numbers, None if soft_mask is None else soft_mask.shape[-1]
     ctx.mark_non_differentiable(before, log_sum)
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx, grad_out, grad_after, *_):
     if grad_out is None and grad_after is None:
-        return (None,) * 10
+        return (None,) * 11
     saved = ctx.saved_tensors  # once: gradient checkpointing recomputes them a single time
     own = saved[3] is not None
     with no_autocast(saved[0].device):
-        dq, dk, dv, dsq, dsk, start = _backward(*saved, grad_out, grad_after, *ctx.scales)
+        dq, dk, dv, dsq, dsk, start = _backward(*saved, grad_out, grad_after, *ctx.numbers)
     held = None if ctx.held is None else start[..., : ctx.held]
-    return dq, dk, dv, dsq if own else None, dsk if own else None, held, None, None, None, None
+    return dq, dk, dv, dsq if own else None, dsk if own else None, held, *(None,) * 5
 
 
 _forward.register_autograd(_gradients, setup_context=_save)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from heedful.ops.precision import no_autocast, wide_dtype
-from heedful.ops.selective.tiles import LOG2_E, Block, Tiles, blocks_of, exclusive_sum
+from heedful.ops.selective.tiles import Tiles, blocks_of, exclusive_sum
 
 
 def blocked_count(
@@ -31,18 +31,22 @@ def _forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """The counts, and F before each block, (B, R, T / block, S)."""
-    job = _tiles(select_q, select_k, key_mask, segment_ids, scale)
-    counts = job.q.new_empty(job.batch, job.selectors, job.length)
-    carry = job.q.new_zeros(job.batch, job.selectors, job.n_keys)
+    every = _tiles(select_q, select_k, key_mask, segment_ids, scale)
+    counts = every.q.new_zeros(every.batch, every.selectors, every.length)
+    carries = every.q.new_zeros(every.batch, every.selectors, every.n_keys)
     if soft_mask is not None:
-        carry[..., : soft_mask.shape[-1]] = soft_mask
-    before = carry.new_empty(job.batch, job.selectors, job.n_blocks, job.n_keys)
-    for number, block in enumerate(job.blocks()):
-        before[:, :, number] = carry
-        votes = job.votes(block, job.select_logits(block))
-        held = _soft_masks(votes, carry, block).mul_(-1 / tau).add_(1).clamp_(min=0)
-        counts[:, :, block.rows] = held.mul_(job.visible(block, held)).sum(-1)
-        carry[..., : block.end] += votes.sum(2).mul_(1 / LOG2_E)
+        carries[..., : soft_mask.shape[-1]] = soft_mask
+    before = carries.new_empty(every.batch, every.selectors, blocks_of(every.length), every.n_keys)
+    for part, job in every.parts():
+        carry = carries[part]
+        for number, tiles in enumerate(job.blocks()):
+            before[part, :, number] = carry
+            for tile in tiles:
+                votes = job.votes(tile, job.select_logits(tile))
+                held = job.soft_masks(votes, carry, tile).mul_(-1 / tau).add_(1).clamp_(min=0)
+                job.hide(tile, held)
+                counts[part, :, tile.rows] += held.sum(-1)
+                carry[..., tile.keys] += votes.sum(2)
     return counts, before
 
 
@@ -68,21 +72,24 @@ def _backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the selection queries, their keys, and F before the first query, (B, R, S)."""
-    job = _tiles(select_q, select_k, key_mask, segment_ids, scale)
-    dq, dk = torch.zeros_like(job.select_q), torch.zeros_like(job.select_k)
-    later = job.q.new_zeros(job.batch, job.selectors, job.n_keys)  # opposite sign, summed over later queries
-    for number, block in reversed(list(enumerate(job.blocks()))):
-        votes = job.votes(block, job.select_logits(block))
-        masks = _soft_masks(votes, before[:, :, number], block)
-        total = (masks <= tau).to(masks.dtype).mul_(job.visible(block, masks))
-        total *= gradient[:, :, block.rows, None] / tau
-        d_votes = exclusive_sum(total, reverse=True)
-        d_votes += later[:, :, None, : block.end]
-        d_votes.mul_(votes > 0).neg_()
-        later[..., : block.end] += total.sum(2)
-        dq[:, :, block.rows] = d_votes @ job.select_k[:, :, : block.end] * scale
-        dk[:, :, : block.end] += d_votes.transpose(-1, -2) @ job.select_q[:, :, block.rows]
-    dk *= 1 / LOG2_E
+    every = _tiles(select_q, select_k, key_mask, segment_ids, scale)
+    dq, dk = every.q.new_zeros(select_q.shape), every.q.new_zeros(select_k.shape)
+    later = every.q.new_zeros(every.batch, every.selectors, every.n_keys)  # opposite sign, of later queries
+    for part, job in every.parts():
+        assert job.select_q is not None and job.select_k is not None
+        for number, tiles in reversed(list(enumerate(job.blocks()))):
+            for tile in tiles:
+                votes = job.votes(tile, job.select_logits(tile))
+                masks = job.soft_masks(votes, before[part, :, number], tile)
+                total = (masks <= tau).to(masks.dtype)
+                total *= gradient[part, :, tile.rows, None] / tau
+                job.hide(tile, total)
+                d_votes = exclusive_sum(total, later[part, :, tile.keys], reverse=True)
+                d_votes.mul_(votes > 0).neg_()
+                later[part, :, tile.keys] += total.sum(2)
+                dq[part, :, tile.rows] += d_votes @ job.select_k[:, :, tile.keys]
+                dk[part, :, tile.keys] += d_votes.transpose(-1, -2) @ job.select_q[:, :, tile.rows]
+    dq *= scale
     return dq.to(select_q.dtype), dk.to(select_k.dtype), later.neg_()
 
 
@@ -117,10 +124,3 @@ def _tiles(
     return Tiles.of(
         select_q, select_k, select_k[..., :0], select_q, select_k, key_mask, segment_ids, scale, scale
     )
-
-
-def _soft_masks(votes: Tensor, carry: Tensor, block: Block) -> Tensor:
-    """F before each query of the block, (B, R, n, end), in natural units."""
-    masks = exclusive_sum(votes).mul_(1 / LOG2_E)
-    masks += carry[:, :, None, : block.end]
-    return masks

@@ -1,7 +1,10 @@
-"""The (T, S) plane of selective attention, cut into blocks of queries by all their keys."""
+"""The (T, S) plane of selective attention, cut into tiles that stay in the cache of a core."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,37 +12,79 @@ from torch import Tensor
 from heedful.ops.masks import rank_in_segment
 from heedful.ops.precision import wide_dtype
 
-BLOCK = 128
-LOG2_E = math.log2(math.e)  # tiles of logits, votes and F are in base 2: 2^x is faster than e^x
-TILE = 2**18  # values of one tile of logits: 1 MB of float32 stay in the cache of a core
+BLOCK = 1024  # queries of a block
+WIDTH = 128  # keys of a tile of so many queries: the logits of one head are 512 kB of float32
+TILE = BLOCK * WIDTH
 
 
-@dataclass(frozen=True)
-class Block:
-    """Queries start:stop, and the keys up to `end` that they may see."""
+class Tile(NamedTuple):
+    """Queries start:stop by keys left:right, both counted from the first of all."""
 
     start: int
     stop: int
-    end: int
+    left: int
+    right: int
+    diagonal: int
+    """The last `diagonal` keys are the first as many queries' own: those see them in part."""
 
     @property
     def rows(self) -> slice:
         return slice(self.start, self.stop)
 
+    @property
+    def keys(self) -> slice:
+        return slice(self.left, self.right)
+
+    @property
+    def n(self) -> int:
+        """The number of queries."""
+        return self.stop - self.start
+
+    @property
+    def width(self) -> int:
+        """The number of keys."""
+        return self.right - self.left
+
+
+class Scratch:
+    """Memory that serves from tile to tile: pages that are new to the process cost as much as the arithmetic."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._like = like
+        self._held: dict[str, Tensor] = {}
+        self._triangles: dict[tuple[int, int], Tensor] = {}
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        """An uninitialised tensor; what `name` was used for before is lost."""
+        size = math.prod(shape)
+        held = self._held.get(name)
+        if held is None or held.numel() < size:
+            held = self._held[name] = self._like.new_empty(size)
+        return held[:size].view(shape)
+
+    def triangle(self, n: int, diagonal: int) -> Tensor:
+        """(n, n), 1 up to the diagonal and 0 above."""
+        triangle = self._triangles.get((n, diagonal))
+        if triangle is None:
+            ones = torch.ones(n, n, dtype=self._like.dtype, device=self._like.device)
+            triangle = self._triangles[n, diagonal] = ones.tril_(diagonal)
+        return triangle
+
 
 @dataclass(frozen=True)
 class Tiles:
-    """The inputs in the precision of the sums, queries scaled to logits in base 2, and how they are cut."""
+    """The inputs in the precision of the sums, queries scaled, and how they are cut."""
 
     q: Tensor  # (B, H, T, D), scaled
     k: Tensor  # (B, G, S, D)
     v: Tensor  # (B, G, S, E)
-    select_q: Tensor  # (B, R, T, D'), scaled
-    select_k: Tensor  # (B, R, S, D')
-    selectors: int
+    select_q: Tensor | None  # (B, R, T, D'), scaled; None: head 0
+    select_k: Tensor | None  # (B, R, S, D')
+    selectors: int  # 0: plain attention
     key_mask: Tensor | None
     segment_ids: Tensor | None
-    first: Tensor | None  # (1 or B, S) bool, the first real token of each segment; None: it is key 0
+    first: Tensor | None  # (B, S) bool, the first real token of each segment; None: it is key 0
+    scratch: Scratch
 
     @classmethod
     def of(
@@ -53,26 +98,42 @@ class Tiles:
         segment_ids: Tensor | None,
         scale: float,
         select_scale: float,
+        selects: bool = True,
     ) -> "Tiles":
         dtype, first = wide_dtype(q), None
         if key_mask is not None or segment_ids is not None:
             first = rank_in_segment(k.shape[2], key_mask, segment_ids, q.device) == 0
-        wide_q, wide_k = q.to(dtype) * (scale * LOG2_E), k.to(dtype).contiguous()
+            first = first.expand(q.shape[0], -1)
+        wide = (q.to(dtype) * scale).contiguous()
         return cls(
-            wide_q,
-            wide_k,
+            wide,
+            k.to(dtype).contiguous(),
             v.to(dtype).contiguous(),
-            wide_q[:, :1] if select_q is None else select_q.to(dtype) * (select_scale * LOG2_E),
-            wide_k[:, :1] if select_k is None else select_k.to(dtype),
-            1 if select_q is None else select_q.shape[1],
+            None if select_q is None else select_q.to(dtype) * select_scale,
+            None if select_k is None else select_k.to(dtype),
+            0 if not selects else 1 if select_q is None else select_q.shape[1],
             key_mask,
             segment_ids,
             first,
+            Scratch(wide),
         )
+
+    @cached_property
+    def planes(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, (B * G, S, ·)."""
+        return self.k.flatten(0, 1), self.v.flatten(0, 1)
 
     @property
     def batch(self) -> int:
         return self.q.shape[0]
+
+    @property
+    def heads(self) -> int:
+        return self.q.shape[1]
+
+    @property
+    def groups(self) -> int:
+        return self.k.shape[1]
 
     @property
     def length(self) -> int:
@@ -82,117 +143,140 @@ class Tiles:
     def n_keys(self) -> int:
         return self.k.shape[2]
 
-    @property
-    def n_blocks(self) -> int:
-        return blocks_of(self.length)
+    def parts(self) -> Iterator[tuple[slice, "Tiles"]]:
+        """The rows of the batch one at a time, or several where all their logits fit one tile."""
+        size = self.heads * self.length * self.n_keys
+        step = max(1, TILE // max(1, size)) if self.length <= min(WIDTH, BLOCK) else 1
+        for at in range(0, self.batch, step):
+            part = slice(at, at + step)
+            names = ("q", "k", "v", "select_q", "select_k", "key_mask", "segment_ids", "first")
+            tensors = {name: getattr(self, name) for name in names}
+            yield part, replace(self, **{n: None if t is None else t[part] for n, t in tensors.items()})
 
-    def blocks(self) -> list[Block]:
-        """All blocks of queries, in order."""
-        earlier = self.n_keys - self.length
-        starts = range(0, self.length, BLOCK)
-        stops = [min(start + BLOCK, self.length) for start in starts]
-        return [Block(start, stop, earlier + stop) for start, stop in zip(starts, stops, strict=True)]
+    def blocks(self) -> list[list[Tile]]:
+        """The tiles of each block of queries, in order; a tile begins with the first query that sees its keys."""
+        earlier, blocks = self.n_keys - self.length, []
+        for start in range(0, self.length, BLOCK):
+            stop = min(start + BLOCK, self.length)
+            end = earlier + stop
+            step = max(WIDTH, TILE // (stop - start)) if earlier + start else WIDTH
+            tiles = []
+            for left in range(0, end, step):
+                first, right = max(start, left - earlier), min(left + step, end)
+                tiles.append(Tile(first, stop, left, right, max(0, right - earlier - first)))
+            blocks.append(tiles)
+        return blocks
 
-    def heads_of(self, block: Block) -> list[tuple[int, int]]:
-        """Heads (from, to) that are taken at once: whole groups, or parts of one, as many as fill a tile."""
-        heads, groups = self.q.shape[1], self.k.shape[1]
-        fit = max(1, TILE // max(1, self.batch * (block.stop - block.start) * block.end))
-        shared = heads // groups
-        step = shared * max(1, fit // shared) if fit >= shared else 1
-        return [(at, min(at + step, heads)) for at in range(0, heads, step)]
+    def units(self, tiles: list[Tile]) -> list["Unit"]:
+        """The heads, cut so that the logits of a unit by one of the tiles fill a tile."""
+        shared = self.heads // self.groups
+        fit = TILE // (self.batch * tiles[0].n * tiles[0].width)
+        if self.batch > 1:  # by `parts` all of it fits
+            return [Unit(slice(0, self.heads), slice(0, self.batch * self.groups), self.batch)]
+        if fit < 2 * shared or (shared > 1 and len(tiles) > 1):
+            return [Unit(slice(h, h + 1), h // shared, 1) for h in range(self.heads)]
+        step = fit // shared
+        parts = [(g, min(g + step, self.groups)) for g in range(0, self.groups, step)]
+        return [
+            Unit(slice(g * shared, to * shared), slice(g, to * self.batch), self.batch) for g, to in parts
+        ]
 
-    def logits(self, block: Block, start: int, stop: int) -> Tensor:
-        """Scaled logits of some heads, (B, h, n, end)."""
-        return self.product(self.q[:, start:stop, block.rows], self.k, block, start, stop)
+    def product(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        """The flat product x y^T, in the scratch memory `name`."""
+        return torch.matmul(x, y.mT, out=self.scratch(name, *x.shape[:-1], y.shape[-2]))
 
-    def select_logits(self, block: Block) -> Tensor:
-        """Scaled logits of the selection heads, (B, R, n, end)."""
-        return self.select_q[:, :, block.rows] @ self.select_k[:, :, : block.end].transpose(-1, -2)
+    def select_logits(self, tile: Tile) -> Tensor:
+        """Scaled logits of selection heads of their own, (B, R, n, w)."""
+        assert self.select_q is not None and self.select_k is not None
+        return self.select_q[:, :, tile.rows] @ self.select_k[:, :, tile.keys].transpose(-1, -2)
 
-    def product(self, x: Tensor, keys: Tensor, block: Block, start: int, stop: int) -> Tensor:
-        """X (B, h, n, D) times the transposed keys (B, G, S, D) of its heads: (B, h, n, end)."""
-        own = self._own(keys, start, stop)[:, :, : block.end]
-        return self._ungrouped(self._grouped(x, own) @ own.transpose(-1, -2), x)
-
-    def times(self, weights: Tensor, values: Tensor, block: Block, start: int, stop: int) -> Tensor:
-        """Weights (B, h, n, end) times the values (B, G, S, E) of their heads: (B, h, n, E)."""
-        own = self._own(values, start, stop)[:, :, : block.end]
-        return self._ungrouped(self._grouped(weights, own) @ own, weights)
-
-    def add_transposed(
-        self, total: Tensor, weights: Tensor, x: Tensor, block: Block, start: int, stop: int
-    ) -> None:
-        """Add weights^T x, summed over the heads of each group, to total (B, G, S, ·)."""
-        own = self._own(total, start, stop)[:, :, : block.end]
-        own += self._grouped(weights, own).transpose(-1, -2) @ self._grouped(x, own)
-
-    def votes(self, block: Block, logits: Tensor) -> Tensor:
-        """S of the selection heads, (B, R, n, end), from their logits."""
-        votes = logits.relu()
-        diagonal = votes[..., block.end - (block.stop - block.start) :]
-        diagonal *= _strictly_lower(diagonal)
-        if self.first is None:
-            votes[..., 0] = 0
-            return votes
-        visible = self._visible(block)
-        return votes.mul_((visible & ~self.first[:, None, : block.end])[:, None])
-
-    def hide(self, block: Block, masks: Tensor) -> None:
-        """Make F infinite where a key is not visible; rows that see nothing see everything, and are dropped."""
-        diagonal = masks[..., block.end - (block.stop - block.start) :]
-        later = torch.ones(diagonal.shape[-2:], dtype=torch.bool, device=masks.device).triu_(1)
-        diagonal.masked_fill_(later, torch.inf)
+    def votes(self, tile: Tile, logits: Tensor) -> Tensor:
+        """S of the selection heads, (B, R, n, w), from their logits."""
+        votes = torch.clamp(logits, min=0, out=self.scratch("votes", *logits.shape))
+        if tile.diagonal:
+            votes[..., : tile.diagonal, -tile.diagonal :].mul_(self.scratch.triangle(tile.diagonal, -1))
         if self.first is not None:
-            visible = self._visible(block)
-            masks.masked_fill_(~visible[:, None], torch.inf)
-            masks.masked_fill_(~visible.any(-1)[:, None, :, None], 0.0)
+            votes.mul_((self._visible(tile) & ~self.first[:, None, tile.keys])[:, None])
+        elif tile.left == 0:
+            votes[..., 0] = 0
+        return votes
 
-    def visible(self, block: Block, like: Tensor) -> Tensor:
-        """Which keys each query sees, itself included, (1 or B, 1, n, end), as numbers of the dtype of `like`."""
-        n = block.stop - block.start
-        visible = torch.ones(n, block.end, dtype=torch.bool, device=like.device).tril_(block.end - n)
-        seen = visible[None] if self.first is None else visible & self._visible(block)
-        return seen[:, None].to(like.dtype)
+    def soft_masks(self, votes: Tensor, carry: Tensor, tile: Tile) -> Tensor:
+        """F before each query, (B, R, n, w): the carry (B, R, S) and the votes of the queries before."""
+        out = self.scratch("masks", *votes.shape)
+        return exclusive_sum(votes, carry[..., tile.keys], out=out)
 
-    def subtract(self, logits: Tensor, masks: Tensor, start: int, stop: int) -> Tensor:
-        """Logits - F, in place."""
-        if self.selectors == 1:
-            return logits.sub_(masks)
-        return logits.sub_(masks[:, self._selector(start, stop)])
+    def hide(self, tile: Tile, weights: Tensor) -> None:
+        """Make the weights of keys that are not visible 0."""
+        if self.first is not None:
+            weights.mul_(self.visible(tile, weights))
+        elif tile.diagonal:
+            weights[..., : tile.diagonal, -tile.diagonal :].mul_(self.scratch.triangle(tile.diagonal, 0))
 
-    def add_per_selector(self, total: Tensor, x: Tensor, start: int, stop: int) -> None:
-        """Add x (B, h, n, end), summed over the heads that listen to each selection head, to total (B, R, ...)."""
-        if self.selectors == 1:
-            total += x.sum(1, keepdim=True)
+    def block_out(self, tile: Tile, logits: Tensor) -> None:
+        """Make the logits of keys that are not visible -inf."""
+        if self.first is not None:
+            logits.masked_fill_(self.visible(tile, logits) == 0, -torch.inf)
+        elif tile.diagonal:
+            later = self.scratch.triangle(tile.diagonal, 0) == 0
+            logits[..., : tile.diagonal, -tile.diagonal :].masked_fill_(later, -torch.inf)
+
+    def visible(self, tile: Tile, like: Tensor) -> Tensor:
+        """Which keys each query sees, itself included, (1 or B, 1, n, w), as numbers of the dtype of `like`."""
+        visible = torch.ones(1, tile.n, tile.width, dtype=torch.bool, device=like.device)
+        if tile.diagonal:
+            visible.tril_(tile.width - tile.diagonal)
+        if self.first is not None:
+            visible = visible & self._visible(tile)
+        return visible[:, None].to(like.dtype)
+
+    def heard(self, masks: Tensor, heads: slice) -> Tensor:
+        """Of masks (B, R, ...) those that each of some heads listens to: (B, 1 or h, ...)."""
+        return masks if self.selectors == 1 else masks[:, self._selector(heads)]
+
+    def add_heard(self, total: Tensor, x: Tensor, heads: slice) -> None:
+        """Add x (B, h, n, w), summed over the heads that listen to each selection head, to total (B, R, ...)."""
+        if self.selectors != 1:
+            total.index_add_(1, self._selector(heads), x)
         else:
-            total.index_add_(1, self._selector(start, stop), x)
+            total += x if x.shape[1] == 1 else x.sum(1, keepdim=True)
 
-    def _selector(self, start: int, stop: int) -> Tensor:
-        return torch.arange(start, stop, device=self.q.device) * self.selectors // self.q.shape[1]
+    def _selector(self, heads: slice) -> Tensor:
+        return torch.arange(heads.start, heads.stop, device=self.q.device) * self.selectors // self.heads
 
-    def _visible(self, block: Block) -> Tensor:
-        """(B, n, end) bool: padding and segments, causality aside."""
+    def _visible(self, tile: Tile) -> Tensor:
+        """(B, n, w) bool: padding and segments, causality aside."""
         earlier = self.n_keys - self.length
-        rows = slice(earlier + block.start, earlier + block.stop)
+        rows = slice(earlier + tile.start, earlier + tile.stop)
         visible = torch.ones(1, 1, 1, dtype=torch.bool, device=self.q.device)
         if self.key_mask is not None:
-            visible = visible & self.key_mask[:, None, : block.end] & self.key_mask[:, rows, None]
+            visible = visible & self.key_mask[:, None, tile.keys] & self.key_mask[:, rows, None]
         if self.segment_ids is not None:
-            same = self.segment_ids[:, rows, None] == self.segment_ids[:, None, : block.end]
+            same = self.segment_ids[:, rows, None] == self.segment_ids[:, None, tile.keys]
             visible = visible & same
         return visible
 
-    def _own(self, keys: Tensor, start: int, stop: int) -> Tensor:
-        """The key heads (B, g, S, ·) that the query heads start:stop belong to."""
-        shared = self.q.shape[1] // self.k.shape[1]
-        return keys[:, start // shared : -(-stop // shared)]
 
-    def _grouped(self, x: Tensor, own: Tensor) -> Tensor:
-        """(B, h, n, ·) -> (B, g, h / g * n, ·): heads that share a key head become rows of one product."""
-        return x if x.shape[1] == own.shape[1] else x.reshape(x.shape[0], own.shape[1], -1, x.shape[-1])
+class Unit(NamedTuple):
+    """Heads that are taken at once: some key heads with all heads that share them, or a single head."""
 
-    def _ungrouped(self, product: Tensor, x: Tensor) -> Tensor:
-        return product.view(x.shape[0], x.shape[1], x.shape[2], -1)
+    heads: slice
+    planes: slice | int
+    """The key heads, counted over the rows of the batch."""
+    batch: int
+
+    def flat(self, x: Tensor) -> Tensor:
+        """(B, h, n, ·) -> (planes, rows, ·), or (rows, ·): heads that share keys become rows of one product."""
+        if isinstance(self.planes, int):
+            return x.reshape(-1, x.shape[-1])
+        return x.reshape(self.planes.stop - self.planes.start, -1, x.shape[-1])
+
+    def add_product(self, total: Tensor, a: Tensor, b: Tensor, fresh: bool = False) -> None:
+        """Add the flat product a b to the flat total, or put it there."""
+        if a.ndim == 2:
+            total.addmm_(a, b, beta=0 if fresh else 1)
+        else:
+            total.baddbmm_(a, b, beta=0 if fresh else 1)
 
 
 def blocks_of(length: int) -> int:
@@ -200,31 +284,40 @@ def blocks_of(length: int) -> int:
     return -(-length // BLOCK)
 
 
-def exp2_(logits: Tensor) -> Tensor:
-    """2^x in place, 0 where it would not be a normal number: those slow products down a hundred times."""
-    smallest = -126.0 if logits.dtype == torch.float32 else -1022.0
-    return torch.threshold_(logits, smallest, -torch.inf).exp2_()
+def exclusive_sum(
+    x: Tensor, start: Tensor, *, reverse: bool = False, part: int = 16, out: Tensor | None = None
+) -> Tensor:
+    """`start` plus the sum over the rows before (or after) each row of (B, R, n, w).
 
+    In two levels of triangular products: a cumsum along this axis is some ten times slower on a CPU.
 
-def _strictly_lower(like: Tensor) -> Tensor:
-    n = like.shape[-1]
-    return torch.ones(n, n, dtype=like.dtype, device=like.device).tril_(-1)
-
-
-def exclusive_sum(x: Tensor, *, reverse: bool = False, part: int = 16) -> Tensor:
-    """Sum over the rows before (or after) each row of (B, R, n, S), in two levels of triangular products.
-
-    A cumsum along this axis is some ten times slower on a CPU.
+    Args:
+        x: (B, R, n, w).
+        start: (B, R, w).
+        reverse: sum the rows after each row.
+        part: rows of the lower level.
+        out: where to put it, contiguous, not x.
     """
-    n = x.shape[2]
+    n, width = x.shape[2:]
+    out = torch.empty_like(x) if out is None else out
+    rest = n % part
+    if rest and n > part:
+        whole, ends = slice(0, n - rest), slice(n - rest, n)
+        first, second = (ends, whole) if reverse else (whole, ends)
+        middle = start + x[:, :, first].sum(2)
+        for rows, base in ((first, start), (second, middle)):
+            out[:, :, rows] = exclusive_sum(x[:, :, rows], base, reverse=reverse, part=part)
+        return out
 
     def triangle(size: int) -> Tensor:
         ones = torch.ones(size, size, dtype=x.dtype, device=x.device)
         return ones.triu_(1) if reverse else ones.tril_(-1)
 
-    if n % part or n <= part:
-        return triangle(n) @ x
-    parts = x.unflatten(2, (n // part, part))  # (B, R, m, part, S)
-    base = triangle(n // part) @ parts.sum(3)
-    inside = triangle(part) @ parts
-    return inside.add_(base[:, :, :, None]).flatten(2, 3)
+    planes, base = x.reshape(-1, n, width), start.reshape(-1, 1, width)
+    if n > part:
+        planes = planes.reshape(-1, part, width)
+        sums = planes.sum(1).view(-1, n // part, width)
+        base = torch.baddbmm(base, triangle(n // part).expand(len(sums), -1, -1), sums).view(-1, 1, width)
+    inside = triangle(planes.shape[1]).expand(len(planes), -1, -1)
+    torch.baddbmm(base, inside, planes, out=out.view(planes.shape))
+    return out
