@@ -1,13 +1,16 @@
 """Selective attention of a block of queries over keys that are evicted as the votes go."""
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from heedful.ops.precision import no_autocast, to_autocast_dtype, wide_dtype
-from heedful.ops.selective.tiles import LOG2_E, TILE, exclusive_sum, exp2_
+from heedful.ops.selective.tiles import exclusive_sum
+
+TILE = 2**18
+"""Logits that are computed at once: 1 MB of float32 stay in the cache of a core."""
 
 
 def attend_pruned(
@@ -55,41 +58,64 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     batch, _, length, size = q.shape
     groups, n_keys, dtype = k.shape[1], k.shape[2], wide_dtype(q)
-    q, k, values = q.to(dtype) * (scale * LOG2_E), k.to(dtype).transpose(-1, -2), v.to(dtype)
+    q, k, values = q.to(dtype) * scale, k.to(dtype), v.to(dtype)
     grouped = q.view(batch, groups, -1, size)  # heads that share a key head become rows of one product
     together = max(1, TILE // max(1, batch * grouped.shape[2] * n_keys))  # key heads in a core's cache
     parts = [slice(at, at + together) for at in range(0, groups, together)]
+    own, real = slice(n_keys - length, n_keys), positions[:, n_keys - length :, None] >= 0
+    padded = not bool(real.all())
 
-    logits = grouped[:, parts[0]] @ k[:, parts[0]]
-    padding = positions[:, n_keys - length :, None] < 0
+    logits = grouped[:, parts[0]] @ k[:, parts[0]].mT
     votes = logits[:, 0, :length].relu()
-    votes[..., n_keys - length :].tril_(-1)
-    votes *= ((positions > 0).to(dtype) * (1 / LOG2_E))[:, None]
-    votes.masked_fill_(padding, 0.0)
-    masks, after = exclusive_sum(votes[:, None])[:, 0], votes.sum(1)
+    votes[..., own].tril_(-1)
+    votes *= (positions > 0).to(dtype)[:, None]
+    if padded:
+        votes.masked_fill_(~real, 0.0)
+    start = votes.new_zeros(batch, n_keys)
     if soft_mask is not None:
-        start = F.pad(soft_mask[:, 0].to(dtype), (0, length))
-        masks += start[:, None]
-        after += start
-    gone_at = evict(masks)
+        start[:, : soft_mask.shape[-1]] = soft_mask[:, 0]
+    masks = exclusive_sum(votes[:, None], start[:, None])[:, 0]
+    after = masks[:, -1] + votes[:, -1]
 
-    masks *= LOG2_E
+    gone_at = evict(masks)
     last = torch.full_like(positions, length) if gone_at is None else gone_at
-    last = last.masked_fill(positions < 0, 0).int()
-    query = torch.arange(length, dtype=torch.int32, device=q.device)[:, None]
-    masks.masked_fill_(query >= last[:, None], torch.inf)
-    later = torch.ones(length, length, dtype=torch.bool, device=q.device).triu_(1)
-    masks[..., n_keys - length :].masked_fill_(later, torch.inf)
-    masks.masked_fill_(padding, 0.0)  # a row that saw nothing would be NaN
+    last = last.masked_fill(positions < 0, 0).to(dtype)
+    query = torch.arange(length, dtype=dtype, device=q.device)[:, None]
+    seen = (last[:, None] - query).clamp_(0.0, 1.0)
+    seen[..., own].tril_()
+    # exp is fast as long as it gives normal numbers.
+    lowest = -87.0 if dtype == torch.float32 else -708.0
+    bound = _largest_logit(grouped, k)
+    bounded = bound < -0.22 * lowest
+    if bounded:  # no maximum needed: a row's own logit has F = 0, and what is cut off weighs e^(2 bound - 87)
+        masks.clamp_(max=-lowest - bound)
+    else:
+        masks.masked_fill_(seen == 0, torch.inf)
 
     outs = []
     for part in parts:
         if part is not parts[0]:
-            logits = grouped[:, part] @ k[:, part]
-        tile = logits.view(batch, -1, length, n_keys).sub_(masks[:, None])
-        weights = exp2_(tile.sub_(tile.amax(-1, keepdim=True)))
+            logits = grouped[:, part] @ k[:, part].mT
+        weights = logits.view(batch, -1, length, n_keys).sub_(masks[:, None])
+        if not bounded:
+            weights.sub_(weights.amax(-1, keepdim=True)).clamp_(min=lowest)
+        weights.exp_().mul_(seen[:, None])
         total = weights.sum(-1, keepdim=True)
         product = weights.view(logits.shape) @ values[:, part]
         outs.append(product.view(batch, -1, length, v.shape[-1]).div_(total))
-    out = torch.cat(outs, dim=1).masked_fill_(padding[:, None], 0.0)
+    out = torch.cat(outs, dim=1)
+    if padded:
+        out.masked_fill_(~real[:, None], 0.0)
     return out.to(v.dtype), after[:, None]
+
+
+def _largest_logit(grouped: Tensor, k: Tensor) -> float:
+    """No logit is larger than the lengths of its query and key, multiplied; (B, G, n, D) and (B, G, S, D)."""
+    longest = [torch.linalg.vector_norm(x, dim=-1).amax((0, 2)) for x in (grouped, k)]
+    return float((longest[0] * longest[1]).max())
+
+
+def exp2_(logits: Tensor) -> Tensor:
+    """2^x in place, 0 where it would not be a normal number: those slow products down a hundred times."""
+    smallest = -126.0 if logits.dtype == torch.float32 else -1022.0
+    return torch.threshold_(logits, smallest, -torch.inf).exp2_()
