@@ -636,7 +636,8 @@ def test_blocked_in_any_geometry(x: Inputs, queries: int, block: int, width: int
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "BLOCK", block)
         patch.setattr(tiles, "WIDTH", width)
-        patch.setattr(tiles, "TILE", block * width * fit // 100 + 1)
+        patch.setattr(tiles, "TILE", block * width)
+        patch.setattr(tiles, "TOGETHER", block * width * fit // 100 + 1)
         for impl in ("reference", "blocked"):
             leaves = x.map(lambda t: t.clone().requires_grad_())
             outs, wanted = leaves.run(impl), list(leaves.floats().values())

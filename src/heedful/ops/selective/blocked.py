@@ -273,15 +273,20 @@ class Gradients(NamedTuple):
 
     @classmethod
     def zeros(cls, job: Tiles) -> "Gradients":
-        own = [
-            job.q.new_zeros((job.batch, 0) if x is None else x.shape) for x in (job.select_q, job.select_k)
-        ]
-        later = job.q.new_zeros(job.batch, job.selectors, job.n_keys)
-        return cls(torch.empty_like(job.q), torch.zeros_like(job.k), torch.zeros_like(job.v), *own, later)
+        none = (job.batch, 0)
+        return cls(
+            torch.empty_like(job.q),
+            torch.zeros_like(job.k),
+            torch.zeros_like(job.v),
+            job.q.new_zeros(none if job.select_q is None else job.select_q.shape),
+            job.q.new_zeros(none if job.select_k is None else job.select_k.shape),
+            job.q.new_zeros(job.batch, job.selectors, job.n_keys),
+        )
 
     def of(self, part: slice) -> "Gradients":
         """Those of some rows of the batch."""
-        return Gradients(*(x[part] for x in self))
+        q, k, v, select_q, select_k, later = (x[part] for x in self)
+        return Gradients(q, k, v, select_q, select_k, later)
 
 
 def _differentiate_block(

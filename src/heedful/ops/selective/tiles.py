@@ -15,6 +15,7 @@ from heedful.ops.precision import wide_dtype
 BLOCK = 1024  # queries of a block
 WIDTH = 128  # keys of a tile of so many queries: the logits of one head are 512 kB of float32
 TILE = BLOCK * WIDTH
+TOGETHER = 2 * TILE  # logits of small tiles that are taken at once
 
 
 class Tile(NamedTuple):
@@ -144,14 +145,25 @@ class Tiles:
         return self.k.shape[2]
 
     def parts(self) -> Iterator[tuple[slice, "Tiles"]]:
-        """The rows of the batch one at a time, or several where all their logits fit one tile."""
+        """The rows of the batch one at a time, or several where that is little work."""
         size = self.heads * self.length * self.n_keys
-        step = max(1, TILE // max(1, size)) if self.length <= min(WIDTH, BLOCK) else 1
+        step = max(1, TOGETHER // max(1, size)) if self.length <= min(WIDTH, BLOCK) else 1
         for at in range(0, self.batch, step):
             part = slice(at, at + step)
-            names = ("q", "k", "v", "select_q", "select_k", "key_mask", "segment_ids", "first")
-            tensors = {name: getattr(self, name) for name in names}
-            yield part, replace(self, **{n: None if t is None else t[part] for n, t in tensors.items()})
+            yield (
+                part,
+                replace(
+                    self,
+                    q=self.q[part],
+                    k=self.k[part],
+                    v=self.v[part],
+                    select_q=None if self.select_q is None else self.select_q[part],
+                    select_k=None if self.select_k is None else self.select_k[part],
+                    key_mask=None if self.key_mask is None else self.key_mask[part],
+                    segment_ids=None if self.segment_ids is None else self.segment_ids[part],
+                    first=None if self.first is None else self.first[part],
+                ),
+            )
 
     def blocks(self) -> list[list[Tile]]:
         """The tiles of each block of queries, in order; a tile begins with the first query that sees its keys."""
@@ -168,9 +180,9 @@ class Tiles:
         return blocks
 
     def units(self, tiles: list[Tile]) -> list["Unit"]:
-        """The heads, cut so that the logits of a unit by one of the tiles fill a tile."""
-        shared = self.heads // self.groups
-        fit = TILE // (self.batch * tiles[0].n * tiles[0].width)
+        """The heads one at a time, or several where tiles are small."""
+        shared, size = self.heads // self.groups, self.batch * tiles[0].n * tiles[0].width
+        fit = TOGETHER // size if 2 * size <= TILE else 1
         if self.batch > 1:  # by `parts` all of it fits
             return [Unit(slice(0, self.heads), slice(0, self.batch * self.groups), self.batch)]
         if fit < 2 * shared or (shared > 1 and len(tiles) > 1):
