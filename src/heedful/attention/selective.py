@@ -157,7 +157,7 @@ class SelectiveScore(Score):
         evict: Callable[[Tensor | None], Tensor | None],
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """`softmax(L - F) v` over what is left; F is computed once, for the evictions and the attention."""
-        if self.config.impl in DENSE:
+        if self.config.impl in DENSE or q.shape[2] == 1:
             return super().attend_pruned(
                 q, k, v, x=x, state=state, positions=positions, scale=scale, evict=evict
             )

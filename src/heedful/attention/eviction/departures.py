@@ -1,19 +1,20 @@
 """Who goes when, in a block of queries: the stepwise rule, for all of them in turn.
 
 The rule is serial, each eviction changes what the next query may evict, but few tokens are ever in question. In
-a few queries that evict m tokens between them, somebody goes whose priority is at least the m-th largest of the
-least priorities that tokens have there: fewer than m of those above it can be gone. So the others are dropped
-first, and the rest is decided by plain numbers, cheaper than by tensors of this size.
+some queries, take any m tokens that may go, m being how many have gone by the last of the queries. One of them is
+always left, so that nobody goes who is never above the least priority that any of the m has there. The others are
+dropped first, and the rest is decided by plain numbers, cheaper than by tensors of this size.
 """
 
 from dataclasses import replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from heedful.attention.eviction.rule import Rule
 
-TOGETHER = 32
+TOGETHER = 16
 """Queries whose candidates are looked up at once."""
 NOBODY = float("-inf")
 
@@ -40,61 +41,78 @@ def departures(rule: Rule, priority: Tensor, positions: Tensor) -> Tensor:
 def _of_row(rule: Rule, rated: Tensor, positions: Tensor, alive: int) -> Tensor:
     """`departures` of one row, (T, S) and (S,); `alive` tokens are held at the start."""
     length, total = rated.shape
-    arrivals = positions[total - length :].tolist()
-    order = positions.argsort()
-    gone_at = torch.full_like(positions, length)
-    fixed = positions <= 0
-    for start in range(0, length, TOGETHER):
-        now = arrivals[start : start + TOGETHER]
-        arrived = sum(p >= 0 for p in now)
-        over = 0 if rule.budget is None else alive + arrived - rule.budget
-        if over > 0 or rule.threshold is not None:
-            part = rated[start : start + TOGETHER]
-            columns = _candidates(rule, part, fixed, over, total - length + start)
-            columns = order[columns[order]]
-            own = [column - (total - length) - start for column in columns.tolist()]
-            leaves = _in_turn(rule, part.index_select(1, columns).tolist(), now, own, alive)
-            when = [length if t is None else start + t for t in leaves]
-            gone_at[columns] = torch.tensor(when, dtype=torch.long, device=columns.device)
-            fixed = fixed | (gone_at < length)
-            alive -= sum(t is not None for t in leaves)
-        alive += arrived
-    return gone_at
+    before = total - length
+    newest = positions[before:].tolist()
+    arrived = [sum(p >= 0 for p in newest[start : start + TOGETHER]) for start in range(0, length, TOGETHER)]
+    over = [0 if rule.budget is None else alive + n - rule.budget for n in accumulate(arrived)]
+    if length % TOGETHER:
+        rated = torch.cat((rated, rated[-1:].expand(-length % TOGETHER, -1)))
+    parts = rated.unflatten(0, (-1, TOGETHER))
+    gone_at = [length] * total
+    for part, columns in enumerate(_candidates(rule, parts, positions, before, over)):
+        start = part * TOGETHER
+        left = [column for column in columns if gone_at[column] == length]
+        if left:
+            priorities = parts[part].index_select(1, torch.tensor(left, device=parts.device)).tolist()
+            for candidate, column in enumerate(left):
+                for row in priorities[: max(0, column - before - start + 1)]:
+                    row[candidate] = NOBODY  # not yet there, or the newest
+            for candidate, query in _in_turn(rule, priorities, newest[start : start + TOGETHER], alive):
+                gone_at[left[candidate]] = start + query
+                alive -= 1
+        alive += arrived[part]
+    return torch.tensor(gone_at, device=positions.device)
 
 
-def _candidates(rule: Rule, rated: Tensor, fixed: Tensor, over: int, held: int) -> Tensor:
-    """Whom a few queries may evict, (S,) bool: `rated` is (n, S), `fixed` (S,), who cannot go."""
-    most = rated.amax(0)
-    may = most > (torch.inf if rule.threshold is None else rule.threshold)
-    if over > 0:
-        least = rated.amin(0)[:held].masked_fill_(fixed[:held], NOBODY)
-        may |= most >= (least.topk(over).values[-1] if over <= held else NOBODY)
-    may[held + len(rated) :] = False
-    return may & ~fixed
-
-
-def _in_turn(
-    rule: Rule, rated: list[list[float]], newest: list[int], own: list[int], alive: int
-) -> list[int | None]:
-    """The query before which each candidate goes.
+def _candidates(
+    rule: Rule, parts: Tensor, positions: Tensor, before: int, over: list[int]
+) -> list[list[int]]:
+    """The columns of those whom each part of the queries may evict, oldest first.
 
     Args:
         rule: when tokens go.
-        rated: for each query the priorities of the candidates, oldest first.
+        parts: (P, n, S), the priorities in P parts of n queries.
+        positions: (S,).
+        before: the columns of tokens that were there before the first query.
+        over: for each part how many tokens are too many by its end, if nobody had gone.
+    """
+    n_parts, n, total = parts.shape
+    most, device = parts.amax(1), parts.device
+    may = most > (torch.inf if rule.threshold is None else rule.threshold)
+    needed = min(max(over), before)
+    bounds = [torch.inf if m <= 0 else NOBODY for m in over]
+    if needed > 0:
+        held = positions[:before] > 0
+        some = torch.where(held, parts[0, 0, :before], NOBODY).topk(needed).indices
+        least = torch.where(held, parts[..., :before].amin(1), NOBODY)[:, some].cummin(1).values.tolist()
+        bounds = [least[p][m - 1] if 0 < m <= needed else bounds[p] for p, m in enumerate(over)]
+    may |= most >= torch.tensor(bounds, dtype=most.dtype, device=device)[:, None]
+    born = (
+        torch.arange(total, device=device) < before + n * torch.arange(1, n_parts + 1, device=device)[:, None]
+    )
+    order = positions.argsort()
+    part, column = (may & born & (positions > 0))[:, order].nonzero(as_tuple=True)
+    columns: list[list[int]] = [[] for _ in over]
+    for p, c in zip(part.tolist(), order[column].tolist(), strict=True):
+        columns[p].append(c)
+    return columns
+
+
+def _in_turn(rule: Rule, rated: list[list[float]], newest: list[int], alive: int) -> list[tuple[int, int]]:
+    """Who goes before which query, (candidate, query).
+
+    Args:
+        rule: when tokens go.
+        rated: for each query the priorities of the candidates, the oldest first; those that are gone get the least.
         newest: the position of each query, -1 for padding.
-        own: for each candidate the query that is its own, below 0 if it was there before.
         alive: tokens held before the first query.
     """
-    leaves: list[int | None] = [None] * len(own)
-    for candidate, query in enumerate(own):
-        for row in rated[: query + 1] if query >= 0 else ():
-            row[candidate] = NOBODY  # not yet there, or the newest
-    for query, (position, row) in enumerate(zip(newest, rated, strict=True)):
-        if position < 0:
+    gone: list[tuple[int, int]] = []
+    for query, position in enumerate(newest):
+        alive += position >= 0
+        if position < 0 or position % rule.evict_every:
             continue
-        alive += 1
-        if position % rule.evict_every:
-            continue
+        row = rated[query]
         going = []
         if rule.threshold is not None:
             going = [c for c, priority in enumerate(row) if priority > rule.threshold]
@@ -104,8 +122,8 @@ def _in_turn(
             going.append(row.index(max(row)))  # the first of equals, which is the oldest
             row[going[-1]] = NOBODY
         for candidate in going:
-            leaves[candidate] = query
+            gone.append((candidate, query))
             for later in rated[query + 1 :]:
                 later[candidate] = NOBODY
         alive -= len(going)
-    return leaves
+    return gone
