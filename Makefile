@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-matrix check lint types layers format clean transformers-latest
+.PHONY: help setup demo bench test test-slow test-matrix check lint types layers format clean transformers-latest
 
 # The first interpreter that is new enough; empty when there is none.
 PYTHON ?= $(shell for python in python3.11 python3; do \
@@ -34,6 +34,13 @@ setup: .venv/.installed ## install heedful and its tools into .venv
 
 demo: setup ## train small models, compare them and generate, offline; results in runs/demo
 	$(BIN)/heedful demo --out runs/demo
+
+# Every speed that the README states. Run it on a quiet machine; each line leaves tables, raw figures and a plot.
+bench: setup ## measure every published speed again, about 20 minutes; results in results/
+	$(BIN)/heedful bench kernels --threads 1,all --dense-up-to 4096 --out results/kernels
+	$(BIN)/heedful bench train --threads 1,all --out results/train
+	$(BIN)/heedful bench prefill --threads 1,all --out results/prefill
+	$(BIN)/heedful bench decode --context 2048,8192,32768 --out results/decode
 
 test: setup ## run the tests
 	$(BIN)/pytest -n 2 -m "not slow"

@@ -6,19 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from heedful.bench import interleaved
 from heedful.bench.decode import bench_decode, decode_cases
 from heedful.cli import main
-
-
-def test_cases_take_turns():
-    order = []
-    timings = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, turns=3, warmup=2)
-    assert order == ["a", "b"] * 5
-    assert [t.turns for t in timings.values()] == [3, 3]
-    assert all(0 <= t.low <= t.seconds <= t.high for t in timings.values())
-    with pytest.raises(ValueError, match="2 turns or more"):
-        interleaved({"a": lambda: None}, turns=1)
 
 
 def test_decode_cases_hold_what_they_say():
@@ -63,9 +52,13 @@ def test_bench_decode_times_every_case():
 def test_command(tmp_path, capfd):
     flags = ["--context", "32,64", "--budget-share", "2", "--heads", "2", "--head-dim", "4", "--turns", "2"]
     assert main(["bench", "decode", *flags, "--no-compiled", "--out", str(tmp_path)]) == 0
+    assert "$ heedful bench decode --context 32,64" in (tmp_path / "decode.txt").read_text()
     rows = [json.loads(line) for line in (tmp_path / "decode.jsonl").read_text().splitlines()]
     assert [row["context"] for row in rows] == [32] * 5 + [64] * 5
     assert rows[0]["ratio_to_full"] == 1
+    assert {len(row["samples"]) for row in rows} == {2}
+    assert {row["threads"] for row in rows} == {1}
+    assert all(row["cpu"] and row["command"].startswith("heedful bench decode") for row in rows)
     assert "one decoding step at 64 tokens" in capfd.readouterr().out
 
 
@@ -85,3 +78,23 @@ def test_wrong_usage(flags, message, capfd):
     error = capfd.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_benchmarks_are_listed(capfd):
+    from heedful.cli.bench import BENCHMARKS
+
+    for arguments in ([], ["--help"]):
+        assert main(["bench", *arguments]) == 0
+        out = capfd.readouterr().out
+        assert all(f"  {name} " in out for name in BENCHMARKS)
+    assert main(["bench", "kernel"]) == 2
+    assert "unknown benchmark 'kernel'; did you mean 'kernels'?" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["kernels", "train", "prefill", "decode"])
+def test_help_of_each(name, capfd):
+    with pytest.raises(SystemExit, match="0"):
+        main(["bench", name, "--help"])
+    out = capfd.readouterr().out
+    assert f"heedful bench {name}" in out
+    assert "--out" in out

@@ -1,0 +1,227 @@
+"""Attention alone, in every form that runs here: forward ("prefill"), and forward and backward ("train")."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from heedful.attention.sas import SASCore
+from heedful.bench.forms import (
+    COMPILED,
+    FORGETTING,
+    NAIVE,
+    TWIN,
+    X_TRANSFORMERS,
+    Form,
+    Unavailable,
+    available,
+    best_plain,
+    check,
+    forgetting,
+    forgetting_reference,
+    naive,
+    named,
+    ours,
+    plain_reference,
+    x_transformers,
+)
+from heedful.bench.published_sas import PublishedSAS
+from heedful.bench.workload import Case, Workload
+from heedful.ops.selective.blocked import plain_blocked
+from heedful.ops.selective.choice import choose
+
+Work = Literal["prefill", "train"]
+
+DENSE = {NAIVE, COMPILED, X_TRANSFORMERS, named("sdpa"), named("reference")}
+"""Forms that keep T * T values."""
+
+SAS_PUBLISHED, SAS_OURS = "SAS, published module", "SAS, heedful"
+SAS_WIDTH = 5  # W
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The shape of the attention."""
+
+    n_heads: int = 8
+    n_kv_heads: int = 8
+    head_dim: int = 64
+    value_dim: int = 64
+    batch: int = 1
+
+    def draw(self, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Random q (B, H, T, D), k (B, G, T, D), v (B, G, T, E), the same ones every time."""
+        generator = torch.Generator().manual_seed(0)
+        shapes = (
+            (self.n_heads, self.head_dim),
+            (self.n_kv_heads, self.head_dim),
+            (self.n_kv_heads, self.value_dim),
+        )
+        q, k, v = (
+            torch.randn(self.batch, heads, length, size, generator=generator).to(device, dtype)
+            for heads, size in shapes
+        )
+        return q, k, v
+
+    def flops(self, length: int, work: Work) -> float:
+        """Of causal attention: two products over half the square forward, four more backward."""
+        forward = self.batch * self.n_heads * length * (length + 1) * (self.head_dim + self.value_dim)
+        return float(forward * (3 if work == "train" else 1))
+
+    def bytes(self, length: int, work: Work, dtype: torch.dtype) -> float:
+        """q, k, v read and the output written; in training the gradients of all four too."""
+        keys = self.n_kv_heads * (self.head_dim + self.value_dim)
+        values = self.batch * length * (self.n_heads * (self.head_dim + self.value_dim) + keys)
+        return float(values * dtype.itemsize * (2 if work == "train" else 1))
+
+
+class Kernels:
+    """The forms that run here, checked once; `workload` binds them to a length.
+
+    Args:
+        sizes: of the attention.
+        device: where to run.
+        dtype: of q, k and v.
+        compiled: include torch.compile of the naive form; on the CPU it needs a C++ compiler.
+
+    Raises:
+        RuntimeError: if a form of ours computes something else than its formula.
+    """
+
+    def __init__(
+        self, sizes: Sizes, device: torch.device, dtype: torch.dtype, *, compiled: bool = True
+    ) -> None:
+        self.sizes, self.device, self.dtype = sizes, device, dtype
+        self.forms: dict[str, Form] = {}
+        self.left_out: dict[str, str] = {}
+        q, k, v = sizes.draw(67, device, dtype)
+        tensors = [x.requires_grad_() for x in sizes.draw(512, device, dtype)]
+        self.plain, form = best_plain(lambda form: trained(form, tensors[0], tensors[1], tensors[2]), device)
+        self.forms[self.plain] = form
+        reference = ours("reference")
+        references = {TWIN: plain_reference, FORGETTING: forgetting_reference}
+        mine = {TWIN: _twin(sizes)}
+        usable, self.left_out = available(device, dtype)
+        mine |= {named(impl): ours(impl) for impl in reversed(usable)}
+        for name, form in mine.items():
+            try:
+                check(form, references.get(name, reference), q, k, v, gradients=True)
+            except Unavailable as error:
+                raise RuntimeError(f"{name} {error}") from None
+            self.forms[name] = form
+        others: dict[str, Callable[[], Form]] = {
+            NAIVE: lambda: naive,
+            COMPILED: lambda: torch.compile(naive, dynamic=True),
+            X_TRANSFORMERS: x_transformers,
+            FORGETTING: lambda: forgetting(device),
+        }
+        if not compiled:
+            del others[COMPILED]
+            self.left_out[COMPILED] = "not asked for"
+        for name, make in others.items():
+            try:
+                form = make()
+                check(form, references.get(name, reference), q, k, v, gradients=True)
+            except (Unavailable, torch._dynamo.exc.TorchDynamoException) as error:
+                self.left_out[name] = str(error).strip().splitlines()[0]
+            else:
+                self.forms[name] = form
+
+    def picked(self, length: int) -> str:
+        """The case that `impl="auto"` picks."""
+        return named(choose(self.device.type, self.dtype, length, length))
+
+    def workload(self, work: Work, length: int, dense_up_to: int) -> Workload:
+        """Every form at one length.
+
+        Args:
+            work: "prefill", forward without gradients, or "train", forward and backward.
+            length: T.
+            dense_up_to: the longest T at which all forms that keep T * T values take part; beyond it
+                x-transformers stands for them.
+        """
+        left_out = dict(self.left_out)
+        q, k, v = self.sizes.draw(length, self.device, self.dtype)
+        if work == "train":
+            q, k, v = (x.requires_grad_() for x in (q, k, v))
+        bind = trained if work == "train" else read
+        flops, moved = self.sizes.flops(length, work), self.sizes.bytes(length, work, self.dtype)
+        cases = []
+        for name, form in self.forms.items():
+            if name == named("reference") != self.picked(length):
+                continue  # the naive form is the same, without its checks
+            if name in DENSE - {X_TRANSFORMERS} and length > dense_up_to:
+                left_out[name] = f"keeps T*T values; --dense-up-to {length} includes it"
+                continue
+            cases.append(Case(name, bind(form, q, k, v), flops, moved))
+        return Workload(
+            name=work,
+            length=length,
+            tokens=self.sizes.batch * length,
+            cases=cases,
+            baselines={"vs SDPA": self.plain, "vs twin": TWIN},
+            left_out=left_out,
+        )
+
+
+def sas_workload(work: Work, length: int, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Workload:
+    """SAS with 3x heads and 1.5x features, the published module against ours with its weights.
+
+    Raises:
+        RuntimeError: if they compute different things.
+    """
+    heads, size = sizes.n_heads, sizes.head_dim
+    wide, wide_size = 3 * heads, size * 3 // 2
+    torch.manual_seed(0)
+    published = PublishedSAS(heads, wide, size, wide_size, SAS_WIDTH).to(device, dtype)
+    own = SASCore(heads, wide, size, wide_size, SAS_WIDTH).to(device, dtype)
+    own.load_published_state_dict(published.state_dict())
+    with torch.no_grad():
+        x = [torch.randn(1, 67, heads, size, device=device, dtype=dtype) for _ in range(3)]
+        torch.testing.assert_close(own(*x), published(*x), rtol=0, atol=1e-4 if dtype.itemsize >= 4 else 5e-2)
+    q, k, v = (torch.randn(sizes.batch, length, heads, size, device=device, dtype=dtype) for _ in range(3))
+    if work == "train":
+        q, k, v = (x.requires_grad_() for x in (q, k, v))
+    per_token = 2 * (3 * SAS_WIDTH * size * wide * (heads + wide) + 2 * wide * wide_size * (size + wide_size))
+    per_token += 2 * (heads * size) ** 2
+    attention = Sizes(wide, wide, wide_size, size, sizes.batch)
+    flops = sizes.batch * length * per_token * (3 if work == "train" else 1) + attention.flops(length, work)
+    moved = Sizes(heads, heads, size, size, sizes.batch).bytes(length, work, dtype)
+    cases = []
+    for name, module in ((SAS_PUBLISHED, published), (SAS_OURS, own)):
+        extra = list(module.parameters())
+        run = trained(module, q, k, v, extra) if work == "train" else read(module, q, k, v)
+        cases.append(Case(name, run, flops, moved))
+    return Workload(
+        name=f"SAS {work}",
+        length=length,
+        tokens=sizes.batch * length,
+        cases=cases,
+        baselines={"vs publ.": SAS_PUBLISHED},
+    )
+
+
+def read(form: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
+    """Forward alone, without gradients."""
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            return form(q, k, v)
+
+    return run
+
+
+def trained(
+    form: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, parameters: Sequence[Tensor] = ()
+) -> Callable[[], Any]:
+    """Forward, and backward to q, k, v and the parameters."""
+    with torch.no_grad():
+        gradient = torch.randn_like(form(q, k, v))
+    inputs = [q, k, v, *parameters]
+    return lambda: torch.autograd.grad(form(q, k, v), inputs, gradient)
+
+
+def _twin(sizes: Sizes) -> Form:
+    return lambda q, k, v: plain_blocked(q, k, v, sizes.head_dim**-0.5)

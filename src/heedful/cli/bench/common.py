@@ -1,0 +1,378 @@
+"""What the benchmarks share: flags, checks, progress, tables, the files that are written."""
+
+import dataclasses
+import json
+import os
+import platform
+import shlex
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import heedful
+from heedful.bench.ceilings import Ceilings, measure_ceilings
+from heedful.bench.goals import Verdict
+from heedful.bench.workload import Figures, Workload, measure
+from heedful.cli.errors import UsageError
+from heedful.cli.parsing import flag, split
+
+WIDTH = 100
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Interrupted(RuntimeError):
+    """Ctrl-C; what was measured is on the disk."""
+
+
+def run_flags(name: str) -> list[Any]:
+    """Flags about the run, the same for every benchmark."""
+    return [
+        flag("device", str, "cpu", "where to run: cpu, cuda, ..."),
+        flag(
+            "turns", int | None, None, "times each case is measured; as many as --seconds allow if left out"
+        ),
+        flag("out", str, f"runs/bench/{name}", "folder for the raw figures, the tables and the plot"),
+    ]
+
+
+def threads_flag(default: str = "1") -> Any:
+    """`--threads`, for benchmarks that compare thread counts."""
+    return flag("threads", str, default, 'threads on the CPU, separated by commas; "all": every core')
+
+
+def seconds_flag(default: float) -> Any:
+    """`--seconds`."""
+    return flag("seconds", float, default, "for the cases of a table together; each runs 3 times at least")
+
+
+def memory_flag() -> Any:
+    """`--memory`."""
+    return flag("memory", bool, True, "measure the peak of extra memory: one more run of each case")
+
+
+def dtype_flag(help: str) -> Any:
+    """`--dtype`."""
+    return flag("dtype", Literal["fp32", "bf16", "fp16"], "fp32", help)
+
+
+def check_positive(values: Mapping[str, Any], *names: str) -> None:
+    """Raise UsageError unless these are None or above 0."""
+    for name in names:
+        if values[name] is not None and not values[name] > 0:
+            least = "1 or more" if isinstance(values[name], int) else "more than 0"
+            raise UsageError(f"--{name.replace('_', '-')} must be {least}, got {values[name]}")
+
+
+def check_run(values: Mapping[str, Any]) -> torch.device:
+    """The device, after checking what every benchmark has."""
+    if values["turns"] is not None and values["turns"] < 2:
+        raise UsageError(f"--turns must be 2 or more, got {values['turns']}")
+    try:
+        torch.zeros(1, device=values["device"])
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {values['device']}: {str(error).splitlines()[0]}") from None
+    return torch.device(values["device"])
+
+
+def numbers(name: str, text: str, least: int = 1) -> tuple[int, ...]:
+    """Whole numbers separated by commas, ascending, without repetition."""
+    values = split(f"--{name}", text, int)
+    if not values or min(values) < least:
+        raise UsageError(f"--{name} needs whole numbers from {least} on, separated by commas, got {text!r}")
+    return tuple(sorted(set(values)))
+
+
+def thread_counts(text: str, device: torch.device) -> list[int]:
+    """`--threads` as numbers; on an accelerator one entry, what PyTorch has."""
+    if device.type != "cpu":
+        return [torch.get_num_threads()]
+    every = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    counts = split("--threads", text.replace("all", str(every)), int)
+    if not counts or min(counts) < 1:
+        raise UsageError(f'--threads needs whole numbers from 1 on, or "all", got {text!r}')
+    return list(dict.fromkeys(counts))
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Where and with what it was measured."""
+    return {
+        "cpu": _cpu_name(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "torch": torch.__version__,
+        "heedful": heedful.__version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "day": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that runs, "+" where it has changes; None outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + (
+            "+" if git("status", "--porcelain", "-uno", ".") else ""
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+class Report:
+    """The screen and the folder of one benchmark.
+
+    Args:
+        name: of the benchmark: NAME.jsonl, NAME.txt and NAME.png are written.
+        out: the folder.
+        arguments: of the command, to be written beside every figure.
+        device: where it runs.
+        settings: written beside every figure.
+    """
+
+    def __init__(
+        self, name: str, out: str, arguments: Sequence[str], device: torch.device, settings: Mapping[str, Any]
+    ) -> None:
+        self.name, self.folder, self.device = name, Path(out), device
+        self.console = Console(highlight=False, record=True, width=self._width())
+        self.stderr = Console(stderr=True)
+        self.command = shlex.join(["heedful", "bench", name, *arguments])
+        self.about = {**settings, "command": self.command, **machine(device)}
+        self.n_rows = 0
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    @staticmethod
+    def _width() -> int:
+        screen = Console()
+        return screen.width if screen.is_terminal else max(WIDTH, screen.width)
+
+    @property
+    def path(self) -> Path:
+        """The raw figures."""
+        return self.folder / f"{self.name}.jsonl"
+
+    def start(self) -> None:
+        """Say where this runs."""
+        where = self.about["gpu"] or self.about["cpu"]
+        self.console.print(
+            f"{where}, torch {self.about['torch']}, commit {self.about['commit'] or 'unknown'}"
+        )
+
+    def caption(self, threads: str, what: str) -> str:
+        """What a plot says below it."""
+        where = self.about["gpu"] or f"{self.about['cpu']}, {threads}"
+        about = f"torch {self.about['torch']}, commit {self.about['commit'] or 'unknown'}"
+        return f"{where}; {what}\nmedians of interleaved runs; {about}"
+
+    def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append figures; the first ones replace the file of an earlier run."""
+        with self.path.open("a" if self.n_rows else "w", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps({**row, **self.about}) + "\n")
+        self.n_rows += len(rows)
+
+    def finish(self, *plots: Path) -> None:
+        """Write what was on the screen and name the files."""
+        text = self.folder / f"{self.name}.txt"
+        self.console.print("")
+        shown = self.console.export_text(clear=False)
+        text.write_text(f"$ {self.command}\n\n" + _stripped(shown), encoding="utf-8")
+        self.console.print(f"written: {', '.join(map(str, (self.path, text, *plots)))}", soft_wrap=True)
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Ctrl-C says what is there."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            if not self.n_rows:
+                raise Interrupted("interrupted before anything was measured; nothing is written") from None
+            raise Interrupted(
+                f"interrupted; the {self.n_rows} rows measured so far are in {self.path}"
+            ) from None
+
+    @contextmanager
+    def watch(self, what: str) -> Iterator[Callable[[int, int], None]]:
+        """A bar on a terminal; a line elsewhere."""
+        if not self.stderr.is_terminal:
+            self.stderr.print(f"measuring {what}", soft_wrap=True)
+            yield lambda done, total: None
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=self.stderr, transient=True) as bar:
+            task = bar.add_task(what, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _stripped(text: str) -> str:
+    return "\n".join(line.rstrip() for line in text.splitlines()).strip("\n") + "\n"
+
+
+def as_row(figures: Figures, ceilings: Ceilings, **more: Any) -> dict[str, Any]:
+    """One line of raw figures."""
+    row = dataclasses.asdict(figures)
+    timing = row.pop("timing")
+    timing.pop("name")
+    timing["samples"] = [float(f"{seconds:.5g}") for seconds in timing["samples"]]
+    return {
+        **row,
+        **timing,
+        "gemm_flops_per_second": ceilings.gemm,
+        "copy_bytes_per_second": ceilings.copy,
+        **more,
+    }
+
+
+def figures_table(title: str, workload: Workload, rows: Sequence[Figures], mark: str = "") -> Table:
+    """A line per case, within 100 columns; the case named `mark` gets a star."""
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    table.add_column("", no_wrap=True)
+    heads = ("median", "±", "tokens/s", *workload.baselines, "GFLOP/s", "GEMM", "copy")
+    for head in (*heads, "extra MB"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for row in rows:
+        spread = (row.timing.high - row.timing.low) / 2 / row.timing.seconds
+        table.add_row(
+            row.case + (" *" if row.case == mark else ""),
+            shown_time(row.timing.seconds),
+            f"{spread:.0%}",
+            f"{row.tokens_per_second:,.0f}",
+            *(f"{row.ratios[name]:.2f}" for name in workload.baselines.values()),
+            f"{row.flops_per_second / 1e9:,.1f}",
+            f"{row.of_gemm:.0%}",
+            f"{row.of_copy:.0%}",
+            "" if row.extra_bytes is None else f"{row.extra_bytes / 1e6:,.1f}",
+        )
+    return table
+
+
+def shown_time(seconds: float) -> str:
+    """With three digits, about."""
+    if seconds >= 10:
+        return f"{seconds:,.1f} s"
+    return (
+        f"{seconds * 1e3:,.{0 if seconds >= 0.1 else 1}f} ms"
+        if seconds >= 1e-3
+        else f"{seconds * 1e6:,.0f} us"
+    )
+
+
+def run_ceilings(report: Report, dtype: torch.dtype, threads: int) -> Ceilings:
+    """Measure what the shares in the tables are shares of, and say it."""
+    with report.watch("the ceilings of the machine"):
+        ceilings = measure_ceilings(report.device, dtype)
+    report.console.print("\n" + ceilings_line(ceilings, threads, report.device))
+    return ceilings
+
+
+def run_workload(
+    report: Report,
+    workload: Workload,
+    ceilings: Ceilings,
+    threads: int,
+    values: Mapping[str, Any],
+    mark: str = "",
+) -> list[Figures]:
+    """Measure, write the rows, show the table; the case named `mark` is what `impl="auto"` picks."""
+    with report.watch(f"{workload.name}, T = {workload.length:,}") as progress:
+        rows = measure(
+            workload,
+            ceilings,
+            report.device,
+            turns=values["turns"],
+            seconds=values["seconds"],
+            memory=values["memory"],
+            progress=progress,
+        )
+    report.write([as_row(row, ceilings, threads=threads, picked=row.case == mark) for row in rows])
+    title = f"{workload.name}, T = {workload.length:,}, {counted(threads)}, {values['dtype']}"
+    report.console.print(figures_table(title, workload, rows, mark))
+    for name, why in workload.left_out.items():
+        report.console.print(f"left out: {name}: {why}")
+    return rows
+
+
+def conclude(report: Report, verdicts: Sequence[Verdict], conditions: str) -> None:
+    """Goals and what was measured, or why there are none."""
+    if verdicts:
+        report.console.print(goals_table(verdicts))
+    else:
+        report.console.print(f"\nno goal was stated for these settings; goals are for {conditions}")
+
+
+def counted(threads: int) -> str:
+    """The number of threads in words."""
+    return f"{threads} thread{'s' if threads > 1 else ''}"
+
+
+def ceilings_line(ceilings: Ceilings, threads: int, device: torch.device) -> str:
+    """What the shares in the tables are shares of."""
+    rows, inner, columns = ceilings.gemm_shape
+    where = counted(threads) if device.type == "cpu" else device.type
+    return (
+        f"{where}: GEMM {ceilings.gemm / 1e9:,.0f} GFLOP/s at {rows} x {inner} x {columns}, "
+        f"copy {ceilings.copy / 1e9:,.1f} GB/s"
+    )
+
+
+def goals_table(verdicts: Sequence[Verdict]) -> Table:
+    """A line per goal."""
+    table = Table(
+        title="goals", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    for head in ("workload", "T", "", "against", "measured", "goal", ""):
+        table.add_column(head, justify="right" if head in ("T", "measured", "goal") else "left", no_wrap=True)
+    for v in verdicts:
+        table.add_row(
+            v.goal.workload,
+            f"{v.length:,}",
+            v.case + (", extra memory" if v.goal.measure != "time" else ""),
+            v.against,
+            shown_ratio(v.ratio, v.goal.limit, v.goal.measure),
+            shown_goal(v.goal.limit, v.goal.measure),
+            "met" if v.met else "[bold]missed[/]",
+        )
+    return table
+
+
+def shown_ratio(ratio: float, limit: float, measure: str) -> str:
+    """0.18 as "5.6x faster" where the goal is said so."""
+    if limit > 0.2:
+        return f"{ratio:.2f}"
+    return f"{1 / ratio:.1f}x {'less' if measure != 'time' else 'faster'}"
+
+
+def shown_goal(limit: float, measure: str) -> str:
+    """A limit as it was stated."""
+    if limit > 0.2:
+        return f"<= {limit:.2f}"
+    return f">= {1 / limit:.0f}x {'less' if measure != 'time' else 'faster'}"

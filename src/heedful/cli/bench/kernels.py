@@ -1,0 +1,203 @@
+"""`heedful bench kernels`."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from heedful.bench.goals import CONDITIONS, Verdict, judge, kernel_goals
+from heedful.bench.kernels import Kernels, Sizes, Work, sas_workload
+from heedful.bench.workload import Figures
+from heedful.cli.bench.common import (
+    DTYPES,
+    Report,
+    check_positive,
+    check_run,
+    conclude,
+    counted,
+    dtype_flag,
+    machine,
+    memory_flag,
+    numbers,
+    run_ceilings,
+    run_flags,
+    run_workload,
+    seconds_flag,
+    shown_time,
+    thread_counts,
+    threads_flag,
+)
+from heedful.cli.errors import UsageError
+from heedful.cli.parsing import flag, parse
+from heedful.ops.selective import choice
+
+DESCRIPTION = """Measure attention alone: forward ("prefill"), and forward and backward ("train").
+
+    heedful bench kernels                                       # some minutes on one core
+    heedful bench kernels --lengths 1024,2048,4096 --threads 1,all --out results/kernels
+    heedful bench kernels --device cuda --dtype bf16 --heads 16 --lengths 2048,4096,8192,16384
+
+Every implementation of selective attention that runs here, against plain SDPA (on CUDA its fastest backend), our
+kernel with selection off (its twin), the naive form, torch.compile of it, x-transformers and
+flash-linear-attention where installed; and SAS against the published module. Each is first checked to compute what
+it should. The star marks what impl="auto" picks. GFLOP/s count what causal attention needs; GEMM and copy are
+shares of the fastest matrix product and copy that were measured; ± is half the distance between the quartiles.
+With several --threads, of the forms that keep T*T values only x-transformers is measured with all numbers.
+Writes kernels.jsonl, kernels.txt and kernels.png. Ctrl-C keeps the rows measured so far.
+
+--write-table measures something else: all implementations at T = 16 ... 8,192, and writes for this device and
+precision the table by which impl="auto" picks."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Measure the kernels."""
+    values = parse(
+        "bench kernels",
+        DESCRIPTION,
+        [
+            flag("lengths", str, "1024,2048,4096", "T, separated by commas"),
+            flag("heads", int, 8, "query heads"),
+            flag("kv_heads", int | None, None, "key/value heads; as many as query heads if left out"),
+            flag("head_dim", int, 64, "size of queries and keys"),
+            flag("value_dim", int | None, None, "size of values; that of the keys if left out"),
+            flag("batch", int, 1, "sequences at once"),
+            dtype_flag("precision of queries, keys and values"),
+            threads_flag(),
+            seconds_flag(10.0),
+            flag(
+                "dense_up_to",
+                int,
+                2048,
+                "longest T for all forms that keep T*T values; beyond it x-transformers stands for them",
+            ),
+            flag("sas_lengths", str, "2048", 'T at which SAS is measured; "" for none'),
+            flag(
+                "compiled",
+                bool,
+                True,
+                "measure torch.compile of the naive form; needs a C++ compiler on the CPU",
+            ),
+            memory_flag(),
+            flag("write_table", bool, False, 'measure and write the table of impl="auto" instead'),
+            *run_flags("kernels"),
+        ],
+        arguments,
+    )
+    check_positive(values, "heads", "kv_heads", "head_dim", "value_dim", "batch", "seconds")
+    if values["dense_up_to"] < 0:
+        raise UsageError(f"--dense-up-to must be 0 or more, got {values['dense_up_to']}")
+    groups = values["kv_heads"] or values["heads"]
+    if values["heads"] % groups:
+        raise UsageError(f"--kv-heads must divide --heads {values['heads']}, got {groups}")
+    lengths = numbers("lengths", values["lengths"], least=2)
+    sas_lengths = numbers("sas-lengths", values["sas_lengths"], least=2) if values["sas_lengths"] else ()
+    device = check_run(values)
+    threads = thread_counts(values["threads"], device)
+    sizes = Sizes(
+        values["heads"],
+        groups,
+        values["head_dim"],
+        values["value_dim"] or values["head_dim"],
+        values["batch"],
+    )
+    dtype = DTYPES[values["dtype"]]
+    settings = {
+        name: values[name]
+        for name in ("heads", "kv_heads", "head_dim", "value_dim", "batch", "dtype", "device")
+    }
+    settings |= {"kv_heads": groups, "value_dim": sizes.value_dim}
+    report = Report("kernels", values["out"], arguments, device, settings)
+    with report.interruptible():
+        if values["write_table"]:
+            _write_table(report, device, dtype, sizes, threads[0], values)
+            return 0
+        report.start()
+        torch.set_num_threads(threads[0])
+        with report.watch("checking that the forms agree"):
+            kernels = Kernels(sizes, device, dtype, compiled=values["compiled"])
+        shown: list[Figures] = []
+        verdicts: list[Verdict] = []
+        for count in threads:
+            torch.set_num_threads(count)
+            rows, picked = _measure(report, kernels, lengths, sas_lengths, count, not shown, values)
+            shown = shown or rows
+            goals = kernel_goals(device, dtype, count, sizes)
+            verdicts += judge(goals, rows, picked)
+        conclude(report, verdicts, CONDITIONS)
+        report.finish(_plot(report, shown, kernels, threads[0], values["dtype"]))
+    return 0
+
+
+def _measure(
+    report: Report,
+    kernels: Kernels,
+    lengths: Sequence[int],
+    sas_lengths: Sequence[int],
+    threads: int,
+    first: bool,
+    values: dict[str, Any],
+) -> tuple[list[Figures], dict[tuple[str, int], str]]:
+    """All workloads with one number of threads; of the dense forms, later numbers see x-transformers only."""
+    device, dtype = kernels.device, kernels.dtype
+    ceilings = run_ceilings(report, dtype, threads)
+    works: tuple[Work, ...] = ("prefill", "train")
+    rows: list[Figures] = []
+    picked: dict[tuple[str, int], str] = {}
+    for length in lengths:
+        for work in works:
+            workload = kernels.workload(work, length, values["dense_up_to"] if first else 0)
+            if not first:
+                workload = dataclasses.replace(workload, left_out={})
+            picked[work, length] = kernels.picked(length)
+            rows += run_workload(report, workload, ceilings, threads, values, picked[work, length])
+    for length in sas_lengths:
+        for work in works:
+            workload = sas_workload(work, length, kernels.sizes, device, dtype)
+            rows += run_workload(report, workload, ceilings, threads, values)
+    return rows, picked
+
+
+def _plot(report: Report, rows: Sequence[Figures], kernels: Kernels, threads: int, dtype: str) -> Path:
+    from heedful.bench.plot import plot_ratios
+
+    path = report.folder / "kernels.png"
+    plot_ratios(
+        rows,
+        ("prefill", "train"),
+        path,
+        "Selective attention: time over plain attention",
+        report.caption(
+            counted(threads), f"{dtype}, {kernels.sizes.n_heads} heads of {kernels.sizes.head_dim}"
+        ),
+        kernels.picked(max(row.length for row in rows)),
+    )
+    return path
+
+
+def _write_table(
+    report: Report,
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: Sizes,
+    threads: int,
+    values: dict[str, Any],
+) -> None:
+    from heedful.bench.table import measure_implementations, write_entry
+
+    torch.set_num_threads(threads)
+
+    def show(length: int, took: dict[str, float]) -> None:
+        ranked = sorted(took, key=took.__getitem__)
+        report.console.print(f"T = {length:>5,}  " + "  ".join(f"{n} {shown_time(took[n])}" for n in ranked))
+
+    with report.watch("every implementation, forward and backward"):
+        seconds = measure_implementations(
+            device, dtype, sizes=sizes, seconds=values["seconds"], progress=show
+        )
+    here = machine(device)
+    about = {name: here[name] for name in ("cpu", "gpu", "torch", "commit", "day")}
+    about |= {"threads": threads, "command": report.command}
+    write_entry(choice.PATH, device, dtype, seconds, about)
+    report.console.print(f"written: {choice.PATH}", soft_wrap=True)

@@ -1,0 +1,103 @@
+"""`heedful bench train`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from heedful.bench.goals import judge
+from heedful.bench.models import CONDITIONS, FORMS, ModelSizes, goals, train_workload
+from heedful.bench.workload import Figures
+from heedful.cli.bench.common import (
+    DTYPES,
+    Report,
+    check_positive,
+    check_run,
+    conclude,
+    counted,
+    memory_flag,
+    numbers,
+    run_ceilings,
+    run_flags,
+    run_workload,
+    seconds_flag,
+    thread_counts,
+    threads_flag,
+)
+from heedful.cli.errors import UsageError
+from heedful.cli.parsing import flag, parse
+
+DESCRIPTION = """Measure training steps of whole models: forward, backward and AdamW.
+
+    heedful bench train
+    heedful bench train --lengths 512,1024,2048 --threads 1,all --out results/train
+
+The same model with MHA and softmax (the baseline), selective attention, selective attention with its memory loss,
+SAS (3x heads, 1.5x features), and SAS with selective attention. Writes train.jsonl, train.txt and train.png.
+Ctrl-C keeps the rows measured so far."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Measure training steps."""
+    values = parse(
+        "bench train",
+        DESCRIPTION,
+        [
+            flag("lengths", str, "1024", "T, separated by commas"),
+            flag("n_layers", int, 6, "blocks"),
+            flag("d_model", int, 512, "width, C"),
+            flag("n_heads", int, 8, "heads"),
+            flag("vocab_size", int, 8192, "tokens"),
+            flag("batch", int, 1, "texts in a step"),
+            flag("dtype", Literal["fp32", "bf16"], "fp32", "bf16: autocast; the weights stay fp32"),
+            threads_flag(),
+            seconds_flag(60.0),
+            memory_flag(),
+            *run_flags("train"),
+        ],
+        arguments,
+    )
+    shape = ("n_layers", "d_model", "n_heads", "vocab_size", "batch")
+    check_positive(values, *shape, "seconds")
+    lengths = numbers("lengths", values["lengths"], least=2)
+    device = check_run(values)
+    threads = thread_counts(values["threads"], device)
+    sizes, dtype = ModelSizes(**{name: values[name] for name in shape}), DTYPES[values["dtype"]]
+    try:
+        for form in FORMS.values():
+            sizes.config(max(lengths), **form)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    settings = {name: values[name] for name in (*shape, "dtype", "device")}
+    report = Report("train", values["out"], arguments, device, settings)
+    with report.interruptible():
+        report.start()
+        rows: list[Figures] = []
+        verdicts = []
+        for count in threads:
+            torch.set_num_threads(count)
+            ceilings = run_ceilings(report, dtype, count)
+            own: list[Figures] = []
+            for length in lengths:
+                workload = train_workload(length, sizes, device, dtype)
+                own += run_workload(report, workload, ceilings, count, values)
+            verdicts += judge(goals(device, dtype, count, sizes), own, {})
+            rows = rows or own
+        conclude(report, verdicts, CONDITIONS)
+        report.finish(_plot(report, rows, sizes, counted(threads[0]), values["dtype"]))
+    return 0
+
+
+def _plot(report: Report, rows: Sequence[Figures], sizes: ModelSizes, threads: str, dtype: str) -> Path:
+    from heedful.bench.plot import plot_bars
+
+    path = report.folder / "train.png"
+    shape = f"{sizes.n_layers} layers, C = {sizes.d_model}, {sizes.n_heads} heads"
+    plot_bars(
+        rows,
+        path,
+        "Training steps: time over the same model with MHA",
+        report.caption(threads, f"{dtype}, {shape}"),
+    )
+    return path
