@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from heedful.ops.gemm import add_product
 from heedful.ops.precision import no_autocast, wide_dtype
 from heedful.ops.selective.tiles import Tile, Tiles, blocks_of, exclusive_sum
 
@@ -184,7 +185,7 @@ def _attend_block(
             weights.exp_()
             job.hide(tile, weights)
             sums.add_(weights.sum(-1, keepdim=True))
-            unit.add_product(into, flat, values[unit.planes, tile.keys], fresh=tile.left == 0)
+            add_product(into, flat, values[unit.planes, tile.keys], fresh=tile.left == 0)
     return total, largest
 
 
@@ -332,15 +333,15 @@ def _differentiate_block(
                 weights.sub_(logs).clamp_(limits.lowest, -limits.lowest)
             weights.exp_()
             job.hide(tile, weights)
-            unit.add_product(dv[place], flat.mT, d)
+            add_product(dv[place], flat.mT, d)
             flat = job.product("d_logits", d, values[place])
             d_logits = flat.view(weights.shape).sub_(deltas).mul_(weights)
             if votes is not None and d_masks is not None:
                 job.add_heard(d_masks, d_logits, unit.heads)
                 if unit is units[0]:
                     _vote_gradient(job, tile, votes, d_masks, d_logits, gradients)
-            unit.add_product(into, flat, k, fresh=tile.left == 0)
-            unit.add_product(dk[place], flat.mT, q)
+            add_product(into, flat, k, fresh=tile.left == 0)
+            add_product(dk[place], flat.mT, q)
     gradients.q[:, :, rows] = dq
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from heedful.ops.gemm import product
 from heedful.ops.masks import rank_in_segment
 from heedful.ops.precision import wide_dtype
 
@@ -195,7 +196,7 @@ class Tiles:
 
     def product(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         """The flat product x y^T, in the scratch memory `name`."""
-        return torch.matmul(x, y.mT, out=self.scratch(name, *x.shape[:-1], y.shape[-2]))
+        return product(x, y, self.scratch(name, *x.shape[:-1], y.shape[-2]))
 
     def select_logits(self, tile: Tile) -> Tensor:
         """Scaled logits of selection heads of their own, (B, R, n, w)."""
@@ -282,13 +283,6 @@ class Unit(NamedTuple):
         if isinstance(self.planes, int):
             return x.reshape(-1, x.shape[-1])
         return x.reshape(self.planes.stop - self.planes.start, -1, x.shape[-1])
-
-    def add_product(self, total: Tensor, a: Tensor, b: Tensor, fresh: bool = False) -> None:
-        """Add the flat product a b to the flat total, or put it there."""
-        if a.ndim == 2:
-            total.addmm_(a, b, beta=0 if fresh else 1)
-        else:
-            total.baddbmm_(a, b, beta=0 if fresh else 1)
 
 
 def blocks_of(length: int) -> int:
