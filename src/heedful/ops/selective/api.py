@@ -18,10 +18,12 @@ from heedful.ops.checks import (
 from heedful.ops.masks import rank_in_segment, visible_keys, voted_keys
 from heedful.ops.precision import no_autocast, to_autocast_dtype
 from heedful.ops.selective.blocked import selective_blocked
+from heedful.ops.selective.choice import choose
 from heedful.ops.selective.count import blocked_count
+from heedful.ops.selective.newest import selective_newest
 from heedful.ops.selective.reference import selective_reference
 from heedful.ops.selective.sdpa import selective_sdpa
-from heedful.ops.selective.triton import selective_triton
+from heedful.ops.selective.triton import selective_triton, unavailable
 
 
 class DenseImplementation(Protocol):
@@ -86,7 +88,7 @@ def selective_attention(
         impl: "reference" (the formula, all logits in memory), "sdpa" (F as a bias of PyTorch's fused
             attention), "blocked" (blocks of queries, memory grows with T; no double backward), "triton" (the
             same as kernels for NVIDIA GPUs: float16, bfloat16 and float32, head sizes up to 128), or "auto":
-            blocked on the CPU, sdpa elsewhere and for a single query.
+            the fastest for device, dtype and shape by a table of measurements (`ops/selective/choice.py`).
 
     Returns:
         out: (B, H, T, E) in the dtype of v.
@@ -118,14 +120,19 @@ def selective_attention(
         select = (select_q, select_k, select_q.shape[-1] ** -0.5 if scale is None else scale)
     _check_masks(q, batch, selectors, length, n_keys, soft_mask, key_mask, segment_ids)
     scale = size**-0.5 if scale is None else scale
-    if impl == "auto":
-        impl = "blocked" if q.device.type == "cpu" and length > 1 else "sdpa"
+    one = impl == "auto" and length == 1
+    if impl == "auto" and not one:
+        without = () if q.device.type == "cpu" or unavailable(q, v, select_q) is None else ("triton",)
+        impl = choose(q.device.type, q.dtype, length, n_keys, without)
     with no_autocast(q.device):
         if impl in BLOCKED:
             return BLOCKED[impl](q, k, v, select, soft_mask, key_mask, segment_ids, scale)
+        if one and key_mask is None and segment_ids is None:
+            return selective_newest(q, k, v, select, soft_mask, None, None, scale)
         visible = visible_keys(length, n_keys, key_mask, segment_ids, q.device)
         voted = voted_keys(visible, rank_in_segment(n_keys, key_mask, segment_ids, q.device))
-        return DENSE[impl](q, k, v, select, soft_mask, visible, voted, scale)
+        attend = selective_newest if one else DENSE[impl]
+        return attend(q, k, v, select, soft_mask, visible, voted, scale)
 
 
 def attend_visible(
