@@ -116,7 +116,7 @@ class Layers:
         else:
             wide = _token_rows(_conv(active, self.conv2).add_(hidden))
             d_wide = _features_backward(wide, self.features, placement, grad, sums[2:], d_norm)
-        d_out = d_wide.permute(1, 2, 0).contiguous()[:, None].permute(0, 3, 1, 2)  # channels-last
+        d_out = _heads_last(d_wide)
         d_active = _conv_backward(active, self.conv2, d_out, sums[1:2], True)
         assert d_active is not None
         d_hidden = torch.ops.aten.threshold_backward(d_active, active, 0).add_(d_out)
@@ -143,9 +143,19 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.transpose(2, 3).reshape(-1, 1, size, heads).permute(0, 3, 1, 2)
 
 
+# PyTorch transposes matrices several times faster than it permutes three axes.
+
+
 def _token_rows(x: Tensor) -> Tensor:
     """(n, Ĥ, 1, D) with the heads innermost -> (Ĥ, n, D)."""
-    return x[:, :, 0].transpose(0, 1).contiguous()
+    n, heads, _, size = x.shape
+    return x.permute(0, 2, 3, 1).reshape(-1, heads).t().contiguous().view(heads, n, size)
+
+
+def _heads_last(x: Tensor) -> Tensor:
+    """(Ĥ, n, D) -> (n, Ĥ, 1, D) with the heads innermost."""
+    heads, n, size = x.shape
+    return x.reshape(heads, -1).t().contiguous().view(n, 1, size, heads).permute(0, 3, 1, 2)
 
 
 def _conv(rows: Tensor, layer: Layer) -> Tensor:
