@@ -213,6 +213,7 @@ def _backward(
         *(*inputs, dk, dv, *strides, *counts, job.heads, job.groups, job.selectors, owners),
         *(scale, select_scale),
         **job.sizes(),
+        ROWS=launch.rows,
     )
     if owners != job.groups:
         dk, dv = (x.unflatten(1, (job.groups, -1)).sum(2).to(like.dtype) for x, like in ((dk, k), (dv, v)))

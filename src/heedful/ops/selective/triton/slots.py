@@ -19,8 +19,8 @@ def attend_slots_triton(
         k: (B, G, C, D).
         v: (B, G, C, E).
         soft_mask: (B, C) float32, the votes against each slot so far; not changed.
-        positions: (B, C) int64, -1 = empty: whatever it holds is not attended to; 0 = the first real token, which nobody votes on and
-            which is never evicted.
+        positions: (B, C) int64, -1 = empty: whatever such a slot holds is not attended to; 0 = the first real
+            token, which nobody votes on and which is never evicted.
         newest: (B, 1) int64, the slot of the query's own token, which it does not vote on.
         scale: multiplies the logits.
 

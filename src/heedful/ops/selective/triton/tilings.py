@@ -21,6 +21,8 @@ class Launch:
     """Heads per program that share a tile of F."""
     span: int = 8
     """Tiles of keys per program, where a program does not take all of them."""
+    rows: int = 32
+    """Queries at a time, in the kernel that owns keys."""
 
 
 @dataclass(frozen=True)
@@ -37,30 +39,35 @@ class Tiling:
 
 
 # By the largest of the head sizes, padded to a power of two.
-HALF = {
-    size: Tiling(
-        block=64,
-        votes=Launch(64),
-        attend=Launch(64, heads=2),
-        query=Launch(64),
-        key=Launch(64),
-        selection=Launch(64),
-        later=Launch(64),
-    )
-    for size in (16, 32, 64, 128)
-}
-SINGLE = {
-    size: Tiling(
-        block=32,
-        votes=Launch(32),
-        attend=Launch(32),
-        query=Launch(32),
-        key=Launch(32),
-        selection=Launch(32),
-        later=Launch(32),
-    )
-    for size in (16, 32, 64, 128)
-}
+_UP_TO_64 = Tiling(
+    block=64,
+    votes=Launch(64),
+    attend=Launch(32, stages=3, heads=2),
+    query=Launch(32, stages=3, heads=2),
+    key=Launch(64, rows=32),
+    selection=Launch(32, stages=1),
+    later=Launch(64),
+)
+_128 = Tiling(
+    block=64,
+    votes=Launch(64),
+    attend=Launch(32, stages=3),
+    query=Launch(32, stages=3),
+    key=Launch(32, rows=32),
+    selection=Launch(32),
+    later=Launch(32),
+)
+HALF = {16: _UP_TO_64, 32: _UP_TO_64, 64: _UP_TO_64, 128: _128}
+_SINGLE = Tiling(
+    block=32,
+    votes=Launch(32),
+    attend=Launch(32),
+    query=Launch(32),
+    key=Launch(32, rows=32),
+    selection=Launch(32),
+    later=Launch(32),
+)
+SINGLE = dict.fromkeys((16, 32, 64, 128), _SINGLE)
 DECODE = Launch(64)
 
 

@@ -228,13 +228,15 @@ def key_gradient(
     S_PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
     KEYS: tl.constexpr,
+    ROWS: tl.constexpr,
     CODED: tl.constexpr,
     EXACT: tl.constexpr,
 ):
     """dk (B, owners, S, D) and dv (B, owners, S, E) of one tile of keys.
 
     An owner is a group of query heads with one key head and one selection head, which share F. Tiles are
-    transposed here, keys by queries, so that products over the queries need no transposition of weights.
+    transposed here, keys by queries, so that products over the queries need no transposition of weights; a block
+    is taken ROWS queries at a time.
     """
     tiles = tl.cdiv(n_keys, KEYS)
     start = tl.program_id(0) % tiles * KEYS
@@ -258,36 +260,32 @@ def key_gradient(
     dv_sum = tl.zeros([KEYS, V_PADDED], tl.float32)
     nearest = tl.maximum(start - earlier, 0) // BLOCK
     far = tl.minimum(tl.cdiv(tl.maximum(start + KEYS - earlier, 0), BLOCK), n_blocks)
+    running = tl.zeros([KEYS], tl.float32)
     for FAR in tl.static_range(2):
         lowest = far if FAR else nearest
         highest = n_blocks if FAR else far
-        for block in range(lowest, highest):
-            rows = block * BLOCK + tl.arange(0, BLOCK)
+        for start_row in range(lowest * BLOCK, highest * BLOCK, ROWS):
+            block = start_row // BLOCK
+            rows = start_row + tl.arange(0, ROWS)
             at = earlier + rows
             at_code = load_codes(code, at, n_keys, CODED)
             at_, key_ = at[None, :], key[:, None]
             at_code_, key_code_ = at_code[None, :], key_code[:, None]
-            selecting = load_rows(select_q, sq_row, block * BLOCK, length, BLOCK, S_SIZE, S_PADDED)
+            selecting = load_rows(select_q, sq_row, start_row, length, ROWS, S_SIZE, S_PADDED)
             votes = product(selected, tl.trans(selecting), EXACT) * select_scale
             votes = votes_of(votes, at_, key_, at_code_, key_code_, CODED, 1 - FAR)
             at_before = before + (before_row + block) * n_keys + key
-            earlier_votes = tl.load(at_before, mask=key < n_keys, other=0.0)
-            soft_mask = sum_before_columns(votes, BLOCK, EXACT) + earlier_votes[:, None]
+            known = tl.load(at_before, mask=key < n_keys, other=0.0)
+            running = tl.where(start_row % BLOCK == 0, known, running)
+            soft_mask = sum_before_columns(votes, ROWS, EXACT) + running[:, None]
+            running += tl.sum(votes, 1)
             soft_mask = hide(-soft_mask, at_, key_, at_code_, key_code_, CODED, 1 - FAR)
             for head in range(owner * shared, (owner + 1) * shared):
                 first = (batch * heads + head) * length
-                queries = load_rows(
-                    q + batch * q_batch + head * q_head, q_row, block * BLOCK, length, BLOCK, SIZE, PADDED
-                )
-                d_rows = load_rows(
-                    d_out + batch * d_batch + head * d_head,
-                    d_row,
-                    block * BLOCK,
-                    length,
-                    BLOCK,
-                    V_SIZE,
-                    V_PADDED,
-                )
+                head_q = q + batch * q_batch + head * q_head
+                head_d = d_out + batch * d_batch + head * d_head
+                queries = load_rows(head_q, q_row, start_row, length, ROWS, SIZE, PADDED)
+                d_rows = load_rows(head_d, d_row, start_row, length, ROWS, V_SIZE, V_PADDED)
                 sums = tl.load(log_sum + first + rows, mask=rows < length, other=float("inf"))
                 deltas = tl.load(delta + first + rows, mask=rows < length, other=0.0)
                 logits = product(keys, tl.trans(queries), EXACT) * scale + soft_mask

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from heedful.ops.selective.triton.kernels.tiles import (
     LOG2_E,
+    add_columns,
     add_rows,
     hide,
     load_codes,
@@ -21,6 +22,7 @@ from heedful.ops.selective.triton.kernels.tiles import (
     sum_after,
     sum_before,
     votes_of,
+    wide_product_left,
 )
 
 
@@ -144,15 +146,11 @@ def within_blocks(
             tl.store(sums + key, tl.sum(g, 0), mask=key < n_keys)
             d_votes = tl.where(votes > 0.0, -sum_after(g, BLOCK, EXACT), 0.0) * select_scale
             gradient = plus_wide_product(gradient, d_votes, selected, EXACT)
-            d_keys = plus_wide_product(
-                tl.zeros([KEYS, S_PADDED], tl.float32), tl.trans(d_votes), selecting, EXACT
-            )
-            add_rows(
-                d_select_k + row * n_keys * S_SIZE, S_SIZE, start, n_keys, d_keys, KEYS, S_SIZE, S_PADDED
-            )
+            # Transposed, so that the longer axis comes first and the product is one for tensor cores of Hopper.
+            d_keys = wide_product_left(tl.trans(selecting), d_votes, EXACT)
+            add_columns(d_select_k + row * n_keys * S_SIZE, start, n_keys, d_keys, KEYS, S_SIZE, S_PADDED)
         add_rows(
             d_select_q + row * length * S_SIZE,
-            S_SIZE,
             block * BLOCK,
             length,
             gradient,

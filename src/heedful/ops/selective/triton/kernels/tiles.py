@@ -22,10 +22,23 @@ def store_rows(base, stride, first, n_rows, x, ROWS: tl.constexpr, SIZE: tl.cons
 
 
 @triton.jit
-def add_rows(base, stride, first, n_rows, x, ROWS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr):
-    """Add x to rows of a (n_rows, SIZE) matrix that other programs add to as well."""
-    offsets, inside = _places(stride, first, n_rows, ROWS, SIZE, PADDED)
-    tl.atomic_add(base + _wide(first) * stride + offsets, x, mask=inside, sem="relaxed")
+def add_rows(base, first, n_rows, x, ROWS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr):
+    """Add x to rows of a contiguous (n_rows, SIZE) matrix that other programs add to as well."""
+    rows, columns = first + tl.arange(0, ROWS)[:, None], tl.arange(0, PADDED)[None, :]
+    inside = rows < n_rows
+    if SIZE < PADDED:
+        inside = inside & (columns < SIZE)
+    tl.atomic_add(base + (rows * SIZE + columns), x, mask=inside, sem="relaxed")
+
+
+@triton.jit
+def add_columns(base, first, n_rows, x, ROWS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr):
+    """The same for x (PADDED, ROWS), transposed."""
+    rows, columns = first + tl.arange(0, ROWS)[None, :], tl.arange(0, PADDED)[:, None]
+    inside = rows < n_rows
+    if SIZE < PADDED:
+        inside = inside & (columns < SIZE)
+    tl.atomic_add(base + (rows * SIZE + columns), x, mask=inside, sem="relaxed")
 
 
 @triton.jit
@@ -76,6 +89,15 @@ def plus_wide_product(total, a, b, EXACT: tl.constexpr):
         return plus_product(total, a, b.to(tl.float32), EXACT)
     else:
         return plus_product(total, narrow(a, b.dtype), b, EXACT)
+
+
+@triton.jit
+def wide_product_left(a, b, EXACT: tl.constexpr):
+    """The product a b for float32 b of any size."""
+    if a.dtype == tl.float16:
+        return product(a.to(tl.float32), b, EXACT)
+    else:
+        return product(a, narrow(b, a.dtype), EXACT)
 
 
 @triton.jit
