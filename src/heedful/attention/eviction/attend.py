@@ -1,5 +1,6 @@
 """Attention over an evicting cache: evict, attend, vote, for one token or for many at once."""
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,22 +53,35 @@ def attend_evicting(
     if key_mask is not None:
         cache.ragged = True
     real = real_tokens(key_mask, batch, length, x.device)
-    cache.expect(length)
-    outputs, together = [], 1 if cache.policy.needs_weights else BLOCK
-    for start in range(0, length, together):
-        n = min(together, length - start)
-        now = {name: tensor.narrow(token_axis(tensor), start, n) for name, tensor in memory.items()}
-        part = slice(start, start + n)
-        if n > 1 or not cache.filled:  # without state of ours, the score shows what state it keeps
-            outputs.append(_block(layer, x[:, part], q[:, :, part], now, real[:, part], cache))
-        elif not cache.ragged and cache.rule.evict_every == 1 and cache.rule.threshold is None:
-            outputs.append(_next(layer, x[:, part], q[:, :, part], now, cache))
-        else:
-            outputs.append(_one(layer, x[:, part], q[:, :, part], now, real[:, part], cache))
     if length == 1:
-        return outputs[0]
-    cache.note_piece(memory)
+        return _part(layer, x, q, memory, real, cache)
+    together = 1 if cache.policy.needs_weights else BLOCK
+    starts = range(0, length, together)
+    with cache.long_piece(together) if len(starts) > 1 else nullcontext():
+        outputs = []
+        for start in starts:
+            n = min(together, length - start)
+            now = {name: tensor.narrow(token_axis(tensor), start, n) for name, tensor in memory.items()}
+            part = slice(start, start + n)
+            outputs.append(_part(layer, x[:, part], q[:, :, part], now, real[:, part], cache))
+        cache.note_piece(memory)
     return torch.cat(outputs, dim=2)
+
+
+def _part(
+    layer: "Attention",
+    x: Tensor,
+    q: Tensor,
+    memory: dict[str, Tensor],
+    real: Tensor,
+    cache: EvictingCache,
+) -> Tensor:
+    """A block of tokens, or one, by the way that fits."""
+    if x.shape[1] > 1 or not cache.filled:  # without state of ours, the score shows what state it keeps
+        return _block(layer, x, q, memory, real, cache)
+    if not cache.ragged and cache.rule.evict_every == 1 and cache.rule.threshold is None:
+        return _next(layer, x, q, memory, cache)
+    return _one(layer, x, q, memory, real, cache)
 
 
 def _next(
@@ -132,11 +146,13 @@ def _block(
     positions, everything, rated = newest, memory, policy.start(newest)
     state: dict[str, Tensor] = {}
     if cache.filled:
-        old, state, held = cache.in_use()
-        everything = {n: torch.cat((old[n], t), dim=token_axis(t)) for n, t in memory.items()}
+        everything, state, held = cache.beside(memory)
         positions = torch.cat((held, newest), dim=1)
         if not policy.selective:
             rated = torch.cat((cache.scores[:, : held.shape[1]], rated), dim=1)
+        # what was just written is in the processor's cache
+        before = held.shape[1]
+        memory = {n: t.narrow(token_axis(t), before, length) for n, t in everything.items()}
     k, v = layer.keys_values(everything)
     gone_at: Tensor | None = None
     lost: Tensor | None = None

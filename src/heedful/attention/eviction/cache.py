@@ -1,6 +1,7 @@
 """A cache of slots: it holds a budget of tokens, and a new token overwrites the one that is evicted."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -54,6 +55,7 @@ class EvictingCache(LayerCache):
         self._book: dict[str, Tensor] = {}
         self._room = 0  # slots that are free for certain, where there is no budget
         self._peak = 0
+        self._extra = 0  # places behind the slots, while a long piece is read
         self._journal: list[tuple[str, Tensor, Tensor]] | None = None
 
     @property
@@ -124,14 +126,34 @@ class EvictingCache(LayerCache):
         piece = sum(t.numel() * t.element_size() for t in memory.values())
         self._peak = max(self._peak, self.nbytes + piece)
 
-    def expect(self, length: int) -> None:
-        """Prepare for a piece: one that overwrites slots time and again is undone from a copy of them all."""
-        if self._journal is None or length <= self.n_slots:
-            return
-        for name, storage in self._storage.items():
-            slot = torch.arange(storage.shape[token_axis(storage)], device=storage.device)
-            self._journal.append((name, slot.expand(storage.shape[0], -1), storage.clone()))
-        self._journal = None
+    @contextmanager
+    def long_piece(self, block: int) -> Iterator[None]:
+        """While a piece is read in several blocks: room behind the slots for the tokens of one block."""
+        if self._journal is not None:  # slots are overwritten time and again: keep them all, once
+            for name, storage in self._storage.items():
+                slot = torch.arange(self.positions.shape[1], device=storage.device).expand(
+                    storage.shape[0], -1
+                )
+                self._journal.append((name, slot, storage.clone()))
+            self._journal = None
+        self._resize_storage(block)
+        try:
+            yield
+        finally:
+            self._resize_storage(0)
+
+    def beside(self, memory: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+        """As `in_use`, with the tensors of new tokens behind those of the slots; nothing is remembered of them."""
+        held, state, positions = self.in_use()
+        if not self._extra:
+            held = {name: torch.cat((held[name], new), dim=token_axis(new)) for name, new in memory.items()}
+            return held, state, positions
+        used = positions.shape[1]
+        for name, new in memory.items():
+            storage, axis = self._storage[name], token_axis(new)
+            storage.narrow(axis, used, new.shape[axis]).copy_(new)
+            held[name] = storage.narrow(axis, 0, used + new.shape[axis])
+        return held, state, positions
 
     def check_dtypes(self, memory: dict[str, Tensor]) -> None:
         """Raise TypeError for tokens in another precision than those held."""
@@ -157,12 +179,15 @@ class EvictingCache(LayerCache):
 
     def held(self) -> dict[str, Tensor]:
         """The named tensors of the slots, (B, G, C, ·) or (B, C)."""
-        return dict(self._storage)
+        if not self._extra:
+            return dict(self._storage)
+        slots = self.positions.shape[1]
+        return {name: t.narrow(token_axis(t), 0, slots) for name, t in self._storage.items()}
 
     def in_use(self) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
         """Tensors, state and positions of the slots in use, for rows that hold equally many tokens."""
         if self.seen >= self.n_slots:  # a shape that the compiler can rely on
-            return dict(self._storage), dict(self.state), self.positions
+            return self.held(), dict(self.state), self.positions
         n = self.seen
         tensors = {name: t.narrow(token_axis(t), 0, n) for name, t in self._storage.items()}
         return tensors, {name: t[..., :n] for name, t in self.state.items()}, self.positions[:, :n]
@@ -317,7 +342,7 @@ class EvictingCache(LayerCache):
         wide = torch.float64 if like.dtype == torch.float64 else torch.float32
         for name, value in memory.items():
             shape = list(value.shape)
-            shape[token_axis(value)] = slots
+            shape[token_axis(value)] = slots + self._extra
             self._storage[name] = value.new_zeros(shape)
         self._book["positions"] = torch.full((batch, slots), -1, device=device)
         self._book["arrived"] = torch.zeros(batch, 1, dtype=torch.long, device=device)
@@ -345,9 +370,19 @@ class EvictingCache(LayerCache):
 
     def _grow_to(self, slots: int) -> None:
         for name, tensor in self._storage.items():
-            self._storage[name] = _padded(tensor, slots, 0, token_axis(tensor))
+            self._storage[name] = _padded(tensor, slots + self._extra, 0, token_axis(tensor))
         self._book["positions"] = _padded(self.positions, slots, -1)
         self.state = {name: _padded(tensor, slots, 0) for name, tensor in self.state.items()}
+
+    def _resize_storage(self, extra: int) -> None:
+        """Have so many places behind the slots."""
+        self._extra = extra
+        if self.filled:
+            slots = self.positions.shape[1]
+            for name, tensor in self._storage.items():
+                axis = token_axis(tensor)
+                held = tensor.narrow(axis, 0, slots)
+                self._storage[name] = _padded(held, slots + extra, 0, axis) if extra else held.clone()
 
     def _zeros(self, state_names: Sequence[str], slot: Tensor) -> dict[str, Tensor]:
         """What the per-token state of new tokens starts at."""

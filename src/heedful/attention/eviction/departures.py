@@ -55,8 +55,9 @@ def _of_row(rule: Rule, rated: Tensor, positions: Tensor, alive: int) -> Tensor:
         if left:
             priorities = parts[part].index_select(1, torch.tensor(left, device=parts.device)).tolist()
             for candidate, column in enumerate(left):
-                for row in priorities[: max(0, column - before - start + 1)]:
-                    row[candidate] = NOBODY  # not yet there, or the newest
+                if column >= before + start:
+                    for row in priorities[: column - before - start + 1]:
+                        row[candidate] = NOBODY  # not yet there, or the newest
             for candidate, query in _in_turn(rule, priorities, newest[start : start + TOGETHER], alive):
                 gone_at[left[candidate]] = start + query
                 alive -= 1
@@ -76,8 +77,7 @@ def _candidates(
         before: the columns of tokens that were there before the first query.
         over: for each part how many tokens are too many by its end, if nobody had gone.
     """
-    n_parts, n, total = parts.shape
-    most, device = parts.amax(1), parts.device
+    most = parts.amax(1)
     may = most > (torch.inf if rule.threshold is None else rule.threshold)
     needed = min(max(over), before)
     bounds = [torch.inf if m <= 0 else NOBODY for m in over]
@@ -86,12 +86,10 @@ def _candidates(
         some = torch.where(held, parts[0, 0, :before], NOBODY).topk(needed).indices
         least = torch.where(held, parts[..., :before].amin(1), NOBODY)[:, some].cummin(1).values.tolist()
         bounds = [least[p][m - 1] if 0 < m <= needed else bounds[p] for p, m in enumerate(over)]
-    may |= most >= torch.tensor(bounds, dtype=most.dtype, device=device)[:, None]
-    born = (
-        torch.arange(total, device=device) < before + n * torch.arange(1, n_parts + 1, device=device)[:, None]
-    )
+    may |= most >= torch.tensor(bounds, dtype=most.dtype, device=parts.device)[:, None]
+    may &= positions > 0
     order = positions.argsort()
-    part, column = (may & born & (positions > 0))[:, order].nonzero(as_tuple=True)
+    part, column = may[:, order].nonzero(as_tuple=True)
     columns: list[list[int]] = [[] for _ in over]
     for p, c in zip(part.tolist(), order[column].tolist(), strict=True):
         columns[p].append(c)
