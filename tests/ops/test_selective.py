@@ -10,11 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from heedful.ops import selective_attention, unmasked_count
 from heedful.ops.dot_product import attention_reference
 from heedful.ops.masks import visible_keys
-from heedful.ops.selective import api
+from heedful.ops.selective import api, blocked
 from heedful.ops.selective.blocked import plain_blocked
 
 IMPLS = ["auto", "reference", "sdpa", "blocked"]
@@ -697,4 +698,45 @@ def test_blocked_stays_exact_where_weights_underflow(size: float):
         selective_attention(q.double(), k.double(), v.double(), impl="reference"),
         strict=True,
     ):
+        close(got / expected.abs().max(), expected / expected.abs().max(), 1e-5)
+
+
+class DenormalsOf(TorchDispatchMode):
+    """Counts the numbers that every operation makes below the normal ones."""
+
+    found = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if (
+            isinstance(made, Tensor)
+            and made.is_floating_point()
+            and not func.is_view
+            and "empty" not in str(func)
+        ):
+            smallest = torch.finfo(made.dtype).tiny
+            self.found += int(((made != 0) & (made.abs() < smallest)).sum())
+        return made
+
+
+@pytest.mark.parametrize("size", [0.5, 1.0, 5.0])
+def test_blocked_makes_no_denormal_numbers_of_small_gradients(size: float, monkeypatch: pytest.MonkeyPatch):
+    """They are right but a hundred times slower: no weight may be so small that its products become denormal."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 700, 8) * s for s in (size, size, 1.0))
+    gradient = 1e-8 * torch.randn(1, 2, 700, 8)
+    monkeypatch.setattr(
+        blocked, "_forward", blocked._forward._init_fn
+    )  # inside operators no mode sees anything
+    monkeypatch.setattr(blocked, "_backward", blocked._backward._init_fn)
+    scale = 8**-0.5
+    with DenormalsOf() as counter:
+        out, _, before, log_sum = blocked._forward(q, k, v, None, None, None, None, None, scale, scale, True)
+        gradients = blocked._backward(
+            q, k, v, None, None, None, None, out, before, log_sum, gradient, None, scale, scale, True
+        )
+    assert counter.found == 0
+    leaves = [t.double().requires_grad_() for t in (q, k, v)]
+    right, _ = selective_attention(*leaves, impl="reference")
+    for got, expected in zip(gradients, torch.autograd.grad(right, leaves, gradient.double()), strict=False):
         close(got / expected.abs().max(), expected / expected.abs().max(), 1e-5)

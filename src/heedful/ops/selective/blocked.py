@@ -22,31 +22,33 @@ from heedful.ops.selective.tiles import Tile, Tiles, blocks_of, exclusive_sum
 
 
 class Range(NamedTuple):
-    """How the exponentials stay inside the numbers of their dtype, away from the slow denormal ones.
+    """What weighs nothing, and whether the exponentials can do without a maximum.
 
-    With logits up to b in size, a row's sum is at least exp(-b), for its own token has F = 0. F may then be cut
-    off where even a logit of b weighs less than rounding: at c with c - 2b large, and -b - c still a normal
-    number.
+    A key whose weight is below exp(-margin) of its row's sum is lost in rounding, with room for a million such
+    keys. It gets about that weight, never less: its true weight could be a denormal number, or become one in a
+    product with a small gradient, and those slow a product down a hundred times.
+
+    With logits up to b in size a row's sum is at least exp(-b), as its own token has F = 0. F may then be cut off
+    at 2b + margin, and all weights lie between exp(-3b - margin) and exp(b): no maximum is needed if 3b + margin
+    stays inside the numbers of the dtype.
     """
 
-    lowest: float
-    """Where exp is still a normal number."""
+    margin: float
     bounded: bool
-    """Whether the logits are so small that no maximum is needed."""
+    """Whether the logits are that small."""
     largest_mask: float
-    """Where F may be cut off."""
+    """Where F is cut off, if so."""
 
     @classmethod
     def of(cls, job: Tiles) -> "Range":
         """From the lengths of queries and keys: no logit is larger than their product."""
-        lowest = -87.0 if job.q.dtype == torch.float32 else -708.0
+        margin, reach = (30.0, 87.0) if job.q.dtype == torch.float32 else (60.0, 708.0)
         bound = 0.0
         if job.q.numel() and job.k.numel():
             queries = torch.linalg.vector_norm(job.q, dim=-1).amax((0, 2)).view(job.groups, -1)
             keys = torch.linalg.vector_norm(job.k, dim=-1).amax((0, 2))
             bound = float((queries * keys[:, None]).amax())
-        # A NaN is not smaller than anything. Three times 0.22: what is cut off weighs exp(-0.34 * 87) at most.
-        return cls(lowest, bound < -0.22 * lowest, -lowest - bound)
+        return cls(margin, 3 * bound + margin < reach, 2 * bound + margin)  # NaN is not bounded
 
     def cut_off(self, masks: Tensor, largest: Tensor) -> None:
         """Cut F (B, R, n, w) off where that is needed; none of it exceeds `largest`."""
@@ -176,8 +178,8 @@ def _attend_block(
             if not limits.bounded:
                 job.block_out(tile, weights)
                 peak = torch.maximum(peaks, weights.amax(-1, keepdim=True))
-                shrink = torch.exp(peaks - peak)
-                weights.sub_(peak).clamp_(min=limits.lowest)
+                shrink = (peaks - peak).clamp_(min=-limits.margin).exp_()
+                weights.sub_(peak).clamp_(min=-limits.margin)
                 peaks.copy_(peak)
                 sums.mul_(shrink)
                 if tile.left:
@@ -330,7 +332,7 @@ def _differentiate_block(
             if masks is not None:
                 weights.sub_(job.heard(masks, unit.heads))
             if not limits.bounded:
-                weights.sub_(logs).clamp_(limits.lowest, -limits.lowest)
+                weights.sub_(logs).clamp_(-limits.margin, limits.margin)
             weights.exp_()
             job.hide(tile, weights)
             add_product(dv[place], flat.mT, d)
