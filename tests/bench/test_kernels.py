@@ -311,3 +311,35 @@ def test_wrong_usage(flags, message, capfd):
     error = capfd.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_tables_fit_on_the_screen():
+    import io
+
+    from rich.console import Console
+
+    from heedful.bench.goals import CPU as GOALS
+    from heedful.bench.goals import GPU, Verdict
+    from heedful.bench.models import GOALS as MODEL_GOALS
+    from heedful.bench.models import MHA
+    from heedful.cli.bench.common import figures_table, goals_table
+
+    long = "naive, torch.compile"
+    on_cpu = [
+        Verdict(g, 4096, g.case or "selective, blocked", g.against or "plain SDPA", 0.01) for g in GOALS
+    ]
+    on_gpu = [Verdict(g, 16384, "selective, triton", "plain SDPA, efficient", 1.41) for g in GPU]
+    steps = [Verdict(g, 1024, g.case, MHA, 2 * g.limit) for g in MODEL_GOALS]
+    baselines = {"vs SDPA": "a", "vs twin": "b"}
+    row = dataclasses.replace(
+        figures("train", 16384, long, 9.999, 40_000_000_000),
+        ratios={"a": 100.0, "b": 100.0},
+        tokens_per_second=1e7,
+        flops_per_second=6e14,
+    )
+    workload = Workload("train", 16384, 1, [], baselines)
+    tables = [goals_table(verdicts) for verdicts in (on_cpu, on_gpu, steps)]
+    for table in (*tables, figures_table("title", workload, [row], long)):
+        screen = io.StringIO()
+        Console(file=screen, width=100).print(table)
+        assert "…" not in screen.getvalue()

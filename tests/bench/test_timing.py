@@ -84,3 +84,11 @@ def test_wrong_arguments():
 
 def test_a_device_without_a_queue_is_not_waited_for():
     assert interleaved({"a": lambda: None}, turns=2, device=torch.device("cpu"))["a"].turns == 2
+
+
+def test_slow_cases_warm_up_once(monkeypatch):
+    monkeypatch.setattr("heedful.bench.timing.SLOW", 0.01)
+    runs = []
+    cases = {"fast": lambda: runs.append("fast"), "slow": lambda: (runs.append("slow"), time.sleep(0.02))}
+    interleaved(cases, turns=2, warmup=2)
+    assert runs == ["fast", "slow", "fast", *["fast", "slow"] * 2]

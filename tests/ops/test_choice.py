@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from heedful.ops.selective import choice
+from heedful.ops.selective import api, choice, selective_attention
 from heedful.ops.selective.api import IMPLEMENTATIONS
 from heedful.ops.selective.choice import choose, rank, read_table
 
@@ -89,3 +89,22 @@ def test_choosing_compiles(monkeypatch):
         return x + (1 if choose(x.device.type, x.dtype, x.shape[0], x.shape[0]) == "sdpa" else 2)
 
     assert [float(step(torch.zeros(n))[0]) for n in (8, 100, 128, 129, 2000)] == [1, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("impl", ["reference", "sdpa", "blocked"])
+def test_auto_obeys_the_table(monkeypatch, impl):
+    other = "sdpa" if impl != "sdpa" else "reference"
+    table = {"cpu": {"float32": {"seconds": {"8": {impl: 1.0, other: 2.0}}}}}
+    monkeypatch.setattr(choice, "RANKING", rank(table))
+    q, k, v = torch.randn(3, 1, 2, 8, 4).unbind(0)
+    ran = []
+    for names in (api.BLOCKED, api.DENSE):
+        for name, run in names.items():
+
+            def spy(*args, name=name, run=run):
+                ran.append(name)
+                return run(*args)
+
+            monkeypatch.setitem(names, name, spy)
+    selective_attention(q, k, v)
+    assert ran == [impl]

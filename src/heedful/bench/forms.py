@@ -19,7 +19,7 @@ from heedful.ops.selective.api import IMPLEMENTATIONS
 Form = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q (B, H, T, D), k (B, G, T, D), v (B, G, T, E) -> (B, H, T, E)."""
 
-TWIN = "selection off (twin)"
+TWIN = "no-selection twin"
 NAIVE = "naive"
 COMPILED = "naive, torch.compile"
 X_TRANSFORMERS = "x-transformers"

@@ -37,7 +37,7 @@ Work = Literal["prefill", "train"]
 DENSE = {NAIVE, COMPILED, X_TRANSFORMERS, named("sdpa"), named("reference")}
 """Forms that keep T * T values."""
 
-SAS_PUBLISHED, SAS_OURS = "SAS, published module", "SAS, heedful"
+SAS_PUBLISHED, SAS_OURS = "SAS, published", "SAS, heedful"
 SAS_WIDTH = 5  # W
 
 

@@ -50,7 +50,7 @@ def interleaved(
             of `seconds`, but 7 to 40 turns, and 3 where a run takes 1.5 seconds or more; the turns that slow
             cases sit out are evenly spread.
         seconds: for all cases together, where time decides.
-        warmup: turns before that do not count.
+        warmup: turns before that do not count; where a run takes 1.5 seconds or more, the first is enough.
         device: waited for before the clock is read, where it is not the CPU.
         progress: called with runs done and runs in all.
 
@@ -63,9 +63,10 @@ def interleaved(
     with _no_collector():
         cost = dict.fromkeys(cases, 0.0)
         done, total = 0, (warmup + (turns or FEWEST)) * len(cases)
-        for _ in range(warmup):
+        for turn in range(warmup):
             for name, run in cases.items():
-                cost[name] = _time(run, wait)
+                if turn == 0 or cost[name] < SLOW:
+                    cost[name] = _time(run, wait)
                 done += 1
                 if progress is not None:
                     progress(done, total)

@@ -267,12 +267,16 @@ def figures_table(title: str, workload: Workload, rows: Sequence[Figures], mark:
             f"{spread:.0%}",
             f"{row.tokens_per_second:,.0f}",
             *(f"{row.ratios[name]:.2f}" for name in workload.baselines.values()),
-            f"{row.flops_per_second / 1e9:,.1f}",
+            _three_digits(row.flops_per_second / 1e9),
             f"{row.of_gemm:.0%}",
             f"{row.of_copy:.0%}",
-            "" if row.extra_bytes is None else f"{row.extra_bytes / 1e6:,.1f}",
+            "" if row.extra_bytes is None else _three_digits(row.extra_bytes / 1e6),
         )
     return table
+
+
+def _three_digits(number: float) -> str:
+    return f"{number:,.{0 if number >= 100 else 1}f}"
 
 
 def shown_time(seconds: float) -> str:
@@ -345,17 +349,23 @@ def ceilings_line(ceilings: Ceilings, threads: int, device: torch.device) -> str
 
 
 def goals_table(verdicts: Sequence[Verdict]) -> Table:
-    """A line per goal."""
+    """A line per goal, within 100 columns."""
     table = Table(
-        title="goals", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
+        title="goals",
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
     )
-    for head in ("workload", "T", "", "against", "measured", "goal", ""):
+    for head in ("workload", "T", "", "", "against", "measured", "goal", ""):
         table.add_column(head, justify="right" if head in ("T", "measured", "goal") else "left", no_wrap=True)
     for v in verdicts:
         table.add_row(
             v.goal.workload,
             f"{v.length:,}",
-            v.case + (", extra memory" if v.goal.measure != "time" else ""),
+            v.case,
+            "time" if v.goal.measure == "time" else "memory",
             v.against,
             shown_ratio(v.ratio, v.goal.limit, v.goal.measure),
             shown_goal(v.goal.limit, v.goal.measure),
@@ -368,11 +378,12 @@ def shown_ratio(ratio: float, limit: float, measure: str) -> str:
     """0.18 as "5.6x faster" where the goal is said so."""
     if limit > 0.2:
         return f"{ratio:.2f}"
-    return f"{1 / ratio:.1f}x {'less' if measure != 'time' else 'faster'}"
+    factor = 1 / ratio
+    return f"{factor:.{0 if factor >= 10 else 1}f}x {'less' if measure != 'time' else 'faster'}"
 
 
 def shown_goal(limit: float, measure: str) -> str:
     """A limit as it was stated."""
     if limit > 0.2:
-        return f"<= {limit:.2f}"
-    return f">= {1 / limit:.0f}x {'less' if measure != 'time' else 'faster'}"
+        return f"≤ {limit:.2f}"
+    return f"≥ {1 / limit:.0f}x {'less' if measure != 'time' else 'faster'}"

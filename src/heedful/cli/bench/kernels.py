@@ -69,7 +69,7 @@ def run(arguments: Sequence[str]) -> int:
             flag(
                 "dense_up_to",
                 int,
-                2048,
+                1024,
                 "longest T for all forms that keep T*T values; beyond it x-transformers stands for them",
             ),
             flag("sas_lengths", str, "2048", 'T at which SAS is measured; "" for none'),
