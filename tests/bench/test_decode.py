@@ -39,7 +39,8 @@ def test_slots_without_votes_are_plain_attention():
 
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
-    out = attend_slots(q, k, v, torch.zeros(2, 9), torch.tensor([[3], [8]]), 8**-0.5)
+    positions, newest = torch.arange(9).expand(2, -1), torch.tensor([[3], [8]])
+    out, _ = attend_slots(q, k, v, torch.zeros(2, 9), positions, newest, 8**-0.5)
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, enable_gqa=True))
 
 

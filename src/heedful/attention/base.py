@@ -141,7 +141,7 @@ class Score(nn.Module):
         positions: Tensor,
         newest: Tensor,
         scale: float,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         """`attend` for one token per row that sees every key; the state is updated in place.
 
         Args:
@@ -155,7 +155,8 @@ class Score(nn.Module):
             scale: multiplies the logits.
 
         Returns:
-            (B, H, 1, E).
+            out (B, H, 1, E), and the slot with the most votes against it, (B, 1), the oldest among equals, never
+            slot 0; None where nobody votes or it was not looked for.
         """
         visible = torch.ones_like(positions, dtype=torch.bool)
         voted = (positions > 0).scatter(-1, newest, False)
@@ -165,7 +166,7 @@ class Score(nn.Module):
         check_one_selector(after)
         for name, value in after.items():
             state[name].copy_(value)
-        return out
+        return out, None
 
     def attend_pruned(
         self,

@@ -136,13 +136,14 @@ class SelectiveScore(Score):
         positions: Tensor,
         newest: Tensor,
         scale: float,
-    ) -> Tensor:
-        """`softmax(L - F) v` over slots, and the votes in place."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """`softmax(L - F) v` over slots, the votes in place, and who has most of them."""
         if self.config.impl == "reference":
             return super().attend_slots(
                 q, k, v, x=x, state=state, positions=positions, newest=newest, scale=scale
             )
-        return attend_slots(q, k, v, state["soft_mask"][:, 0], newest, scale)
+        soft_mask = state["soft_mask"][:, 0]
+        return attend_slots(q, k, v, soft_mask, positions, newest, scale, self.config.impl)
 
     def attend_pruned(
         self,

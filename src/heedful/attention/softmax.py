@@ -8,6 +8,7 @@ from torch import Tensor
 from heedful.attention.base import Score
 from heedful.attention.config import ScoreConfig
 from heedful.attention.registry import register_score
+from heedful.ops.causal import causal_attention
 from heedful.ops.dot_product import attention_reference, attention_sdpa, masked_softmax, repeat_kv
 from heedful.ops.masks import visible_keys
 from heedful.ops.precision import no_autocast, wide_dtype
@@ -43,8 +44,7 @@ class SoftmaxScore(Score):
         reference = self.config.impl == "reference"
         if key_mask is None and segment_ids is None and not reference and length in (1, n_keys):
             # A single query sees every key; a whole square needs no mask in memory.
-            # a plain bool, not `length > 1`: with a symbolic length that is no bool to the compiler
-            return attention_sdpa(q, k, v, scale, causal=True if length > 1 else False), {}  # noqa: SIM210
+            return causal_attention(q, k, v, scale, impl=self.config.impl), {}
         visible = visible_keys(length, n_keys, key_mask, segment_ids, q.device)
         return self.attend(q, k, v, x=x, state=state, visible=visible, voted=visible, scale=scale)
 
@@ -79,12 +79,12 @@ class SoftmaxScore(Score):
         positions: Tensor,
         newest: Tensor,
         scale: float,
-    ) -> Tensor:
+    ) -> tuple[Tensor, None]:
         """`softmax(q k^T * scale) v` over all slots."""
         visible = torch.ones_like(positions, dtype=torch.bool)[:, None]
         if self.config.impl == "reference":
-            return attention_reference(q, k, v, visible, scale)
-        return attention_sdpa(q, k, v, scale)
+            return attention_reference(q, k, v, visible, scale), None
+        return attention_sdpa(q, k, v, scale), None
 
     def weights(
         self, q: Tensor, k: Tensor, state: dict[str, Tensor], visible: Tensor, scale: float

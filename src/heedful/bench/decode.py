@@ -18,7 +18,7 @@ from heedful.attention.cache import LayerCache
 from heedful.attention.eviction import EvictingCache
 from heedful.bench.timing import Timing, interleaved
 from heedful.ops.selective import selective_attention
-from heedful.ops.selective.slots import attend_slots, least_needed_slot
+from heedful.ops.selective.slots import attend_slots, most_voted_slot
 
 TOKENS = 64  # drawn once, used in turn
 
@@ -157,8 +157,11 @@ def _slot_step(
 
     def step(q: Tensor, k: Tensor, v: Tensor, cache: EvictingCache) -> Tensor:
         slot = cache.put_next({"k": k, "v": v}, ["soft_mask"])
-        held, state, _ = cache.in_use()
-        return attend_slots(q, held["k"], held["v"], state["soft_mask"][:, 0], slot, q.shape[-1] ** -0.5)
+        held, state, positions = cache.in_use()
+        votes, scale = state["soft_mask"][:, 0], q.shape[-1] ** -0.5
+        out, next_slot = attend_slots(q, held["k"], held["v"], votes, positions, slot, scale)
+        cache.plan(next_slot)
+        return out
 
     run = torch.compile(step, fullgraph=True) if compiled else step
-    return lambda: run(*token(), cache), lambda: least_needed_slot(cache.scores, cache.positions)
+    return lambda: run(*token(), cache), lambda: most_voted_slot(cache.scores, cache.positions)

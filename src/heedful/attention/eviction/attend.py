@@ -97,7 +97,11 @@ def _next(
         weights = layer.score.weights(q, k, state, visible, scale)[:, :, 0]
         scores = cache.scores[:, : positions.shape[1]]
         scores.copy_(cache.policy.update(scores, weights))
-    return layer.score.attend_slots(q, k, v, x=x, state=state, positions=positions, newest=slot, scale=scale)
+    out, next_slot = layer.score.attend_slots(
+        q, k, v, x=x, state=state, positions=positions, newest=slot, scale=scale
+    )
+    cache.plan(next_slot)
+    return out
 
 
 def _one(

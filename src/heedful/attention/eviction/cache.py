@@ -55,6 +55,7 @@ class EvictingCache(LayerCache):
         self._book: dict[str, Tensor] = {}
         self._room = 0  # slots that are free for certain, where there is no budget
         self._peak = 0
+        self._next_slot: Tensor | None = None  # (B, 1), the one that goes next, where the last step said so
         self._extra = 0  # places behind the slots, while a long piece is read
         self._journal: list[tuple[str, Tensor, Tensor]] | None = None
 
@@ -205,16 +206,31 @@ class EvictingCache(LayerCache):
             (B, 1), the slots it went to.
         """
         assert self.rule.budget is not None
-        newest = self._book["arrived"].clone()
+        arrived = self._book["arrived"]
         if self.seen < self.rule.budget:
-            slot = torch.full_like(newest, self.seen)
+            slot = torch.full_like(arrived, self.seen)
+        elif self._next_slot is not None:
+            slot = self._next_slot
         else:
-            priority = self.policy.priority(self.scores, self.positions, newest, self.rule.budget)
+            priority = self.policy.priority(self.scores, self.positions, arrived, self.rule.budget)
             slot = least_needed_slot(priority, self.positions)
-        self._write(memory, newest, slot, None, self._zeros(state_names, slot))
-        self._book["arrived"] += 1
+        self._next_slot = None
+        for name, value in memory.items():
+            self._keep_for_undo(name, slot)
+            _scatter(self._storage[name], slot, value.to(self._storage[name].dtype))
+        self.positions.scatter_(-1, slot, arrived)
+        if not self.policy.selective:
+            self.scores.scatter_(-1, slot, self.policy.start(arrived))
+        for name in state_names:
+            self.state[name].scatter_(-1, slot[:, None], 0.0)
+        arrived += 1
         self.seen += 1
         return slot
+
+    def plan(self, most_voted: Tensor | None) -> None:
+        """Note the slot with the most votes, (B, 1), if it is the one that goes next."""
+        if self.policy.selective and type(self.policy).priority is Policy.priority:
+            self._next_slot = most_voted
 
     def put_one(self, memory: dict[str, Tensor], positions: Tensor, state_names: Sequence[str]) -> None:
         """Make room for one token per row and write it; a padded token leaves its row alone.
@@ -255,6 +271,7 @@ class EvictingCache(LayerCache):
             state: the score's per-token state of held and new tokens, (B, 1, C + T).
             alive: (B, C + T) bool, the survivors, at most as many as there are slots; C are the slots in use.
         """
+        self._next_slot = None
         length = positions.shape[1]
         survives, arrives = alive.split([alive.shape[1] - length, length], dim=1)
         stays, n, slots = 0, length, self.rule.n_slots
@@ -301,7 +318,7 @@ class EvictingCache(LayerCache):
         """A function that makes the cache what it is now: what is overwritten from here on is kept."""
         if not self.filled:
             return self._clear
-        seen, ragged = self.seen, self.ragged
+        seen, ragged, next_slot = self.seen, self.ragged, self._next_slot
         book = {name: tensor.clone() for name, tensor in self._book.items()}
         state = {name: tensor.clone() for name, tensor in self.state.items()}
         journal: list[tuple[str, Tensor, Tensor]] = []
@@ -315,7 +332,7 @@ class EvictingCache(LayerCache):
             book["positions"] = _padded(book["positions"], slots, -1)
             self._book = {n: _padded(t, slots, 0) if n == "scores" else t for n, t in book.items()}
             self.state = {name: _padded(tensor, slots, 0) for name, tensor in state.items()}
-            self.seen, self.ragged, self._room = seen, ragged, 0
+            self.seen, self.ragged, self._room, self._next_slot = seen, ragged, 0, next_slot
 
         return undo
 
@@ -329,9 +346,13 @@ class EvictingCache(LayerCache):
         self._peak = 0
 
     def _clear(self) -> None:
-        self.seen, self.ragged, self._room, self._journal = 0, False, 0, None
+        self.seen, self.ragged, self._room, self._journal, self._next_slot = 0, False, 0, None, None
         for tensors in self._groups():
             tensors.clear()
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
+        super()._each(change)
+        self._next_slot = None
 
     def _groups(self) -> tuple[dict[str, Tensor], ...]:
         return *super()._groups(), self._book
@@ -390,6 +411,10 @@ class EvictingCache(LayerCache):
             name: slot.new_zeros(slot.shape, dtype=self.state[name].dtype)[:, None] for name in state_names
         }
 
+    def _keep_for_undo(self, name: str, slot: Tensor) -> None:
+        if self._journal is not None:
+            self._journal.append((name, slot, _gather(self._storage[name], slot)))
+
     def _write(  # type: ignore[override]
         self,
         memory: dict[str, Tensor],
@@ -399,6 +424,7 @@ class EvictingCache(LayerCache):
         state: dict[str, Tensor],
     ) -> None:
         """Put n tokens per row, (B, n), into slots (B, n) where they are real; `state` is (B, 1, n)."""
+        self._next_slot = None
 
         def where_real(new: Tensor, storage: Tensor) -> Tensor:
             if real is None:
@@ -407,8 +433,7 @@ class EvictingCache(LayerCache):
 
         for name, value in memory.items():
             storage = self._storage[name]
-            if self._journal is not None:
-                self._journal.append((name, slot, _gather(storage, slot)))
+            self._keep_for_undo(name, slot)
             _scatter(storage, slot, where_real(value.to(storage.dtype), storage))
         if not self.policy.selective:
             _scatter(self.scores, slot, where_real(self.policy.start(positions), self.scores))

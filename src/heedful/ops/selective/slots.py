@@ -1,9 +1,78 @@
-"""One decoding step of selective attention over a cache of unordered slots."""
+"""One decoding step of selective attention: a single query, and votes that wait in a cache."""
 
 import torch
 from torch import Tensor
 
 from heedful.ops.precision import no_autocast, to_autocast_dtype, wide_dtype
+from heedful.ops.selective.triton.available import unavailable
+from heedful.ops.selective.triton.slots import attend_slots_triton
+
+
+def attend_slots(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    soft_mask: Tensor,
+    positions: Tensor,
+    newest: Tensor,
+    scale: float,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Attend with the newest token, add its votes to `soft_mask`, in place, and say which slot is needed least.
+
+    The same numbers as `selective_attention` gives for its last query, in any order of the keys. No gradients.
+
+    Args:
+        q: (B, H, 1, D).
+        k: (B, G, C, D), every slot in use; slot 0 holds the first real token, which is never voted on.
+        v: (B, G, C, E).
+        soft_mask: (B, C), the votes against each slot so far; float32, float64 for float64 q.
+        positions: (B, C) int64 position of the token in each slot; 0 in slot 0 alone, no slot empty.
+        newest: (B, 1) int64, the slot of the query's own token.
+        scale: multiplies the logits.
+        impl: "triton" (one launch), another name (two products), or "auto": triton where it can run on CUDA.
+
+    Returns:
+        out (B, H, 1, E) in the dtype of v, and as `least_needed_slot` the slot the next token may take, (B, 1).
+
+    Raises:
+        ValueError: if `impl` is "triton" and it cannot run these tensors.
+    """
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = to_autocast_dtype(q, k, v)  # type: ignore[assignment]
+        with no_autocast(q.device):
+            return attend_slots(q, k, v, soft_mask, positions, newest, scale, impl)
+    if impl == "triton" or (impl == "auto" and q.is_cuda and unavailable(q, v) is None):
+        out, voted, next_slot = attend_slots_triton(q, k, v, soft_mask, positions, newest, scale)
+        soft_mask.copy_(voted)
+        return out, next_slot
+    out, votes = _two_products(q, k, v, soft_mask, scale)
+    votes.scatter_(1, newest, 0.0)
+    soft_mask[:, 1:].add_(votes[:, 1:])
+    return out, most_voted_slot(soft_mask, positions)
+
+
+def attend_newest(
+    q: Tensor, k: Tensor, v: Tensor, soft_mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`selective_attention` of one query over all keys in order, head 0 selecting. No gradients.
+
+    Args:
+        q: (B, H, 1, D).
+        k: (B, G, S, D); the first key is that of the first real token, the last the query's own.
+        v: (B, G, S, E).
+        soft_mask: (B, 1, S - 1) votes on the earlier keys; None = none yet.
+        scale: multiplies the logits.
+
+    Returns:
+        out (B, H, 1, E) in the dtype of v, and F after the query, (B, 1, S).
+    """
+    masks = q.new_zeros(q.shape[0], 1, k.shape[2], dtype=wide_dtype(q))
+    if soft_mask is not None:
+        masks[..., :-1] = soft_mask
+    out, votes = _two_products(q, k, v, masks[:, 0], scale)
+    masks[:, 0, 1:-1] += votes[:, 1:-1]
+    return out, masks
 
 
 def least_needed_slot(priority: Tensor, positions: Tensor) -> Tensor:
@@ -13,7 +82,7 @@ def least_needed_slot(priority: Tensor, positions: Tensor) -> Tensor:
 
     Args:
         priority: (B, C), finite.
-        positions: (B, C) integers.
+        positions: (B, C) integers, from 0 on.
 
     Returns:
         (B, 1) int64.
@@ -24,32 +93,22 @@ def least_needed_slot(priority: Tensor, positions: Tensor) -> Tensor:
     return oldest.argmin(-1, keepdim=True) + 1
 
 
-def attend_slots(q: Tensor, k: Tensor, v: Tensor, soft_mask: Tensor, newest: Tensor, scale: float) -> Tensor:
-    """Attend with the newest token, then add its votes to `soft_mask`, in place.
+def most_voted_slot(soft_mask: Tensor, positions: Tensor) -> Tensor:
+    """`least_needed_slot` for F, which is never negative; (B, C) both."""
+    if soft_mask.dtype != torch.float32:
+        return least_needed_slot(soft_mask, positions)
+    # The bits of such a number, read as an integer, grow with it, and a float32 made a float64 leaves the lowest
+    # 29 of them 0: the age goes there, and one maximum settles the ties too.
+    bits = soft_mask[:, 1:].double().view(torch.int64)
+    return (bits - positions[:, 1:]).argmax(-1, keepdim=True) + 1
 
-    The same numbers as `selective_attention` gives for its last query, in any order of the keys.
 
-    Args:
-        q: (B, H, 1, D).
-        k: (B, G, C, D), every slot in use; slot 0 holds the first real token, which is never voted on.
-        v: (B, G, C, E).
-        soft_mask: (B, C), the votes against each slot so far; float32, float64 for float64 q.
-        newest: (B, 1), the slot of the query's own token.
-        scale: multiplies the logits.
-
-    Returns:
-        (B, H, 1, E), the dtype of v.
-    """
-    if torch.is_autocast_enabled(q.device.type):
-        q, k, v = to_autocast_dtype(q, k, v)  # type: ignore[assignment]
-        with no_autocast(q.device):
-            return attend_slots(q, k, v, soft_mask, newest, scale)
+def _two_products(q: Tensor, k: Tensor, v: Tensor, soft_mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`softmax(L - F) v` of one query, (B, H, 1, E), and relu of the logits of head 0, (B, C)."""
     batch, heads, _, size = q.shape
     groups, dtype = k.shape[1], wide_dtype(q)
     grouped = (q.to(dtype) * scale).view(batch, groups, heads // groups, size)
-    logits = grouped @ k.to(dtype).transpose(-1, -2)  # (B, G, H / G, C)
+    logits = grouped @ k.to(dtype).mT  # (B, G, H / G, C)
     votes = logits[:, 0, 0].relu()
     out = logits.sub_(soft_mask[:, None, None]).softmax(-1) @ v.to(dtype)
-    votes.scatter_(1, newest, 0.0)
-    soft_mask[:, 1:].add_(votes[:, 1:])
-    return out.view(batch, heads, 1, -1).to(v.dtype)
+    return out.view(batch, heads, 1, -1).to(v.dtype), votes
