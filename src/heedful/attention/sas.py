@@ -10,8 +10,8 @@ from heedful.attention.base import Attention
 from heedful.attention.config import AttentionConfig, check_whole, option
 from heedful.attention.init import fill_
 from heedful.attention.registry import register_attention
+from heedful.ops.causal import causal_attention
 from heedful.ops.checks import check_divides, check_shape, check_tensor
-from heedful.ops.dot_product import attention_sdpa
 from heedful.ops.precision import wide_dtype
 from heedful.ops.rope import rotation
 from heedful.ops.sas import NOWHERE, Features, Placement, aggregate_heads, expand
@@ -333,7 +333,7 @@ class SASCore(nn.Module):
             check_shape(name, x, expected, "(B, T, H, D)")
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         scale = self.config.qk_dim**-0.5
-        out = attention_sdpa(self.q_expand(q), self.k_expand(k), self.v_expand(v), scale, causal=True)
+        out = causal_attention(self.q_expand(q), self.k_expand(k), self.v_expand(v), scale)
         return aggregate_heads(out, self.config.n_heads, self.o_proj.weight, self.o_proj.bias)
 
     def load_published_state_dict(self, state_dict: dict[str, Tensor]) -> None:

@@ -131,7 +131,8 @@ def pieces(x: Tensor, layers: Layers) -> Iterator[tuple[slice, slice]]:
         size, 1 if layers.features is None else layers.features[0].weight.shape[0]
     )
     fit = max(1, PIECE // wide)
-    rows, tokens = max(1, fit // max(1, length)), max(1, min(fit, length))
+    rows = max(1, fit // max(1, length))
+    tokens = max(1, -(-length // max(1, -(-length // fit))))  # pieces of nearly one size
     for row in range(0, batch, rows):
         for token in range(0, length, tokens):
             yield slice(row, row + rows), slice(token, token + tokens)

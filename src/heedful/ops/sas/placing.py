@@ -52,17 +52,16 @@ def place(x: Tensor, placement: Placement) -> Tensor:
 def place_piece(x: Tensor, placement: Placement, out: Tensor) -> None:
     """`place` of x (Ĥ, b, t, D̂), which may be overwritten, into out."""
     norm, eps, cos, sin, norm_first = placement
-    if norm is None and cos is None:
-        out.copy_(x)
-        return
     x = x.to(wide_dtype(out))
     if norm is not None and norm_first:
         x.mul_(_shrink(x, eps)).mul_(norm)
     if cos is not None and sin is not None:
-        x = _rotated(x, cos, sin)
+        direct = out.dtype == x.dtype and (norm is None or norm_first)
+        x = _rotated(x, cos, sin, out if direct else torch.empty_like(x))
     if norm is not None and not norm_first:
         x.mul_(_shrink(x, eps)).mul_(norm)
-    out.copy_(x)
+    if x is not out:
+        out.copy_(x)
 
 
 def place_backward(x: Tensor | None, placement: Placement, grad: Tensor, d_norm: Tensor | None) -> Tensor:
@@ -73,10 +72,10 @@ def place_backward(x: Tensor | None, placement: Placement, grad: Tensor, d_norm:
     grad = grad.to(wide_dtype(grad))
     if x is not None and norm is not None and not norm_first:
         x = x.to(grad.dtype)
-        x = x if cos is None or sin is None else _rotated(x, cos, sin)
+        x = x if cos is None or sin is None else _rotated(x, cos, sin, torch.empty_like(x))
         grad = _norm_backward(x, norm, eps, grad, d_norm)
     if cos is not None and sin is not None:
-        grad = _rotated(grad, cos, -sin)
+        grad = _rotated(grad, cos, -sin, grad.new_empty(grad.shape))
     if x is not None and norm is not None and norm_first:
         grad = _norm_backward(x.to(grad.dtype), norm, eps, grad, d_norm)
     return grad
@@ -98,8 +97,7 @@ def _norm_backward(x: Tensor, norm: Tensor, eps: float, grad: Tensor, d_norm: Te
     return (grad * norm).addcmul_(unit, mean, value=-1).mul_(shrink)
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
     (first, second), (a, b) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
     torch.mul(first, cos, out=a).addcmul_(second, sin, value=-1)
     torch.mul(second, cos, out=b).addcmul_(first, sin)
