@@ -1,5 +1,6 @@
 """What all tests share: few, always equal hypothesis examples, one thread, a small text to train on."""
 
+import os
 import random
 from pathlib import Path
 
@@ -17,6 +18,10 @@ settings.register_profile(
 settings.load_profile("heedful")
 
 torch.set_num_threads(1)
+
+# Without a GPU, kernels run in Triton's interpreter. It has to know before Triton is first imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

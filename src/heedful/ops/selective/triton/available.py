@@ -26,6 +26,13 @@ def unavailable(q: Tensor, v: Tensor, select_q: Tensor | None = None) -> str | N
     for name, size in (("D", q), ("E", v), ("D'", select_q)):
         if size is not None and not 1 <= size.shape[-1] <= LARGEST:
             return f"it takes head sizes from 1 to {LARGEST}, got {name} = {size.shape[-1]}; use impl='sdpa'"
+    if little_shared_memory(q.device) and q.dtype == torch.float32:
+        largest = max(x.shape[-1] for x in (q, v, select_q) if x is not None)
+        if largest > LARGEST // 2:
+            return (
+                f"on this GPU it takes float32 with head sizes up to {LARGEST // 2}, got {largest}; use "
+                "bfloat16, or impl='sdpa'"
+            )
     if (
         torch.are_deterministic_algorithms_enabled()
         and not torch.is_deterministic_algorithms_warn_only_enabled()
@@ -36,6 +43,15 @@ def unavailable(q: Tensor, v: Tensor, select_q: Tensor | None = None) -> str | N
             "asked for; use impl='sdpa', or torch.no_grad()"
         )
     return None
+
+
+@torch.compiler.assume_constant_result
+def little_shared_memory(device: torch.device) -> bool:
+    """Whether a block of threads of this GPU has some 99 kB of shared memory, not 163 or more."""
+    if device.type != "cuda":
+        return False
+    capability = torch.cuda.get_device_capability(device)
+    return capability in ((8, 6), (8, 9)) or capability[0] == 12
 
 
 @torch.compiler.assume_constant_result

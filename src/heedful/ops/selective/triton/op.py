@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from heedful.ops.precision import no_autocast
-from heedful.ops.selective.triton.available import unavailable
+from heedful.ops.selective.triton.available import little_shared_memory, unavailable
 from heedful.ops.selective.triton.codes import token_codes
 from heedful.ops.selective.triton.tilings import Launch, Tiling, padded, tiling
 
@@ -332,21 +332,18 @@ class Job:
         return {size: self.select_q.shape[-1], padded_size: padded(self.select_q.shape[-1])}
 
     def run(self, kernel: Any, launch: Launch, programs: int, *args: Any, **constants: Any) -> None:
-        """Launch a kernel."""
-        if programs:
-            constants = self.constants(kernel, launch, constants)
-            with torch.cuda.device_of(self.q):
-                kernel[(programs,)](*args, **constants, num_warps=launch.warps, num_stages=launch.stages)
-
-    def constants(self, kernel: Any, launch: Launch, constants: dict[str, Any]) -> dict[str, Any]:
-        """The constants, and those of the common ones that the kernel takes."""
+        """Launch a kernel, with those of the common constants that it takes."""
         common = {
             "BLOCK": self.tiling.block,
             "KEYS": launch.keys,
             "CODED": self.coded,
             "EXACT": self.q.dtype == torch.float32,
         }
-        return constants | {name: value for name, value in common.items() if name in kernel.arg_names}
+        constants |= {name: value for name, value in common.items() if name in kernel.arg_names}
+        stages = 1 if little_shared_memory(self.q.device) else launch.stages
+        if programs:
+            with torch.cuda.device_of(self.q):
+                kernel[(programs,)](*args, **constants, num_warps=launch.warps, num_stages=stages)
 
     def running_sum(self, sums: Tensor, start: Tensor, *, reverse: bool) -> tuple[Tensor, Tensor]:
         from heedful.ops.selective.triton.kernels.prefixes import running_sum
