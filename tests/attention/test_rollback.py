@@ -12,6 +12,7 @@ from torch import Tensor
 
 from heedful.attention import Attention, LayerCache, build
 from heedful.attention.eviction import EvictingCache
+from heedful.ops.selective.slots import least_needed_slot
 
 Make = Callable[[], LayerCache]
 
@@ -277,3 +278,31 @@ def test_a_crop_costs_no_more_than_its_tokens():
             cache.crop(2)
     assert cache["k"].data_ptr() == where
     assert (cache.seen, len(cache._pieces)) == (220, 0)
+
+
+@pytest.mark.parametrize("name", ["mha-selective", "gqa-selective", "sas-compact"])
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=12)
+def test_the_slot_that_was_planned_is_the_one_to_go(name: str, seed: int):
+    """After steps and pieces, crops and reordered rows: what the last step said is what a fresh look says."""
+    text, cache = Text(layer_of(name), seed, padded=False), EvictingCache(5)
+    draw, planned = text.draw, 0
+    for _ in range(12):
+        text.extend(draw.choice([1, 1, 2, 6]))
+        cache.recording = draw.random() < 0.5
+        text.read_pieces(cache)
+        recorded = sum(piece.length for piece in cache._pieces)
+        if draw.random() < 0.3:
+            n = draw.randint(0, recorded)
+            cache.crop(n)
+            text.forget(n)
+        if draw.random() < 0.2:
+            cache.reorder(torch.tensor([1, 0]))
+            text.x, text.real = text.x.flip(0), text.real.flip(0)
+        if cache._next_slot is not None and cache.seen >= 5:
+            planned += 1
+            assert torch.equal(cache._next_slot, least_needed_slot(cache.scores, cache.positions))
+    fresh = EvictingCache(5)
+    text.read(fresh, 0, text.x.shape[1])
+    same(cache, fresh)
+    assert planned

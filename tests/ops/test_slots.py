@@ -1,0 +1,115 @@
+"""A decoding step over slots: the numbers of `selective_attention`, and the slot that goes next."""
+
+import importlib.util
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from heedful.ops.selective import selective_attention
+from heedful.ops.selective.slots import attend_newest, attend_slots, least_needed_slot, most_voted_slot
+
+WITH_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+
+
+def drawn(seed: int, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+@given(
+    st.lists(
+        st.sampled_from([0.0, 0.0, 1e-45, 1e-38, 0.1, 0.5, 0.5000001, 1.0, 3e38, float("inf")]),
+        min_size=2,
+        max_size=40,
+    ),
+    st.randoms(use_true_random=False),
+    st.sampled_from([1, 10**6, 2**28]),
+)
+def test_the_slot_with_most_votes_the_oldest_among_equals(votes, draw, spread):
+    positions = [0, *draw.sample(range(1, 1 + spread * len(votes)), len(votes) - 1)]
+    for dtype in (torch.float32, torch.float64):
+        held = torch.tensor([votes], dtype=torch.float32).to(dtype)
+        slots = torch.tensor([positions])
+        exact = [v.item() for v in held[0]]
+        expected = min(range(1, len(exact)), key=lambda slot: (-exact[slot], positions[slot]))
+        assert most_voted_slot(held, slots).item() == expected
+        assert least_needed_slot(held, slots).item() == expected
+
+
+@pytest.mark.parametrize("impl", ["auto", "sdpa", pytest.param("triton", marks=WITH_TRITON)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(st.integers(0, 10**6), st.sampled_from([(1, 4, 4), (2, 4, 2), (3, 2, 1)]), st.integers(2, 40))
+def test_attend_slots(impl, dtype, seed, sizes, n):
+    """In any order of the slots: what the last query of the whole gets, its votes, and who goes next."""
+    batch, heads, groups = sizes
+    if impl == "triton" and dtype == torch.float64:
+        return
+    q, k, v = drawn(seed, (batch, heads, 1, 8), (batch, groups, n, 8), (batch, groups, n, 5), dtype=dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    generator = torch.Generator().manual_seed(seed)
+    votes = torch.randint(0, 4, (batch, 1, n - 1), generator=generator).to(wide) * 0.75
+    votes[..., 0] = 0
+    out, after = selective_attention(
+        q.double(), k.double(), v.double(), soft_mask=votes.double(), scale=0.3, impl="reference"
+    )
+    order = torch.cat((torch.zeros(1, dtype=torch.long), 1 + torch.randperm(n - 1, generator=generator)))
+    mask = torch.nn.functional.pad(votes[:, 0], (0, 1))[:, order]
+    positions = order.expand(batch, -1).contiguous()
+    newest = (order == n - 1).nonzero().expand(batch, -1)
+    got, slot = attend_slots(q, k[:, :, order], v[:, :, order], mask, positions, newest, 0.3, impl)
+    accuracy = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), out, atol=accuracy, rtol=accuracy)
+    torch.testing.assert_close(mask.double(), after[:, 0, order], atol=accuracy, rtol=accuracy)
+    assert torch.equal(slot, least_needed_slot(mask, positions))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("fresh", [False, True], ids=["", "first"])
+@given(st.integers(0, 10**6), st.integers(2, 30))
+def test_attend_newest(dtype, fresh, seed, n):
+    n = 1 if fresh else n
+    q, k, v, past = drawn(seed, (2, 4, 1, 8), (2, 2, n, 8), (2, 2, n, 5), (2, 1, n - 1), dtype=dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    votes = None if fresh else past.to(wide).relu()
+    if votes is not None:
+        votes[..., 0] = 0
+    given_votes = None if votes is None else votes.clone()
+    out, after = attend_newest(q, k, v, votes, 0.3)
+    doubled = None if votes is None else votes.double()
+    expected, mask = selective_attention(
+        q.double(), k.double(), v.double(), soft_mask=doubled, scale=0.3, impl="reference"
+    )
+    accuracy = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    assert (out.dtype, after.dtype) == (dtype, wide)
+    torch.testing.assert_close(out.double(), expected, atol=accuracy, rtol=accuracy)
+    torch.testing.assert_close(after.double(), mask, atol=accuracy, rtol=accuracy)
+    if votes is not None:
+        assert torch.equal(votes, given_votes)  # what the cache holds is not touched
+
+
+def test_under_autocast_votes_stay_float32():
+    q, k, v = drawn(0, (1, 2, 1, 8), (1, 2, 9, 8), (1, 2, 9, 8), dtype=torch.float32)
+    mask, positions, newest = torch.zeros(1, 9), torch.arange(9)[None], torch.tensor([[8]])
+    with torch.autocast("cpu", torch.bfloat16):
+        out, _ = attend_slots(q, k, v, mask, positions, newest, 0.3)
+    assert out.dtype == torch.bfloat16
+    rounded = [x.bfloat16().double() for x in (q, k, v)]
+    _, after = selective_attention(*rounded, scale=0.3, impl="reference")
+    assert mask.dtype == torch.float32
+    torch.testing.assert_close(
+        mask[:, 1:-1].double(), (rounded[0][:, 0] @ rounded[1][:, 0].mT * 0.3).relu()[:, 0, 1:-1]
+    )
+    assert after.shape == (1, 1, 9)
+
+
+def test_triton_says_why_it_cannot_run(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    q, k, v = drawn(0, (1, 2, 1, 8), (1, 2, 9, 8), (1, 2, 9, 8), dtype=torch.float32)
+    with pytest.raises(ValueError, match="cannot run here"):
+        attend_slots(
+            q, k, v, torch.zeros(1, 9), torch.arange(9)[None], torch.tensor([[8]]), 0.3, impl="triton"
+        )
