@@ -45,7 +45,6 @@ def unavailable(q: Tensor, v: Tensor, select_q: Tensor | None = None) -> str | N
     return None
 
 
-@torch.compiler.assume_constant_result
 def little_shared_memory(device: torch.device) -> bool:
     """Whether a block of threads of this GPU has some 99 kB of shared memory, not 163 or more."""
     if device.type != "cuda":
@@ -54,7 +53,6 @@ def little_shared_memory(device: torch.device) -> bool:
     return capability in ((8, 6), (8, 9)) or capability[0] == 12
 
 
-@torch.compiler.assume_constant_result
 def _machine(device: str, index: int) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install triton, or use impl='blocked'"
@@ -71,3 +69,8 @@ def _machine(device: str, index: int) -> str | None:
         f"it needs an NVIDIA GPU, got tensors on {device}; use impl='blocked', or set TRITON_INTERPRET=1 before "
         "Python starts to try the kernels, slowly, on the CPU"
     )
+
+
+# What torch.compiler.assume_constant_result does, which would import the whole compiler now.
+_machine._dynamo_marked_constant = True  # type: ignore[attr-defined]
+little_shared_memory._dynamo_marked_constant = True  # type: ignore[attr-defined]
