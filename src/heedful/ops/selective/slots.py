@@ -97,18 +97,20 @@ def most_voted_slot(soft_mask: Tensor, positions: Tensor) -> Tensor:
     """`least_needed_slot` for F, which is never negative; (B, C) both."""
     if soft_mask.dtype != torch.float32:
         return least_needed_slot(soft_mask, positions)
-    # The bits of such a number, read as an integer, grow with it, and a float32 made a float64 leaves the lowest
-    # 29 of them 0: the age goes there, and one maximum settles the ties too.
-    bits = soft_mask[:, 1:].double().view(torch.int64)
-    return (bits - positions[:, 1:]).argmax(-1, keepdim=True) + 1
+    # The bits of such a number, read as an integer, grow with it: one minimum settles the ties too.
+    bits = soft_mask[:, 1:].view(torch.int32)
+    return positions[:, 1:].sub(bits, alpha=2**32).argmin(-1, keepdim=True) + 1
 
 
 def _two_products(q: Tensor, k: Tensor, v: Tensor, soft_mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """`softmax(L - F) v` of one query, (B, H, 1, E), and relu of the logits of head 0, (B, C)."""
     batch, heads, _, size = q.shape
     groups, dtype = k.shape[1], wide_dtype(q)
-    grouped = (q.to(dtype) * scale).view(batch, groups, heads // groups, size)
-    logits = grouped @ k.to(dtype).mT  # (B, G, H / G, C)
-    votes = logits[:, 0, 0].relu()
-    out = logits.sub_(soft_mask[:, None, None]).softmax(-1) @ v.to(dtype)
+    grouped = q.to(dtype).reshape(batch * groups, heads // groups, size)
+    keys, values = k.to(dtype).flatten(0, 1), v.to(dtype).flatten(0, 1)
+    flat = torch.baddbmm(grouped.new_empty(()), grouped, keys.mT, beta=0, alpha=scale)
+    logits = flat.view(batch, heads, -1)
+    votes = logits[:, 0].relu()
+    weights = logits.sub_(soft_mask[:, None]).softmax(-1)
+    out = torch.bmm(weights.view(flat.shape), values)
     return out.view(batch, heads, 1, -1).to(v.dtype), votes
