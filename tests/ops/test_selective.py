@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from heedful.ops import selective_attention, unmasked_count
 from heedful.ops.dot_product import attention_reference
 from heedful.ops.masks import visible_keys
-from heedful.ops.selective import api, blocked
+from heedful.ops.selective import api, blocked, tiles
 from heedful.ops.selective.blocked import plain_blocked
 
 IMPLS = ["auto", "reference", "sdpa", "blocked"]
@@ -617,8 +617,6 @@ def test_errors(case: str, monkeypatch: pytest.MonkeyPatch):
 )
 def test_blocked_in_any_geometry(x: Inputs, queries: int, block: int, width: int, fit: int, size: float):
     """However the plane is cut, with small logits and with some that need a maximum: what the formula gives."""
-    from heedful.ops.selective import tiles
-
     groups, heads, earlier = x.k.shape[1], x.q.shape[1], x.k.shape[2] - x.q.shape[2]
     x = random_inputs(
         batch=3,
@@ -649,6 +647,44 @@ def test_blocked_in_any_geometry(x: Inputs, queries: int, block: int, width: int
             results.append([*outs, *found])
     for expected, got in zip(*results, strict=True):
         close(got, expected, 1e-9)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("selectors", [None, 2])
+@pytest.mark.parametrize("after_counts", [False, True])
+@pytest.mark.parametrize("size", [1.0, 3.0])
+def test_blocked_without_the_keys_that_nobody_needs(
+    masked: bool, selectors: int | None, after_counts: bool, size: float, monkeypatch: pytest.MonkeyPatch
+):
+    """Keys that were voted away before a block are left out of it, and neither outputs nor gradients show it."""
+    monkeypatch.setattr(tiles, "BLOCK", 48)
+    monkeypatch.setattr(tiles, "WIDTH", 20)
+    monkeypatch.setattr(tiles, "TILE", 960)
+    left_out = []
+    needed = blocked.Range.needed
+
+    def spy(*arguments: Any) -> Any:
+        found = needed(*arguments)
+        left_out.append(0 if found is None else len(found.others))
+        return found
+
+    monkeypatch.setattr(blocked.Range, "needed", spy)
+    padding = "holes" if masked else "none"
+    x = random_inputs(batch=2, queries=300, earlier=9, selectors=selectors, padding=padding)
+    x = replace(x, q=x.q * size, select_q=None if x.select_q is None else 4 * x.select_q)
+    results = []
+    for impl in ("reference", "blocked"):
+        leaves = x.map(lambda t: t.clone().requires_grad_())
+        (out, soft_mask), wanted = leaves.run(impl), list(leaves.floats().values())
+        loss = (out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum()
+        if after_counts:
+            loss = loss + (soft_mask * torch.linspace(0, 1, soft_mask.shape[-1])).sum()
+        grads = torch.autograd.grad(loss, wanted, allow_unused=True)
+        found = [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, grads, strict=True)]
+        results.append([out, soft_mask, *found])
+    for expected, got in zip(*results, strict=True):
+        close(got, expected, 1e-9)
+    assert max(left_out) > 50
 
 
 @pytest.mark.parametrize("size", [0.5, 40.0])

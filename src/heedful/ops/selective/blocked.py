@@ -20,6 +20,18 @@ from heedful.ops.gemm import add_product
 from heedful.ops.precision import no_autocast, wide_dtype
 from heedful.ops.selective.tiles import Tile, Tiles, blocks_of, exclusive_sum
 
+MANY = 0.75
+"""A block leaves keys out where less than this share of the earlier ones is still needed; 0 = never."""
+
+
+class Needed(NamedTuple):
+    """The keys of a block of queries, in order."""
+
+    keys: Tensor
+    """Indices of those that weigh something, the block's own at the end."""
+    others: Tensor
+    """Indices of the earlier keys that do not."""
+
 
 class Range(NamedTuple):
     """What weighs nothing, and whether the exponentials can do without a maximum.
@@ -49,6 +61,20 @@ class Range(NamedTuple):
             keys = torch.linalg.vector_norm(job.k, dim=-1).amax((0, 2))
             bound = float((queries * keys[:, None]).amax())
         return cls(margin, 3 * bound + margin < reach, 2 * bound + margin)  # NaN is not bounded
+
+    def needed(self, job: Tiles, rows: slice, soft_mask: Tensor) -> Needed | None:
+        """Which keys a block of queries needs, given F before it (B, R, S); None = all of them.
+
+        F never decreases along the queries: what weighs nothing before the block weighs nothing in it.
+        """
+        earlier = job.n_keys - job.length + rows.start
+        if not job.selectors or not earlier or job.small(rows):
+            return None
+        others = soft_mask[0, :, :earlier].amin(0) >= self.largest_mask
+        if int(others.sum()) <= (1 - MANY) * earlier:
+            return None
+        own = torch.arange(earlier, earlier + rows.stop - rows.start, device=others.device)
+        return Needed(torch.cat((torch.nonzero(~others)[:, 0], own)), torch.nonzero(others)[:, 0])
 
     def cut_off(self, masks: Tensor, largest: Tensor) -> None:
         """Cut F (B, R, n, w) off where that is needed; none of it exceeds `largest`."""
@@ -132,7 +158,14 @@ def _forward(
             before[part, :, number] = carry
             rows = tiles[0].rows
             acc = job.scratch("out", job.batch, job.heads, tiles[0].n, v.shape[-1])
-            total, largest = _attend_block(job, limits, tiles, carry, acc)
+            needed = limits.needed(job, rows, carry)
+            if needed is None:
+                total, largest = _attend_block(job, limits, tiles, carry, acc)
+            else:
+                fewer, held = job.with_keys(rows, needed.keys), carry[..., needed.keys]
+                total, largest = _attend_block(fewer, limits, fewer.blocks()[0], held, acc)
+                carry[..., needed.keys] = held
+                _vote_on(job, rows, needed.others, carry)
             if key_mask is not None:  # a padded query sees nothing
                 total.masked_fill_(total == 0, 1.0)
             out[part, :, rows] = acc.div_(total)
@@ -191,6 +224,23 @@ def _attend_block(
     return total, largest
 
 
+def _vote_on(job: Tiles, rows: slice, others: Tensor, carry: Tensor) -> None:
+    """Add the votes of a block on keys that nobody attends to any more: F stays what the formula says."""
+    earlier = job.n_keys - job.length
+    own = torch.arange(earlier + rows.start, earlier + rows.stop, device=carry.device)
+    if job.first is None:  # key 0 is not voted on, whichever it is: let it be the real one
+        others = torch.cat((others.new_zeros(1), others))
+    fewer = job.with_keys(rows, torch.cat((others, own)))
+    sums, keys = carry[..., others], fewer.k[0, 0]
+    for tile in fewer.strips(len(others)):
+        if fewer.select_q is None:
+            logits = fewer.product("logits", fewer.q[0, 0], keys[tile.keys])[None, None]
+        else:
+            logits = fewer.select_logits(tile)
+        sums[..., tile.keys] += fewer.votes(tile, logits).sum(2)
+    carry[..., others] = sums
+
+
 @_forward.register_fake
 def _(q, k, v, select_q, select_k, soft_mask, key_mask, segment_ids, scale, select_scale, selects):
     batch, heads, length, _ = q.shape
@@ -241,17 +291,18 @@ def _backward(
         gradients.later.sub_(grad_after)
     for part, job in every.parts():
         for number, tiles in reversed(list(enumerate(job.blocks()))):
-            rows = tiles[0].rows
-            _differentiate_block(
-                job,
-                limits,
-                tiles,
-                before[part, :, number],
-                log_sum[part, :, rows],
-                d_out[part, :, rows],
-                delta[part, :, rows],
-                gradients.of(part),
-            )
+            rows, mine = tiles[0].rows, gradients.of(part)
+            held = before[part, :, number]
+            given = log_sum[part, :, rows], d_out[part, :, rows], delta[part, :, rows]
+            # The last F has a gradient in votes on keys that nobody needs, too.
+            needed = limits.needed(job, rows, held) if grad_after is None else None
+            if needed is None:
+                _differentiate_block(job, limits, tiles, held, *given, mine)
+                continue
+            fewer = job.with_keys(rows, needed.keys)
+            some = mine.with_keys(rows, needed.keys)
+            _differentiate_block(fewer, limits, fewer.blocks()[0], held[..., needed.keys], *given, some)
+            mine.add_keys(some, needed.keys)
     gradients.q.mul_(scale)
     gradients.select_q.mul_(select_scale)
     return (
@@ -290,6 +341,30 @@ class Gradients(NamedTuple):
         """Those of some rows of the batch."""
         q, k, v, select_q, select_k, later = (x[part] for x in self)
         return Gradients(q, k, v, select_q, select_k, later)
+
+    def with_keys(self, rows: slice, keys: Tensor) -> "Gradients":
+        """Those of some queries, in place, and zeros for some keys; of F what there is for those."""
+        own = self.select_k.ndim > 2
+
+        def zeros(x: Tensor) -> Tensor:
+            return x.new_zeros(*x.shape[:2], len(keys), x.shape[3])
+
+        return Gradients(
+            self.q[:, :, rows],
+            zeros(self.k),
+            zeros(self.v),
+            self.select_q[:, :, rows] if own else self.select_q,
+            zeros(self.select_k) if own else self.select_k,
+            self.later[..., keys],
+        )
+
+    def add_keys(self, some: "Gradients", keys: Tensor) -> None:
+        """Add those for some keys; that of F is replaced."""
+        self.k.index_add_(2, keys, some.k)
+        self.v.index_add_(2, keys, some.v)
+        if self.select_k.ndim > 2:
+            self.select_k.index_add_(2, keys, some.select_k)
+        self.later[..., keys] = some.later
 
 
 def _differentiate_block(

@@ -13,8 +13,8 @@ from heedful.ops.gemm import product
 from heedful.ops.masks import rank_in_segment
 from heedful.ops.precision import wide_dtype
 
-BLOCK = 1024  # queries of a block
-WIDTH = 128  # keys of a tile of so many queries: the logits of one head are 512 kB of float32
+BLOCK = 512  # queries of a block
+WIDTH = 256  # keys of a tile of so many queries: the logits of one head are 512 kB of float32
 TILE = BLOCK * WIDTH
 TOGETHER = 2 * TILE  # logits of small tiles that are taken at once
 
@@ -179,6 +179,33 @@ class Tiles:
                 tiles.append(Tile(first, stop, left, right, max(0, right - earlier - first)))
             blocks.append(tiles)
         return blocks
+
+    def with_keys(self, rows: slice, keys: Tensor) -> "Tiles":
+        """Some queries with some keys: indices (S',) in order, the last ones the queries' own."""
+
+        def chosen(x: Tensor | None, dim: int) -> Tensor | None:
+            return None if x is None else x.index_select(dim, keys)
+
+        return replace(
+            self,
+            q=self.q[:, :, rows],
+            k=self.k.index_select(2, keys),
+            v=self.v.index_select(2, keys),
+            select_q=None if self.select_q is None else self.select_q[:, :, rows],
+            select_k=chosen(self.select_k, 2),
+            key_mask=chosen(self.key_mask, 1),
+            segment_ids=chosen(self.segment_ids, 1),
+            first=chosen(self.first, 1),
+        )
+
+    def small(self, rows: slice) -> bool:
+        """Whether copying the keys of a block of queries costs about as much as the block."""
+        return self.batch > 1 or rows.stop - rows.start < BLOCK // 8
+
+    def strips(self, n_keys: int) -> list[Tile]:
+        """All queries by the first keys, which all of them see."""
+        n, step = self.length, max(WIDTH, TILE // self.length)
+        return [Tile(0, n, left, min(left + step, n_keys), 0) for left in range(0, n_keys, step)]
 
     def units(self, tiles: list[Tile]) -> list["Unit"]:
         """The heads one at a time, or several where tiles are small."""
