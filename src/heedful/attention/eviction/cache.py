@@ -477,8 +477,12 @@ def _gather(storage: Tensor, slot: Tensor) -> Tensor:
 
 def _scatter(storage: Tensor, slot: Tensor, value: Tensor) -> None:
     """Overwrite the slots (B, n)."""
-    if storage.ndim == 4 and (slot.shape[-1] > 1 or torch.compiler.is_compiling()):
-        # Whole vectors; and the compiler writes this one in place, where it copies the storage for scatter_.
+    if torch.compiler.is_compiling() and storage.ndim == 4:
+        # The compiler writes this one in place, where it copies the whole storage for the others.
+        storage.index_put_(_rows_and_groups(slot, storage), value)
+    elif storage.shape[0] == 1:
+        storage.index_copy_(token_axis(storage), slot[0], value)
+    elif storage.ndim == 4 and slot.shape[-1] > 1:
         storage.index_put_(_rows_and_groups(slot, storage), value)
     else:
         storage.scatter_(token_axis(storage), _index(slot, storage), value)

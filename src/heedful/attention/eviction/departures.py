@@ -116,12 +116,15 @@ def _in_turn(rule: Rule, rated: list[list[float]], newest: list[int], alive: int
             going = [c for c, priority in enumerate(row) if priority > rule.threshold]
             for candidate in going:
                 row[candidate] = NOBODY
-        while rule.budget is not None and alive - len(going) > rule.budget:
+        over = 0 if rule.budget is None else alive - len(going) - rule.budget
+        if over == 1:
             going.append(row.index(max(row)))  # the first of equals, which is the oldest
-            row[going[-1]] = NOBODY
+        elif over > 1:
+            going += sorted(range(len(row)), key=row.__getitem__, reverse=True)[:over]  # equals stay in order
         for candidate in going:
             gone.append((candidate, query))
-            for later in rated[query + 1 :]:
+        for later in rated[query + 1 :]:
+            for candidate in going:
                 later[candidate] = NOBODY
         alive -= len(going)
     return gone
