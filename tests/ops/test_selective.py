@@ -652,7 +652,7 @@ def test_blocked_in_any_geometry(x: Inputs, queries: int, block: int, width: int
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("selectors", [None, 2])
 @pytest.mark.parametrize("after_counts", [False, True])
-@pytest.mark.parametrize("size", [1.0, 3.0])
+@pytest.mark.parametrize("size", [2.0, 4.0])
 def test_blocked_without_the_keys_that_nobody_needs(
     masked: bool, selectors: int | None, after_counts: bool, size: float, monkeypatch: pytest.MonkeyPatch
 ):
@@ -684,7 +684,7 @@ def test_blocked_without_the_keys_that_nobody_needs(
         results.append([out, soft_mask, *found])
     for expected, got in zip(*results, strict=True):
         close(got, expected, 1e-9)
-    assert max(left_out) > 50
+    assert max(left_out) > 10
 
 
 @pytest.mark.parametrize("size", [0.5, 40.0])

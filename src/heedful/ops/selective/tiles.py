@@ -172,7 +172,9 @@ class Tiles:
         for start in range(0, self.length, BLOCK):
             stop = min(start + BLOCK, self.length)
             end = earlier + stop
-            step = max(WIDTH, TILE // (stop - start)) if earlier + start else WIDTH
+            n = stop - start
+            # Beside the diagonal half of a tile is for nothing: where there is little else, take narrow ones.
+            step = max(WIDTH, TILE // n) if earlier + start else WIDTH if n > WIDTH else -(-WIDTH // 2)
             tiles = []
             for left in range(0, end, step):
                 first, right = max(start, left - earlier), min(left + step, end)
