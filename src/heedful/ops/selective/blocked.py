@@ -71,6 +71,8 @@ class Range(NamedTuple):
         if not job.selectors or not earlier or job.small(rows):
             return None
         others = soft_mask[0, :, :earlier].amin(0) >= self.largest_mask
+        if job.key_mask is not None:
+            others |= ~job.key_mask[0, :earlier]
         if int(others.sum()) <= (1 - MANY) * earlier:
             return None
         own = torch.arange(earlier, earlier + rows.stop - rows.start, device=others.device)
