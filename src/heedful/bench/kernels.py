@@ -29,13 +29,16 @@ from heedful.bench.forms import (
 )
 from heedful.bench.published_sas import PublishedSAS
 from heedful.bench.workload import Case, Workload
-from heedful.ops.selective.blocked import plain_blocked
+from heedful.ops.selective import blocked
 from heedful.ops.selective.choice import choose
 
 Work = Literal["prefill", "train"]
 
 DENSE = {NAIVE, COMPILED, X_TRANSFORMERS, named("sdpa"), named("reference")}
 """Forms that keep T * T values."""
+
+EVERY_KEY = "selective, every key"
+"""The blocked kernel as if no key were ever voted away: its time does not depend on the inputs."""
 
 SAS_PUBLISHED, SAS_OURS = "SAS, published", "SAS, heedful"
 SAS_WIDTH = 5  # W
@@ -111,6 +114,8 @@ class Kernels:
             except Unavailable as error:
                 raise RuntimeError(f"{name} {error}") from None
             self.forms[name] = form
+        if named("blocked") in self.forms:
+            self.forms[EVERY_KEY] = self.forms[named("blocked")]
         others: dict[str, Callable[[], Form]] = {
             NAIVE: lambda: naive,
             COMPILED: lambda: torch.compile(naive, dynamic=True),
@@ -155,7 +160,8 @@ class Kernels:
             if name in DENSE - {X_TRANSFORMERS} and length > dense_up_to:
                 left_out[name] = f"keeps T*T values; --dense-up-to {length} includes it"
                 continue
-            cases.append(Case(name, bind(form, q, k, v), flops, moved))
+            run = bind(form, q, k, v)
+            cases.append(Case(name, with_every_key(run) if name == EVERY_KEY else run, flops, moved))
         return Workload(
             name=work,
             length=length,
@@ -203,6 +209,19 @@ def sas_workload(work: Work, length: int, sizes: Sizes, device: torch.device, dt
     )
 
 
+def with_every_key(run: Callable[[], Any]) -> Callable[[], Any]:
+    """The same, but no block of queries leaves keys out."""
+
+    def kept() -> Any:
+        share, blocked.MANY = blocked.MANY, 0.0
+        try:
+            return run()
+        finally:
+            blocked.MANY = share
+
+    return kept
+
+
 def read(form: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
     """Forward alone, without gradients."""
 
@@ -224,4 +243,4 @@ def trained(
 
 
 def _twin(sizes: Sizes) -> Form:
-    return lambda q, k, v: plain_blocked(q, k, v, sizes.head_dim**-0.5)
+    return lambda q, k, v: blocked.plain_blocked(q, k, v, sizes.head_dim**-0.5)

@@ -1,6 +1,5 @@
 """Selective attention of a block of queries over keys that are evicted as the votes go."""
 
-import math
 from collections.abc import Callable
 
 import torch
