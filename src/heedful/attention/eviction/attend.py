@@ -57,7 +57,7 @@ def attend_evicting(
         return _part(layer, x, q, memory, real, cache)
     together = 1 if cache.policy.needs_weights else BLOCK
     starts = range(0, length, together)
-    with cache.long_piece(together) if len(starts) > 1 else nullcontext():
+    with cache.long_piece(BLOCK) if 1 < together < length else nullcontext():
         outputs = []
         for start in starts:
             n = min(together, length - start)
