@@ -86,9 +86,10 @@ def selective_attention(
             protects its own first real token.
         scale: multiplies the logits, of the selection heads too; default 1 / sqrt(last axis).
         impl: "reference" (the formula, all logits in memory), "sdpa" (F as a bias of PyTorch's fused
-            attention), "blocked" (blocks of queries, memory grows with T; no double backward), "triton" (the
-            same as kernels for NVIDIA GPUs: float16, bfloat16 and float32, head sizes up to 128), or "auto":
-            the fastest for device, dtype and shape by a table of measurements (`ops/selective/choice.py`).
+            attention), "blocked" (blocks of queries, memory grows with T; keys that are certain to weigh less than
+            1e-13 of a row are left out; no double backward), "triton" (kernels for NVIDIA GPUs: float16,
+            bfloat16 and float32, head sizes up to 128), or "auto": the fastest for device, dtype and shape by
+            a table of measurements (`ops/selective/choice.py`).
 
     Returns:
         out: (B, H, T, E) in the dtype of v.
