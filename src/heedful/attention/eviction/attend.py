@@ -13,7 +13,7 @@ from heedful.attention.eviction.departures import departures
 if TYPE_CHECKING:
     from heedful.attention.base import Attention
 
-BLOCK = 128
+BLOCK = 192
 """Tokens of a piece that attend together."""
 
 

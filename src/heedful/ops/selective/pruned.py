@@ -8,8 +8,10 @@ from torch import Tensor
 from heedful.ops.precision import no_autocast, to_autocast_dtype, wide_dtype
 from heedful.ops.selective.tiles import exclusive_sum
 
-TILE = 2**18
-"""Logits that are computed at once: 1 MB of float32 stay in the cache of a core."""
+TILE = 2**19
+"""Logits that are computed at once, 2 MB of float32: some heads by all keys."""
+MANY = 0.75
+"""Keys that weigh nothing are left out where no larger share of them is needed."""
 
 
 def attend_pruned(
@@ -24,7 +26,8 @@ def attend_pruned(
     """`softmax(L - F) v` over the keys that are left, head 0 selecting. No gradients.
 
     Votes do not depend on who was evicted, so F before every query comes first, then the evictions, then the
-    attention of all heads. Extra memory is that of T rows of S logits for some heads.
+    attention of all heads. Keys whose votes leave them less than exp(-30) of any row's weight are left out of that
+    (float64: exp(-60)). Extra memory is that of T rows of S logits for some heads.
 
     Args:
         q: (B, H, T, D).
@@ -57,15 +60,11 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     batch, _, length, size = q.shape
     groups, n_keys, dtype = k.shape[1], k.shape[2], wide_dtype(q)
-    q, k, values = q.to(dtype) * scale, k.to(dtype), v.to(dtype)
-    grouped = q.view(batch, groups, -1, size)  # heads that share a key head become rows of one product
-    together = max(1, TILE // max(1, batch * grouped.shape[2] * n_keys))  # key heads in a core's cache
-    parts = [slice(at, at + together) for at in range(0, groups, together)]
+    q, k, v_wide = q.to(dtype) * scale, k.to(dtype), v.to(dtype)
     own, real = slice(n_keys - length, n_keys), positions[:, n_keys - length :, None] >= 0
     padded = not bool(real.all())
 
-    logits = grouped[:, parts[0]] @ k[:, parts[0]].mT
-    votes = logits[:, 0, :length].relu()
+    votes = (q[:, 0] @ k[:, 0].mT).relu_()
     votes[..., own].tril_(-1)
     votes *= (positions > 0).to(dtype)[:, None]
     if padded:
@@ -78,29 +77,39 @@ def _attend(
 
     gone_at = evict(masks)
     last = torch.full_like(positions, length) if gone_at is None else gone_at
-    last = last.masked_fill(positions < 0, 0).to(dtype)
-    query = torch.arange(length, dtype=dtype, device=q.device)[:, None]
-    seen = (last[:, None] - query).clamp_(0.0, 1.0)
-    seen[..., own].tril_()
-    # exp is fast as long as it gives normal numbers.
-    lowest = -87.0 if dtype == torch.float32 else -708.0
+    last = last.masked_fill(positions < 0, 0)
+
+    grouped = q.view(batch, groups, -1, size)  # heads that share a key head become rows of one product
+    # With logits up to b in size a row's sum is at least exp(-b), for its own token has F = 0: a key with F of
+    # 2b + margin is lost in rounding, and so is what F is above that.
+    margin, reach = (30.0, 87.0) if dtype == torch.float32 else (60.0, 708.0)
     bound = _largest_logit(grouped, k)
-    bounded = bound < -0.22 * lowest
-    if bounded:  # no maximum needed: a row's own logit has F = 0, and what is cut off weighs e^(2 bound - 87)
-        masks.clamp_(max=-lowest - bound)
+    needed = ((start < 2 * bound + margin) & (last > 0)).any(0)
+    needed[own] = True
+    columns = needed.nonzero()[:, 0]
+    if columns.numel() < MANY * n_keys:
+        k, v_wide, masks = (x.index_select(2, columns) for x in (k, v_wide, masks))
+        last = last.index_select(1, columns)
+    query = torch.arange(length, dtype=dtype, device=q.device)[:, None]
+    seen = (last.to(dtype)[:, None] - query).clamp_(0.0, 1.0)
+    seen[..., -length:].tril_()
+    bounded = 3 * bound + margin < reach  # exp is fast as long as it gives normal numbers
+    if bounded:
+        masks.clamp_(max=2 * bound + margin)
     else:
         masks.masked_fill_(seen == 0, torch.inf)
 
     outs = []
-    for part in parts:
-        if part is not parts[0]:
-            logits = grouped[:, part] @ k[:, part].mT
-        weights = logits.view(batch, -1, length, n_keys).sub_(masks[:, None])
+    together = max(1, TILE // max(1, batch * grouped.shape[2] * k.shape[2]))  # key heads in a core's cache
+    for at in range(0, groups, together):
+        part = slice(at, at + together)
+        logits = grouped[:, part] @ k[:, part].mT
+        weights = logits.view(batch, -1, length, k.shape[2]).sub_(masks[:, None])
         if not bounded:
-            weights.sub_(weights.amax(-1, keepdim=True)).clamp_(min=lowest)
+            weights.sub_(weights.amax(-1, keepdim=True)).clamp_(min=-reach)
         weights.exp_().mul_(seen[:, None])
         total = weights.sum(-1, keepdim=True)
-        product = weights.view(logits.shape) @ values[:, part]
+        product = weights.view(logits.shape) @ v_wide[:, part]
         outs.append(product.view(batch, -1, length, v.shape[-1]).div_(total))
     out = torch.cat(outs, dim=1)
     if padded:
