@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from heedful.ops.selective import selective_attention
-from heedful.ops.selective.slots import attend_newest, attend_slots, least_needed_slot, most_voted_slot
+from heedful.ops.selective.slots import attend_slots, least_needed_slot, most_voted_slot
 
 WITH_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
@@ -65,30 +65,6 @@ def test_attend_slots(impl, dtype, seed, sizes, n):
     torch.testing.assert_close(got.double(), out, atol=accuracy, rtol=accuracy)
     torch.testing.assert_close(mask.double(), after[:, 0, order], atol=accuracy, rtol=accuracy)
     assert torch.equal(slot, least_needed_slot(mask, positions))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("fresh", [False, True], ids=["", "first"])
-@given(st.integers(0, 10**6), st.integers(2, 30))
-def test_attend_newest(dtype, fresh, seed, n):
-    n = 1 if fresh else n
-    q, k, v, past = drawn(seed, (2, 4, 1, 8), (2, 2, n, 8), (2, 2, n, 5), (2, 1, n - 1), dtype=dtype)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    votes = None if fresh else past.to(wide).relu()
-    if votes is not None:
-        votes[..., 0] = 0
-    given_votes = None if votes is None else votes.clone()
-    out, after = attend_newest(q, k, v, votes, 0.3)
-    doubled = None if votes is None else votes.double()
-    expected, mask = selective_attention(
-        q.double(), k.double(), v.double(), soft_mask=doubled, scale=0.3, impl="reference"
-    )
-    accuracy = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
-    assert (out.dtype, after.dtype) == (dtype, wide)
-    torch.testing.assert_close(out.double(), expected, atol=accuracy, rtol=accuracy)
-    torch.testing.assert_close(after.double(), mask, atol=accuracy, rtol=accuracy)
-    if votes is not None:
-        assert torch.equal(votes, given_votes)  # what the cache holds is not touched
 
 
 def test_under_autocast_votes_stay_float32():

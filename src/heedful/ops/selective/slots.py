@@ -52,29 +52,6 @@ def attend_slots(
     return out, most_voted_slot(soft_mask, positions)
 
 
-def attend_newest(
-    q: Tensor, k: Tensor, v: Tensor, soft_mask: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """`selective_attention` of one query over all keys in order, head 0 selecting. No gradients.
-
-    Args:
-        q: (B, H, 1, D).
-        k: (B, G, S, D); the first key is that of the first real token, the last the query's own.
-        v: (B, G, S, E).
-        soft_mask: (B, 1, S - 1) votes on the earlier keys; None = none yet.
-        scale: multiplies the logits.
-
-    Returns:
-        out (B, H, 1, E) in the dtype of v, and F after the query, (B, 1, S).
-    """
-    masks = q.new_zeros(q.shape[0], 1, k.shape[2], dtype=wide_dtype(q))
-    if soft_mask is not None:
-        masks[..., :-1] = soft_mask
-    out, votes = _two_products(q, k, v, masks[:, 0], scale)
-    masks[:, 0, 1:-1] += votes[:, 1:-1]
-    return out, masks
-
-
 def least_needed_slot(priority: Tensor, positions: Tensor) -> Tensor:
     """The slot that the next token may overwrite: the highest priority, the oldest among equals.
 
