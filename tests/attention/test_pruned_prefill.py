@@ -269,3 +269,20 @@ def test_attend_pruned_is_the_formula(size, dtype, seed, length, held):
     torch.testing.assert_close(after.double(), mask, atol=accuracy, rtol=1e-5)
     assert len(rows) == 1
     assert rows[0].shape == (batch, length, total)
+
+
+def test_a_nan_stays_in_its_row():
+    torch.manual_seed(0)
+    q, k, v, past = (
+        torch.randn(2, 2, 20, 8),
+        torch.randn(2, 2, 60, 8),
+        torch.randn(2, 2, 60, 5),
+        torch.rand(2, 1, 40),
+    )
+    positions = torch.arange(60).expand(2, -1)
+    expected, _ = attend_pruned(q, k, v, 500 * past, positions, 0.3, lambda masks: None)
+    k[0, 1, 30] = torch.nan
+    got, _ = attend_pruned(q, k, v, 500 * past, positions, 0.3, lambda masks: None)
+    torch.testing.assert_close(got[1], expected[1])
+    torch.testing.assert_close(got[0, 0], expected[0, 0])
+    assert got[0, 1].isnan().all()

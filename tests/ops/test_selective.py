@@ -776,3 +776,36 @@ def test_blocked_makes_no_denormal_numbers_of_small_gradients(size: float, monke
     right, _ = selective_attention(*leaves, impl="reference")
     for got, expected in zip(gradients, torch.autograd.grad(right, leaves, gradient.double()), strict=False):
         close(got / expected.abs().max(), expected / expected.abs().max(), 1e-5)
+
+
+@pytest.mark.parametrize("votes", [1e6, -100.0, "first"])
+def test_blocked_takes_any_votes_already_cast(votes: float | str):
+    """Also such as no earlier call makes: on the first key, and negative ones."""
+    x = random_inputs(batch=1, queries=600, earlier=100, groups=1, selectors=None)
+    mask = torch.full((1, 1, 100), 500.0, dtype=torch.float64) if votes == "first" else x.soft_mask * votes
+    x = replace(x, soft_mask=mask)
+    for got, expected in zip(x.run("blocked"), x.run("reference"), strict=True):
+        close(got, expected, 1e-9)
+
+
+def test_bfloat16_gradients_do_not_suffer_from_values_far_from_zero():
+    torch.manual_seed(0)
+    q, k, v, gradient = torch.randn(4, 1, 2, 400, 16).bfloat16()
+    v = v + 30
+    results = []
+    for impl, dtype in (("blocked", torch.bfloat16), ("reference", torch.float64)):
+        leaves = [t.to(dtype).requires_grad_() for t in (q, k, v)]
+        out, _ = selective_attention(*leaves, impl=impl)
+        results.append(torch.autograd.grad(out, leaves, gradient.to(dtype)))
+    for got, expected in zip(*results, strict=True):
+        assert (got - expected).norm() / expected.norm() < 1e-2
+
+
+def test_forward_mode_raises_instead_of_giving_zeros():
+    q, k, v = torch.randn(3, 1, 2, 9, 4)
+    for function in (
+        lambda q: selective_attention(q, k, v, impl="blocked")[0],
+        lambda q: unmasked_count(q[:, :1], k[:, :1]),
+    ):
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            torch.func.jvp(function, (q,), (torch.ones_like(q),))

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -66,3 +67,14 @@ def check_choice(what: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise unless `value` is one of `choices`, naming the nearest one."""
     if value not in choices:
         raise ValueError(f"{what} must be {' or '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_no_tangent(what: str, *tensors: Tensor | None) -> None:
+    """Raise NotImplementedError under forward-mode differentiation: an operator without it would give zeros."""
+    if torch.compiler.is_compiling():
+        return
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                f"{what} has no forward-mode derivative (torch.func.jvp); use impl='reference' or reverse mode"
+            )

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from heedful.ops.checks import check_choice
+from heedful.ops.checks import check_choice, check_no_tangent
 from heedful.ops.precision import no_autocast, to_autocast_dtype, wide_dtype
 from heedful.ops.sas.pieces import Layers, pieces
 from heedful.ops.sas.placing import NOWHERE, Placement, place
@@ -75,6 +75,7 @@ def expand(
     check_head_weights(x, weight1, bias1, weight2, bias2)
     if features is not None:
         check_feature_weights(x, *features)
+    check_no_tangent("expand", x, weight1, bias1, weight2, bias2, *(features or ()))
     cast, *weights = to_autocast_dtype(x, weight1, bias1, weight2, bias2, *(features or [None] * 4))
     assert cast is not None
     return _expand(cast.transpose(1, 2), *weights, *placement)

@@ -10,6 +10,7 @@ from heedful.ops.checks import (
     check_device,
     check_divides,
     check_float,
+    check_no_tangent,
     check_same,
     check_shape,
     check_tensor,
@@ -127,6 +128,7 @@ def selective_attention(
         impl = choose(q.device.type, q.dtype, length, n_keys, without)
     with no_autocast(q.device):
         if impl in BLOCKED:
+            check_no_tangent(f"impl={impl!r}", q, k, v, select_q, select_k, soft_mask)
             return BLOCKED[impl](q, k, v, select, soft_mask, key_mask, segment_ids, scale)
         if one and key_mask is None and segment_ids is None:
             return selective_newest(q, k, v, select, soft_mask, None, None, scale)
@@ -208,6 +210,7 @@ def unmasked_count(
     batch, selectors, length, size = select_q.shape
     _check_masks(select_q, batch, selectors, length, n_keys, soft_mask, key_mask, segment_ids)
     scale = size**-0.5 if scale is None else scale
+    check_no_tangent("unmasked_count", select_q, select_k, soft_mask)
     with no_autocast(select_q.device):
         return blocked_count(select_q, select_k, soft_mask, key_mask, segment_ids, tau, scale)
 

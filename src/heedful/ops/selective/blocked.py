@@ -11,6 +11,7 @@ Where no logit can be large (`Range.bounded`) the softmax needs no maximum: ever
 rows are divided by their sums at the end.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -52,15 +53,19 @@ class Range(NamedTuple):
     """Where F is cut off, if so."""
 
     @classmethod
-    def of(cls, job: Tiles) -> "Range":
-        """From the lengths of queries and keys: no logit is larger than their product."""
+    def of(cls, job: Tiles, start: Tensor) -> "Range":
+        """From the lengths of queries and keys, and F before the first query (B, R, S).
+
+        No logit is larger than the product of the lengths; a negative F would be a logit of its own.
+        """
         margin, reach = (30.0, 87.0) if job.q.dtype == torch.float32 else (60.0, 708.0)
         bound = 0.0
         if job.q.numel() and job.k.numel():
             queries = torch.linalg.vector_norm(job.q, dim=-1).amax((0, 2)).view(job.groups, -1)
             keys = torch.linalg.vector_norm(job.k, dim=-1).amax((0, 2))
             bound = float((queries * keys[:, None]).amax())
-        return cls(margin, 3 * bound + margin < reach, 2 * bound + margin)  # NaN is not bounded
+        small = 3 * bound + margin < reach and not bool((start < 0).any())  # NaN is not small
+        return cls(margin, small, 2 * bound + margin)
 
     def needed(self, job: Tiles, rows: slice, soft_mask: Tensor) -> Needed | None:
         """Which keys a block of queries needs, given F before it (B, R, S); None = all of them.
@@ -73,6 +78,8 @@ class Range(NamedTuple):
         others = soft_mask[0, :, :earlier].amin(0) >= self.largest_mask
         if job.key_mask is not None:
             others |= ~job.key_mask[0, :earlier]
+        if job.first is None:  # key 0 is not voted on; without it another key would stand in its place
+            others[0] = False
         if int(others.sum()) <= (1 - MANY) * earlier:
             return None
         own = torch.arange(earlier, earlier + rows.stop - rows.start, device=others.device)
@@ -99,7 +106,7 @@ def selective_blocked(
     out, after, *_ = _forward(
         q, k, v, select_q, select_k, soft_mask, key_mask, segment_ids, scale, select_scale, True
     )
-    return out, after
+    return out.to(v.dtype), after
 
 
 def plain_blocked(
@@ -123,7 +130,7 @@ def plain_blocked(
     Returns:
         (B, H, T, E) in the dtype of v.
     """
-    return _forward(q, k, v, None, None, None, key_mask, segment_ids, scale, scale, False)[0]
+    return _forward(q, k, v, None, None, None, key_mask, segment_ids, scale, scale, False)[0].to(v.dtype)
 
 
 @torch.library.custom_op("heedful::selective_blocked", mutates_args=())
@@ -143,15 +150,15 @@ def _forward(
     """Attend.
 
     Returns:
-        Output (B, H, T, E); F after the last query (B, R, S) and before each block (B, R, T / block, S); the
-        logarithm of each row's sum of weights (B, H, T, 1).
+        Output (B, H, T, E) in the precision of the sums; F after the last query (B, R, S) and before each
+        block (B, R, T / block, S); the logarithm of each row's sum of weights (B, H, T, 1).
     """
     every = Tiles.of(q, k, v, select_q, select_k, key_mask, segment_ids, scale, select_scale, selects)
-    limits = Range.of(every)
-    out = torch.empty(*every.q.shape[:3], every.v.shape[-1], dtype=v.dtype, device=q.device)
+    out = every.q.new_empty(*every.q.shape[:3], every.v.shape[-1])
     after = every.q.new_zeros(every.batch, every.selectors, every.n_keys)
     if soft_mask is not None:
         after[..., : soft_mask.shape[-1]] = soft_mask
+    limits = Range.of(every, after)
     before = after.new_empty(every.batch, every.selectors, blocks_of(every.length), every.n_keys)
     log_sum = after.new_empty(*every.q.shape[:3], 1)
     for part, job in every.parts():
@@ -173,6 +180,14 @@ def _forward(
             out[part, :, rows] = acc.div_(total)
             log_sum[part, :, rows] = total.log_().add_(largest)
     return out, after, before, log_sum
+
+
+def _size(*gradients: Tensor | None) -> float:
+    """The power of two next to the largest of all values; 1 where there is none or it is not finite."""
+    largest = max((float(g.abs().amax()) for g in gradients if g is not None and g.numel()), default=0.0)
+    if not 0 < largest < math.inf:
+        return 1.0
+    return math.ldexp(1.0, min(max(math.frexp(largest)[1], -120), 120))
 
 
 def _attend_block(
@@ -230,7 +245,7 @@ def _vote_on(job: Tiles, rows: slice, others: Tensor, carry: Tensor) -> None:
     """Add the votes of a block on keys that nobody attends to any more: F stays what the formula says."""
     earlier = job.n_keys - job.length
     own = torch.arange(earlier + rows.start, earlier + rows.stop, device=carry.device)
-    if job.first is None:  # key 0 is not voted on, whichever it is: let it be the real one
+    if job.first is None:  # the first key is not voted on: let it be the real one
         others = torch.cat((others.new_zeros(1), others))
     fewer = job.with_keys(rows, torch.cat((others, own)))
     sums, keys = carry[..., others], fewer.k[0, 0]
@@ -250,7 +265,7 @@ def _(q, k, v, select_q, select_k, soft_mask, key_mask, segment_ids, scale, sele
     dtype, n_keys = wide_dtype(q), k.shape[2]
     blocks = blocks_of(length)
     return (
-        v.new_empty(batch, heads, length, v.shape[-1]),
+        v.new_empty(batch, heads, length, v.shape[-1], dtype=dtype),
         q.new_empty(batch, selectors, n_keys, dtype=dtype),
         q.new_empty(batch, selectors, blocks, n_keys, dtype=dtype),
         q.new_empty(batch, heads, length, 1, dtype=dtype),
@@ -277,10 +292,11 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, select_q, select_k (empty without selection heads), and F before the first query."""
     every = Tiles.of(q, k, v, select_q, select_k, key_mask, segment_ids, scale, select_scale, selects)
-    limits = Range.of(every)
-    wide = every.q.dtype
-    d_out = torch.zeros_like(out, dtype=wide) if grad_out is None else grad_out.to(wide)
-    delta = (d_out * out.to(wide)).sum(-1, keepdim=True)  # (B, H, T, 1)
+    limits = Range.of(every, before[:, :, 0] if before.shape[2] else before)
+    d_out = torch.zeros_like(out) if grad_out is None else grad_out
+    unit = _size(d_out, grad_after)  # gradients are worked out at a size of about 1
+    d_out = d_out / unit
+    delta = (d_out * out).sum(-1, keepdim=True)  # (B, H, T, 1)
     if limits.bounded:  # divide here, where it is cheap, instead of the weights
         factor = log_sum.neg().exp_()
         d_out, delta = d_out * factor, delta * factor
@@ -290,7 +306,7 @@ def _backward(
     gradients = Gradients.zeros(every)
     # Gradient of F with the opposite sign, summed over later queries; what follows the last one is grad_after.
     if grad_after is not None:
-        gradients.later.sub_(grad_after)
+        gradients.later.sub_(grad_after, alpha=1 / unit)
     for part, job in every.parts():
         for number, tiles in reversed(list(enumerate(job.blocks()))):
             rows, mine = tiles[0].rows, gradients.of(part)
@@ -305,8 +321,10 @@ def _backward(
             some = mine.with_keys(rows, needed.keys)
             _differentiate_block(fewer, limits, fewer.blocks()[0], held[..., needed.keys], *given, some)
             mine.add_keys(some, needed.keys)
-    gradients.q.mul_(scale)
-    gradients.select_q.mul_(select_scale)
+    gradients.q.mul_(scale * unit)
+    gradients.select_q.mul_(select_scale * unit)
+    for gradient in (gradients.k, gradients.v, gradients.select_k, gradients.later):
+        gradient.mul_(unit)
     return (
         gradients.q.to(q.dtype),
         gradients.k.to(k.dtype),

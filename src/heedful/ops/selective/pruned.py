@@ -84,7 +84,7 @@ def _attend(
     # 2b + margin is lost in rounding, and so is what F is above that.
     margin, reach = (30.0, 87.0) if dtype == torch.float32 else (60.0, 708.0)
     bound = _largest_logit(grouped, k)
-    needed = ((start < 2 * bound + margin) & (last > 0)).any(0)
+    needed = (~(start >= 2 * bound + margin) & (last > 0)).any(0)  # a NaN leaves nothing out
     needed[own] = True
     columns = needed.nonzero()[:, 0]
     if columns.numel() < MANY * n_keys:
@@ -106,7 +106,7 @@ def _attend(
         logits = grouped[:, part] @ k[:, part].mT
         weights = logits.view(batch, -1, length, k.shape[2]).sub_(masks[:, None])
         if not bounded:
-            weights.sub_(weights.amax(-1, keepdim=True)).clamp_(min=-reach)
+            weights.sub_(weights.amax(-1, keepdim=True)).clamp_(min=-margin)
         weights.exp_().mul_(seen[:, None])
         total = weights.sum(-1, keepdim=True)
         product = weights.view(logits.shape) @ v_wide[:, part]
@@ -121,9 +121,3 @@ def _largest_logit(grouped: Tensor, k: Tensor) -> float:
     """No logit is larger than the lengths of its query and key, multiplied; (B, G, n, D) and (B, G, S, D)."""
     longest = [torch.linalg.vector_norm(x, dim=-1).amax((0, 2)) for x in (grouped, k)]
     return float((longest[0] * longest[1]).max())
-
-
-def exp2_(logits: Tensor) -> Tensor:
-    """2^x in place, 0 where it would not be a normal number: those slow products down a hundred times."""
-    smallest = -126.0 if logits.dtype == torch.float32 else -1022.0
-    return torch.threshold_(logits, smallest, -torch.inf).exp2_()
