@@ -36,7 +36,7 @@ demo: setup ## train small models, compare them and generate, offline; results i
 	$(BIN)/heedful demo --out runs/demo
 
 # Every speed that the README states. Run it on a quiet machine; each line leaves tables, raw figures and a plot.
-bench: setup ## measure every published speed again, about 20 minutes; results in results/
+bench: setup ## measure the speeds of the README again, about 15 minutes; results in results/
 	$(BIN)/heedful bench kernels --threads 1,all --dense-up-to 4096 --out results/kernels
 	$(BIN)/heedful bench train --threads 1,all --out results/train
 	$(BIN)/heedful bench prefill --threads 1,all --out results/prefill

@@ -21,7 +21,7 @@ usage: heedful bench BENCHMARK [options]          heedful bench BENCHMARK --help
 benchmarks:
 {benchmarks}
 
-Each prints tables and writes its raw figures, a JSON line per case, and a plot. What is compared is checked to
+Each prints tables and writes its raw figures, a JSON line per case, and, but for decode, a plot. What is compared is checked to
 compute the same. `make bench` reproduces the published figures."""
 
 

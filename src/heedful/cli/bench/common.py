@@ -33,14 +33,16 @@ class Interrupted(RuntimeError):
     """Ctrl-C; what was measured is on the disk."""
 
 
-def run_flags(name: str) -> list[Any]:
-    """Flags about the run, the same for every benchmark."""
+def run_flags(
+    name: str,
+    turns: str = "as many as --seconds allow",
+    files: str = "the raw figures, the tables and the plot",
+) -> list[Any]:
+    """Flags about the run; `turns` says how many there are by default, `files` what is written."""
     return [
         flag("device", str, "cpu", "where to run: cpu, cuda, ..."),
-        flag(
-            "turns", int | None, None, "times each case is measured; as many as --seconds allow if left out"
-        ),
-        flag("out", str, f"runs/bench/{name}", "folder for the raw figures, the tables and the plot"),
+        flag("turns", int | None, None, f"times each case is measured; {turns} if left out"),
+        flag("out", str, f"runs/bench/{name}", f"folder for {files}"),
     ]
 
 

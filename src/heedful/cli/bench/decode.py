@@ -49,7 +49,7 @@ def run(arguments: Sequence[str]) -> int:
             dtype_flag("precision of queries, keys and values"),
             threads_flag(),
             flag("compiled", bool, True, "measure the compiled step too; needs a C++ compiler on the CPU"),
-            *run_flags("decode"),
+            *run_flags("decode", str(TURNS), "the raw figures and the tables"),
         ],
         arguments,
     )
