@@ -35,7 +35,7 @@ setup: .venv/.installed ## install heedful and its tools into .venv
 demo: setup ## train small models, compare them and generate, offline; results in runs/demo
 	$(BIN)/heedful demo --out runs/demo
 
-# Every speed that the README states. Run it on a quiet machine; each line leaves tables, raw figures and a plot.
+# Every speed that the README states. Run it on a quiet machine; each line leaves tables, raw figures and, but for decode, a plot.
 bench: setup ## measure the speeds of the README again, about 15 minutes; results in results/
 	$(BIN)/heedful bench kernels --threads 1,all --dense-up-to 4096 --out results/kernels
 	$(BIN)/heedful bench train --threads 1,all --out results/train
