@@ -21,8 +21,8 @@ usage: heedful bench BENCHMARK [options]          heedful bench BENCHMARK --help
 benchmarks:
 {benchmarks}
 
-Each prints tables and writes its raw figures, a JSON line per case, and, but for decode, a plot. What is compared is
-checked to compute the same. `make bench` reproduces the published figures."""
+Each prints tables and writes its raw figures, a JSON line per case, and, but for decode, a plot. What is compared
+is checked to compute the same. `make bench` reproduces the published figures."""
 
 
 def run(arguments: Sequence[str]) -> int:
