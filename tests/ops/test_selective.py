@@ -809,3 +809,16 @@ def test_forward_mode_raises_instead_of_giving_zeros():
     ):
         with pytest.raises(NotImplementedError, match="forward-mode"):
             torch.func.jvp(function, (q,), (torch.ones_like(q),))
+
+
+@pytest.mark.parametrize("length", [127, 129, 150, 255, 257])
+def test_blocked_takes_several_rows_of_shared_key_heads_together(length: int):
+    """As they come: short rows, keys that several heads share, and the tiles of the kernel itself."""
+    x = random_inputs(batch=5, queries=length, earlier=0, soft_mask=False, groups=2, repeats=2)
+    leaves = x.map(lambda t: t.requires_grad_())
+    results = []
+    for impl in ("reference", "blocked"):
+        out, _ = leaves.run(impl)
+        results.append((out, *torch.autograd.grad(out.square().sum(), [leaves.q, leaves.k, leaves.v])))
+    for expected, got in zip(*results, strict=True):
+        close(got, expected, 1e-9)

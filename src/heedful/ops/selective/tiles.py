@@ -175,6 +175,8 @@ class Tiles:
             n = stop - start
             # Beside the diagonal half of a tile is for nothing: where there is little else, take narrow ones.
             step = max(WIDTH, TILE // n) if earlier + start else WIDTH if n > WIDTH else -(-WIDTH // 2)
+            if self.batch > 1:  # by `parts` all of it fits one tile
+                step = end
             tiles = []
             for left in range(0, end, step):
                 first, right = max(start, left - earlier), min(left + step, end)
