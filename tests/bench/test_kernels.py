@@ -39,7 +39,7 @@ from heedful.bench.kernels import (
 from heedful.bench.timing import timing
 from heedful.bench.workload import Case, Figures, Workload, measure
 from heedful.cli import main
-from heedful.ops.selective import blocked
+from heedful.ops.selective import limits
 from heedful.ops.selective.choice import choose
 
 CPU = torch.device("cpu")
@@ -367,8 +367,8 @@ def test_tables_fit_on_the_screen():
 
 def test_every_key_is_kept_while_it_runs_and_not_afterwards():
     seen = []
-    share = blocked.MANY
-    with_every_key(lambda: seen.append(blocked.MANY))()
+    share = limits.MANY
+    with_every_key(lambda: seen.append(limits.MANY))()
     with pytest.raises(ZeroDivisionError):
         with_every_key(lambda: 1 / 0)()
-    assert (seen, blocked.MANY) == ([0.0], share)
+    assert (seen, limits.MANY) == ([0.0], share)

@@ -661,14 +661,14 @@ def test_blocked_without_the_keys_that_nobody_needs(
     monkeypatch.setattr(tiles, "WIDTH", 20)
     monkeypatch.setattr(tiles, "TILE", 960)
     left_out = []
-    needed = blocked.Range.needed
+    needed = blocked._needed
 
     def spy(*arguments: Any) -> Any:
         found = needed(*arguments)
         left_out.append(0 if found is None else len(found.others))
         return found
 
-    monkeypatch.setattr(blocked.Range, "needed", spy)
+    monkeypatch.setattr(blocked, "_needed", spy)
     padding = "holes" if masked else "none"
     x = random_inputs(batch=2, queries=300, earlier=9, selectors=selectors, padding=padding)
     x = replace(x, q=x.q * size, select_q=None if x.select_q is None else 4 * x.select_q)

@@ -41,6 +41,11 @@ class Score(nn.Module):
     formula: ClassVar[str] = ""
     """What it computes, for `heedful show`."""
 
+    @property
+    def causal_to_the_bit(self) -> bool:
+        """Whether a later token leaves every bit of an earlier output; else it may change how it is rounded."""
+        return True
+
     def __init__(self, config: ScoreConfig, n_heads: int, d_model: int) -> None:
         super().__init__()
         self.config = config

@@ -63,6 +63,11 @@ class SelectiveScore(Score):
 
     config: Config
 
+    @property
+    def causal_to_the_bit(self) -> bool:
+        """The formula is; its kernels decide per block of queries whether a maximum is needed."""
+        return self.config.impl == "reference"
+
     def forward(
         self,
         q: Tensor,

@@ -29,7 +29,8 @@ from heedful.bench.forms import (
 )
 from heedful.bench.published_sas import PublishedSAS
 from heedful.bench.workload import Case, Workload
-from heedful.ops.selective import blocked
+from heedful.ops.selective import limits
+from heedful.ops.selective.blocked import plain_blocked
 from heedful.ops.selective.choice import choose
 
 Work = Literal["prefill", "train"]
@@ -213,11 +214,11 @@ def with_every_key(run: Callable[[], Any]) -> Callable[[], Any]:
     """The same, but no block of queries leaves keys out."""
 
     def kept() -> Any:
-        share, blocked.MANY = blocked.MANY, 0.0
+        share, limits.MANY = limits.MANY, 0.0
         try:
             return run()
         finally:
-            blocked.MANY = share
+            limits.MANY = share
 
     return kept
 
@@ -243,4 +244,4 @@ def trained(
 
 
 def _twin(sizes: Sizes) -> Form:
-    return lambda q, k, v: blocked.plain_blocked(q, k, v, sizes.head_dim**-0.5)
+    return lambda q, k, v: plain_blocked(q, k, v, sizes.head_dim**-0.5)

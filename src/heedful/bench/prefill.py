@@ -7,6 +7,7 @@ from torch import Tensor
 
 from heedful.attention.build import build
 from heedful.attention.eviction import EvictingCache
+from heedful.attention.eviction.attend import attend_evicting
 from heedful.bench.forms import Form, available, best_plain, named, ours
 from heedful.bench.goals import Goal
 from heedful.bench.kernels import Sizes, read
@@ -89,6 +90,6 @@ def pruned(q: Tensor, k: Tensor, v: Tensor, budget: int, evict_every: int) -> Ca
     def run() -> Tensor:
         cache = EvictingCache(budget, evict_every=evict_every)
         with torch.no_grad():
-            return attention._attend(x, q, {"k": k, "v": v}, None, None, cache)
+            return attend_evicting(attention, x, q, {"k": k, "v": v}, None, cache)
 
     return run

@@ -31,3 +31,8 @@ def to_autocast_dtype(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         return x.to(dtype)
 
     return tuple(map(cast, tensors))
+
+
+def drop_denormals(weights: Tensor) -> Tensor:
+    """Weights with those that are lost in rounding as 0: denormal ones slow a product down many times."""
+    return torch.threshold(weights, 2.0**30 * torch.finfo(weights.dtype).tiny, 0.0)

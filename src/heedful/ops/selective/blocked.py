@@ -7,7 +7,7 @@ each block, (B, R, T / block, S). The backward pass walks the blocks in reverse,
 carries the sum of the later gradients of F, which is what a vote's gradient consists of; a selection head that
 is also an attention head comes last, when that gradient is known.
 
-Where no logit can be large (`Range.bounded`) the softmax needs no maximum: every weight is exp(L - F), and the
+Where no logit can be large (`Limits.bounded`) the softmax needs no maximum: every weight is exp(L - F), and the
 rows are divided by their sums at the end.
 """
 
@@ -19,10 +19,8 @@ from torch import Tensor
 
 from heedful.ops.gemm import add_product
 from heedful.ops.precision import no_autocast, wide_dtype
+from heedful.ops.selective.limits import Limits, few
 from heedful.ops.selective.tiles import Tile, Tiles, blocks_of, exclusive_sum
-
-MANY = 0.75
-"""A block leaves keys out where less than this share of the earlier ones is still needed; 0 = never."""
 
 
 class Needed(NamedTuple):
@@ -34,61 +32,23 @@ class Needed(NamedTuple):
     """Indices of the earlier keys that do not."""
 
 
-class Range(NamedTuple):
-    """What weighs nothing, and whether the exponentials can do without a maximum.
+def _needed(limits: Limits, job: Tiles, rows: slice, soft_mask: Tensor) -> Needed | None:
+    """Which keys a block of queries needs, given F before it (B, R, S); None = all of them.
 
-    A key whose weight is below exp(-margin) of its row's sum is lost in rounding, with room for a million such
-    keys. It gets about that weight, never less: its true weight could be a denormal number, or become one in a
-    product with a small gradient, and those slow a product down a hundred times.
-
-    With logits up to b in size a row's sum is at least exp(-b), as its own token has F = 0. F may then be cut off
-    at 2b + margin, and all weights lie between exp(-3b - margin) and exp(b): no maximum is needed if 3b + margin
-    stays inside the numbers of the dtype.
+    F never decreases along the queries: what weighs nothing before the block weighs nothing in it.
     """
-
-    margin: float
-    bounded: bool
-    """Whether the logits are that small."""
-    largest_mask: float
-    """Where F is cut off, if so."""
-
-    @classmethod
-    def of(cls, job: Tiles, start: Tensor) -> "Range":
-        """From the lengths of queries and keys, and F before the first query (B, R, S).
-
-        No logit is larger than the product of the lengths; a negative F would be a logit of its own.
-        """
-        margin, reach = (30.0, 87.0) if job.q.dtype == torch.float32 else (60.0, 708.0)
-        bound = 0.0
-        if job.q.numel() and job.k.numel():
-            queries = torch.linalg.vector_norm(job.q, dim=-1).amax((0, 2)).view(job.groups, -1)
-            keys = torch.linalg.vector_norm(job.k, dim=-1).amax((0, 2))
-            bound = float((queries * keys[:, None]).amax())
-        small = 3 * bound + margin < reach and not bool((start < 0).any())  # NaN is not small
-        return cls(margin, small, 2 * bound + margin)
-
-    def needed(self, job: Tiles, rows: slice, soft_mask: Tensor) -> Needed | None:
-        """Which keys a block of queries needs, given F before it (B, R, S); None = all of them.
-
-        F never decreases along the queries: what weighs nothing before the block weighs nothing in it.
-        """
-        earlier = job.n_keys - job.length + rows.start
-        if not job.selectors or not earlier or job.small(rows):
-            return None
-        others = soft_mask[0, :, :earlier].amin(0) >= self.largest_mask
-        if job.key_mask is not None:
-            others |= ~job.key_mask[0, :earlier]
-        if job.first is None:  # key 0 is not voted on; without it another key would stand in its place
-            others[0] = False
-        if int(others.sum()) <= (1 - MANY) * earlier:
-            return None
-        own = torch.arange(earlier, earlier + rows.stop - rows.start, device=others.device)
-        return Needed(torch.cat((torch.nonzero(~others)[:, 0], own)), torch.nonzero(others)[:, 0])
-
-    def cut_off(self, masks: Tensor, largest: Tensor) -> None:
-        """Cut F (B, R, n, w) off where that is needed; none of it exceeds `largest`."""
-        if self.bounded and float(largest.max()) > self.largest_mask:
-            masks.clamp_(max=self.largest_mask)
+    earlier = job.n_keys - job.length + rows.start
+    if not job.selectors or not earlier or job.small(rows):
+        return None
+    others = soft_mask[0, :, :earlier].amin(0) >= limits.largest_mask
+    if job.key_mask is not None:
+        others |= ~job.key_mask[0, :earlier]
+    if job.first is None:  # key 0 is not voted on; without it another key would stand in its place
+        others[0] = False
+    if not few(earlier - int(others.sum()), earlier):
+        return None
+    own = torch.arange(earlier, earlier + rows.stop - rows.start, device=others.device)
+    return Needed(torch.cat((torch.nonzero(~others)[:, 0], own)), torch.nonzero(others)[:, 0])
 
 
 def selective_blocked(
@@ -158,7 +118,7 @@ def _forward(
     after = every.q.new_zeros(every.batch, every.selectors, every.n_keys)
     if soft_mask is not None:
         after[..., : soft_mask.shape[-1]] = soft_mask
-    limits = Range.of(every, after)
+    limits = Limits.of(every.q, every.k, after)
     before = after.new_empty(every.batch, every.selectors, blocks_of(every.length), every.n_keys)
     log_sum = after.new_empty(*every.q.shape[:3], 1)
     for part, job in every.parts():
@@ -167,7 +127,7 @@ def _forward(
             before[part, :, number] = carry
             rows = tiles[0].rows
             acc = job.scratch("out", job.batch, job.heads, tiles[0].n, v.shape[-1])
-            needed = limits.needed(job, rows, carry)
+            needed = _needed(limits, job, rows, carry)
             if needed is None:
                 total, largest = _attend_block(job, limits, tiles, carry, acc)
             else:
@@ -191,7 +151,7 @@ def _size(*gradients: Tensor | None) -> float:
 
 
 def _attend_block(
-    job: Tiles, limits: Range, tiles: list[Tile], carry: Tensor, acc: Tensor
+    job: Tiles, limits: Limits, tiles: list[Tile], carry: Tensor, acc: Tensor
 ) -> tuple[Tensor, Tensor]:
     """One block of queries: the weighted values in `acc` (B, H, n, E), the votes added to `carry` (B, R, S).
 
@@ -292,7 +252,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, select_q, select_k (empty without selection heads), and F before the first query."""
     every = Tiles.of(q, k, v, select_q, select_k, key_mask, segment_ids, scale, select_scale, selects)
-    limits = Range.of(every, before[:, :, 0] if before.shape[2] else before)
+    limits = Limits.of(every.q, every.k, before[:, :, :1])
     d_out = torch.zeros_like(out) if grad_out is None else grad_out
     unit = _size(d_out, grad_after)  # gradients are worked out at a size of about 1
     d_out = d_out / unit
@@ -313,7 +273,7 @@ def _backward(
             held = before[part, :, number]
             given = log_sum[part, :, rows], d_out[part, :, rows], delta[part, :, rows]
             # The last F has a gradient in votes on keys that nobody needs, too.
-            needed = limits.needed(job, rows, held) if grad_after is None else None
+            needed = _needed(limits, job, rows, held) if grad_after is None else None
             if needed is None:
                 _differentiate_block(job, limits, tiles, held, *given, mine)
                 continue
@@ -389,7 +349,7 @@ class Gradients(NamedTuple):
 
 def _differentiate_block(
     job: Tiles,
-    limits: Range,
+    limits: Limits,
     tiles: list[Tile],
     before: Tensor,
     log_sum: Tensor,

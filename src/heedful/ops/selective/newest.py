@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from heedful.ops.precision import wide_dtype
+from heedful.ops.precision import drop_denormals, wide_dtype
 from heedful.ops.selective.reference import per_head
 
 
@@ -53,7 +53,5 @@ def selective_newest(
     else:  # a query without any key gets 0, not NaN
         alive = visible.any(-1, keepdim=True)
         weights = logits.masked_fill(~visible & alive, -torch.inf).softmax(-1).masked_fill(~visible, 0.0)
-    # Weights that are lost in rounding: as denormal numbers they would slow the product down many times.
-    weights = F.threshold(weights, 2.0**30 * torch.finfo(dtype).tiny, 0.0)
-    out = weights.view(batch, groups, heads // groups, n_keys) @ v.to(dtype)
+    out = drop_denormals(weights).view(batch, groups, heads // groups, n_keys) @ v.to(dtype)
     return out.view(batch, heads, 1, -1).to(v.dtype), before + votes

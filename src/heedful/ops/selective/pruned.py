@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from heedful.ops.precision import no_autocast, to_autocast_dtype, wide_dtype
+from heedful.ops.selective.limits import Limits, few
 from heedful.ops.selective.tiles import exclusive_sum
 
 TILE = 2**19
 """Logits that are computed at once, 2 MB of float32: some heads by all keys."""
-MANY = 0.75
-"""Keys that weigh nothing are left out where no larger share of them is needed."""
 
 
 def attend_pruned(
@@ -80,22 +79,18 @@ def _attend(
     last = last.masked_fill(positions < 0, 0)
 
     grouped = q.view(batch, groups, -1, size)  # heads that share a key head become rows of one product
-    # With logits up to b in size a row's sum is at least exp(-b), for its own token has F = 0: a key with F of
-    # 2b + margin is lost in rounding, and so is what F is above that.
-    margin, reach = (30.0, 87.0) if dtype == torch.float32 else (60.0, 708.0)
-    bound = _largest_logit(grouped, k)
-    needed = (~(start >= 2 * bound + margin) & (last > 0)).any(0)  # a NaN leaves nothing out
+    limits = Limits.of(q, k, start)
+    needed = (~(start >= limits.largest_mask) & (last > 0)).any(0)  # a NaN leaves nothing out
     needed[own] = True
     columns = needed.nonzero()[:, 0]
-    if columns.numel() < MANY * n_keys:
+    if few(columns.numel(), n_keys):
         k, v_wide, masks = (x.index_select(2, columns) for x in (k, v_wide, masks))
         last = last.index_select(1, columns)
     query = torch.arange(length, dtype=dtype, device=q.device)[:, None]
     seen = (last.to(dtype)[:, None] - query).clamp_(0.0, 1.0)
     seen[..., -length:].tril_()
-    bounded = 3 * bound + margin < reach  # exp is fast as long as it gives normal numbers
-    if bounded:
-        masks.clamp_(max=2 * bound + margin)
+    if limits.bounded:
+        limits.cut_off(masks, after)
     else:
         masks.masked_fill_(seen == 0, torch.inf)
 
@@ -105,8 +100,8 @@ def _attend(
         part = slice(at, at + together)
         logits = grouped[:, part] @ k[:, part].mT
         weights = logits.view(batch, -1, length, k.shape[2]).sub_(masks[:, None])
-        if not bounded:
-            weights.sub_(weights.amax(-1, keepdim=True)).clamp_(min=-margin)
+        if not limits.bounded:
+            weights.sub_(weights.amax(-1, keepdim=True)).clamp_(min=-limits.margin)
         weights.exp_().mul_(seen[:, None])
         total = weights.sum(-1, keepdim=True)
         product = weights.view(logits.shape) @ v_wide[:, part]
@@ -115,9 +110,3 @@ def _attend(
     if padded:
         out.masked_fill_(~real[:, None], 0.0)
     return out.to(v.dtype), after[:, None]
-
-
-def _largest_logit(grouped: Tensor, k: Tensor) -> float:
-    """No logit is larger than the lengths of its query and key, multiplied; (B, G, n, D) and (B, G, S, D)."""
-    longest = [torch.linalg.vector_norm(x, dim=-1).amax((0, 2)) for x in (grouped, k)]
-    return float((longest[0] * longest[1]).max())

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from heedful.ops.precision import no_autocast, to_autocast_dtype, wide_dtype
+from heedful.ops.precision import drop_denormals, no_autocast, to_autocast_dtype, wide_dtype
 from heedful.ops.selective.triton.available import unavailable
 from heedful.ops.selective.triton.slots import attend_slots_triton
 
@@ -79,11 +79,6 @@ def most_voted_slot(soft_mask: Tensor, positions: Tensor) -> Tensor:
     return positions[:, 1:].sub(bits, alpha=2**32).argmin(-1, keepdim=True) + 1
 
 
-def drop_denormal_(weights: Tensor) -> Tensor:
-    """Weights that are lost in rounding become 0, in place: denormal ones slow a product down many times."""
-    return torch.threshold_(weights, 2.0**30 * torch.finfo(weights.dtype).tiny, 0.0)
-
-
 def _two_products(q: Tensor, k: Tensor, v: Tensor, soft_mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """`softmax(L - F) v` of one query, (B, H, 1, E), and relu of the logits of head 0, (B, C)."""
     batch, heads, _, size = q.shape
@@ -93,6 +88,6 @@ def _two_products(q: Tensor, k: Tensor, v: Tensor, soft_mask: Tensor, scale: flo
     flat = torch.baddbmm(grouped.new_empty(()), grouped, keys.mT, beta=0, alpha=scale)
     logits = flat.view(batch, heads, -1)
     votes = logits[:, 0].relu()
-    weights = drop_denormal_(logits.sub_(soft_mask[:, None]).softmax(-1))
+    weights = drop_denormals(logits.sub_(soft_mask[:, None]).softmax(-1))
     out = torch.bmm(weights.view(flat.shape), values)
     return out.view(batch, heads, 1, -1).to(v.dtype), votes

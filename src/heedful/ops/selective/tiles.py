@@ -171,12 +171,13 @@ class Tiles:
         earlier, blocks = self.n_keys - self.length, []
         for start in range(0, self.length, BLOCK):
             stop = min(start + BLOCK, self.length)
-            end = earlier + stop
-            n = stop - start
-            # Beside the diagonal half of a tile is for nothing: where there is little else, take narrow ones.
-            step = max(WIDTH, TILE // n) if earlier + start else WIDTH if n > WIDTH else -(-WIDTH // 2)
+            end, n = earlier + stop, stop - start
             if self.batch > 1:  # by `parts` all of it fits one tile
                 step = end
+            elif earlier + start:
+                step = max(WIDTH, TILE // n)
+            else:  # beside the diagonal half of a tile is for nothing: where there is little else, narrow ones
+                step = WIDTH if n > WIDTH else -(-WIDTH // 2)
             tiles = []
             for left in range(0, end, step):
                 first, right = max(start, left - earlier), min(left + step, end)
@@ -213,17 +214,15 @@ class Tiles:
 
     def units(self, tiles: list[Tile]) -> list["Unit"]:
         """The heads one at a time, or several where tiles are small."""
-        shared, size = self.heads // self.groups, self.batch * tiles[0].n * tiles[0].width
-        fit = TOGETHER // size if 2 * size <= TILE else 1
         if self.batch > 1:  # by `parts` all of it fits
             return [Unit(slice(0, self.heads), slice(0, self.batch * self.groups), self.batch)]
+        shared, size = self.heads // self.groups, tiles[0].n * tiles[0].width
+        fit = TOGETHER // size if 2 * size <= TILE else 1
         if fit < 2 * shared or (shared > 1 and len(tiles) > 1):
             return [Unit(slice(h, h + 1), h // shared, 1) for h in range(self.heads)]
         step = fit // shared
-        parts = [(g, min(g + step, self.groups)) for g in range(0, self.groups, step)]
-        return [
-            Unit(slice(g * shared, to * shared), slice(g, to * self.batch), self.batch) for g, to in parts
-        ]
+        ends = [(g, min(g + step, self.groups)) for g in range(0, self.groups, step)]
+        return [Unit(slice(g * shared, to * shared), slice(g, to), 1) for g, to in ends]
 
     def product(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         """The flat product x y^T, in the scratch memory `name`."""
