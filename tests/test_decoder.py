@@ -295,3 +295,46 @@ def test_caches_must_be_one_per_layer():
         decoder(torch.zeros(1, 3, dtype=torch.long), caches=shared)
     with pytest.raises(TypeError, match="not both"):
         Decoder(decoder.config, n_layers=7)
+
+
+def test_dropout_is_for_training_alone():
+    torch.manual_seed(0)
+    plain, dropping = Decoder(**fields()), Decoder(**fields(dropout=0.25))
+    dropping.load_state_dict(plain.state_dict())
+    ids = tokens()
+    assert torch.equal(dropping.eval()(ids), plain.eval()(ids))
+    dropping.train()
+    outputs = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        outputs.append(dropping(ids))
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
+
+
+def test_dropout_is_on_both_branches_of_a_block():
+    """Each adds a mean-preserving share of its output: a quarter of it zero, the rest 4/3 as large."""
+    block: Any = Decoder(**fields(dropout=0.25, n_layers=1)).layers[0].train()
+    seen: list[tuple[Tensor, Tensor]] = []
+    block.dropout.register_forward_hook(lambda _, inputs, out: seen.append((inputs[0], out)))
+    x = torch.randn(4, 16, SIZES["d_model"])
+    out = block(x, torch.arange(16)[None])
+    assert len(seen) == 2
+    for whole, dropped in seen:
+        zero = dropped == 0
+        assert 0.2 < zero.float().mean() < 0.3
+        torch.testing.assert_close(dropped[~zero], whole[~zero] / 0.75)
+    torch.testing.assert_close(out, x + seen[0][1] + seen[1][1])
+
+
+def test_no_dropout_draws_no_random_numbers():
+    model = Decoder(**fields()).train()
+    before = torch.get_rng_state()
+    model(tokens())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1.0, float("nan"), "0.1"])
+def test_dropout_is_a_share(dropout: Any):
+    with pytest.raises(ValueError, match=r"dropout must be a number from 0 to below 1, got"):
+        DecoderConfig(**fields(dropout=dropout))

@@ -51,6 +51,7 @@ class DecoderConfig:
     attention_bias: bool = option(False, "bias in the q, k, v and output projections")
     init_logit_std: float = option(0.2, "standard deviation of the attention logits at the start")
     tie_embeddings: bool = option(True, "the output projection is the token embedding")
+    dropout: float = option(0.0, "part of each attention and SwiGLU output that is dropped in training")
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "n_layers", "n_heads", "max_positions"):
@@ -62,6 +63,8 @@ class DecoderConfig:
         elif not isinstance(self.d_ff, int) or self.d_ff < 1:
             raise ValueError(f"d_ff must be a whole number >= 1, got {self.d_ff!r}")
         check_choice("positions", self.positions, ("rope", "learned", "none"))
+        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be a number from 0 to below 1, got {self.dropout!r}")
         self.attention_configs()
 
     def attention_configs(self) -> list[AttentionConfig]:
@@ -143,7 +146,7 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + dropout(attention(norm(x))), then x + dropout(mlp(norm(x)))."""
 
     def __init__(self, config: DecoderConfig, attention: AttentionConfig) -> None:
         super().__init__()
@@ -152,6 +155,7 @@ class Block(nn.Module):
         self.attention: Attention = attention.build()
         self.mlp_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.mlp = SwiGLU(config.d_model, config.d_ff or 0)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(
         self,
@@ -163,7 +167,7 @@ class Block(nn.Module):
         losses: list[LayerLoss] | None = None,
     ) -> Tensor:
         """(B, T, C) -> (B, T, C); the other arguments go to the attention."""
-        x = x + self.attention(
+        attended = self.attention(
             self.attention_norm(x),
             positions=positions,
             key_mask=key_mask,
@@ -171,7 +175,8 @@ class Block(nn.Module):
             cache=cache,
             losses=losses,
         )
-        return x + self.mlp(self.mlp_norm(x))
+        x = x + self.dropout(attended)
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
     def reset_parameters(self) -> None:
         """Fresh weights; what adds to the residual stream starts 1/sqrt(2 n_layers) smaller."""

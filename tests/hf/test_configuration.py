@@ -94,6 +94,7 @@ def test_every_field_reaches_the_decoder():
         "attention_bias": True,
         "init_logit_std": 0.7,
         "tie_word_embeddings": False,
+        "dropout": 0.3,
     }
     decoder = HeedfulConfig(**given).to_decoder_config()
     assert list(vars(decoder).values()) == list(given.values())

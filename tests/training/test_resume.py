@@ -18,7 +18,10 @@ Train = Callable[..., RunResult]
 Interrupt = Callable[..., None]
 
 
-@pytest.mark.parametrize(("attention", "score"), [("mha", "softmax"), ("sas", "selective")])
+@pytest.mark.parametrize(
+    ("attention", "score", "dropout"),
+    [("mha", "softmax", 0.0), ("sas", "selective", 0.0), ("mha", "softmax", 0.2)],
+)
 @pytest.mark.parametrize("step", [3, 12], ids=["first-epoch", "second-epoch"])
 def test_resume_continues_exactly(
     settings: Settings,
@@ -27,9 +30,10 @@ def test_resume_continues_exactly(
     tmp_path: Path,
     attention: str,
     score: str,
+    dropout: float,
     step: int,
 ):
-    s = settings(attention=attention, score=score, weight_decay=0.1)
+    s = settings(attention=attention, score=score, dropout=dropout, weight_decay=0.1)
     whole = quiet_train(s, tmp_path / "whole")
     interrupt(s, tmp_path / "parts", step)
     assert not (tmp_path / "parts" / "result.json").exists()

@@ -11,11 +11,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import heedful.training.run as run_module
 from heedful.data import TokenDataset
+from heedful.decoder import DecoderConfig
 from heedful.evaluation import evaluate
 from heedful.hf import HeedfulForCausalLM
 from heedful.hf.generation import continue_text
 from heedful.hf.load import load_model, load_tokenizer
-from heedful.training import RunResult, TrainSettings
+from heedful.training import ModelSettings, RunResult, TrainSettings
 from heedful.training.run import LanguageModelTrainer, curve_rows, load_settings_data
 
 Settings = Callable[..., TrainSettings]
@@ -236,3 +237,19 @@ def test_continue_text(settings: Settings, quiet_train: Train, tmp_path: Path):
         torch.manual_seed(seed)
         drawn.add(continue_text(model, tokenizer, "the", max_new_tokens=12, temperature=5.0, top_k=0)[0])
     assert len(drawn) == 2
+
+
+def test_options_of_the_model_are_declared_once():
+    """Settings say again the type of an option of the decoder, never its help or its default."""
+    decoder = {f.name: f for f in dataclasses.fields(DecoderConfig)}
+    own_default = {"d_model", "n_layers", "n_heads"}  # required there
+    one_form = {"attention", "score", "attention_options", "score_options"}  # one for all layers here
+    for field in dataclasses.fields(ModelSettings):
+        there = decoder[field.name]
+        if field.name not in own_default:
+            assert (field.default, field.default_factory) == (there.default, there.default_factory), (
+                field.name
+            )
+        if field.name not in one_form:
+            assert field.metadata["help"] == there.metadata["help"], field.name
+            assert field.type == there.type, field.name

@@ -35,6 +35,7 @@ class HeedfulConfig(PreTrainedConfig):
         attention_bias: bias in the q, k, v and output projections.
         init_logit_std: standard deviation of the attention logits at the start.
         tie_word_embeddings: the output projection is the token embedding.
+        dropout: part of each attention and SwiGLU output that is dropped in training.
         kv_budgets: tokens that the cache of each layer holds in `generate`; None keeps all.
 
     Raises:
@@ -64,6 +65,7 @@ class HeedfulConfig(PreTrainedConfig):
     attention_bias: bool = False
     init_logit_std: float = 0.2
     tie_word_embeddings: bool = True
+    dropout: float = 0.0
     kv_budgets: list[int] | None = None
     use_cache: bool = True
     bos_token_id: int | None = None
@@ -116,4 +118,5 @@ class HeedfulConfig(PreTrainedConfig):
             attention_bias=self.attention_bias,
             init_logit_std=self.init_logit_std,
             tie_embeddings=self.tie_word_embeddings,
+            dropout=self.dropout,
         )

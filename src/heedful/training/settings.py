@@ -3,34 +3,49 @@
 import dataclasses
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from heedful.attention.config import option
+from heedful.decoder import DecoderConfig
 from heedful.hf.configuration import HeedfulConfig
+
+
+def inherit(config_class: Any, name: str, **change: Any) -> Any:
+    """A field with the help and the default of `config_class.name`, so that both stand once.
+
+    Args:
+        config_class: the dataclass that has the option.
+        name: the option.
+        **change: `default` or `help`, where this place needs its own.
+    """
+    there = {f.name: f for f in fields(config_class)}[name]
+    metadata = {"help": change.get("help", there.metadata["help"])}
+    if "default" in change:
+        return field(default=change["default"], metadata=metadata)
+    return field(default=there.default, default_factory=there.default_factory, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """The size and the form of the model."""
+    """The size and the form of the model: what a run can say of a `DecoderConfig`."""
 
-    attention: str = option("mha", "attention form (heedful ls)")
-    score: str = option("softmax", "score form (heedful ls)")
-    attention_options: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "options of the attention form"}
+    attention: str = inherit(DecoderConfig, "attention", help="attention form (heedful ls)")
+    score: str = inherit(DecoderConfig, "score", help="score form (heedful ls)")
+    attention_options: dict[str, Any] = inherit(
+        DecoderConfig, "attention_options", help="options of the attention form"
     )
-    score_options: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "options of the score form"}
-    )
-    d_model: int = option(128, "width of the model")
-    n_layers: int = option(4, "number of blocks")
-    n_heads: int = option(4, "number of query heads")
-    n_kv_heads: int | None = option(None, "number of key/value heads; the form's default if left out")
-    d_ff: int | None = option(None, "width of the SwiGLU; 8/3 of d-model if left out")
-    positions: Literal["rope", "learned", "none"] = option("rope", "kind of positions")
-    qk_norm: bool = option(True, "RMS-normalise queries and keys")
-    init_logit_std: float = option(0.2, "standard deviation of the attention logits at the start")
+    score_options: dict[str, Any] = inherit(DecoderConfig, "score_options", help="options of the score form")
+    d_model: int = inherit(DecoderConfig, "d_model", default=128)
+    n_layers: int = inherit(DecoderConfig, "n_layers", default=4)
+    n_heads: int = inherit(DecoderConfig, "n_heads", default=4)
+    n_kv_heads: int | None = inherit(DecoderConfig, "n_kv_heads")
+    d_ff: int | None = inherit(DecoderConfig, "d_ff")
+    positions: Literal["rope", "learned", "none"] = inherit(DecoderConfig, "positions")
+    qk_norm: bool = inherit(DecoderConfig, "qk_norm")
+    init_logit_std: float = inherit(DecoderConfig, "init_logit_std")
+    dropout: float = inherit(DecoderConfig, "dropout")
 
     def to_config(self, vocab_size: int, context: int, bos_token_id: int | None = None) -> HeedfulConfig:
         """The config of the model, for a vocabulary and a context."""
@@ -49,6 +64,7 @@ class ModelSettings:
             positions=self.positions,
             qk_norm=self.qk_norm,
             init_logit_std=self.init_logit_std,
+            dropout=self.dropout,
             bos_token_id=bos_token_id,
             eos_token_id=bos_token_id,
         )
