@@ -38,7 +38,7 @@ BAD_DATA = {
     "three-bytes": "is too short to train on: expected at least 100 characters, got 3",
     "binary": "is not a text file: zero byte at offset 0",
     "not-utf-8": "is not UTF-8 text: byte 0xe9 at offset 0",
-    "folder-without-text": "holds no text: expected *.txt or *.md files",
+    "folder-without-text": "holds no text: expected *.txt, *.md",
 }
 
 

@@ -158,7 +158,7 @@ def test_synthetic_draws_its_own_validation():
 
 
 def test_unknown_tokenizer():
-    with pytest.raises(ValueError, match="must be one of bpe, bytes or a tokenizer object, got 'w'"):
+    with pytest.raises(ValueError, match="must be one of bpe, chars, bytes or a tokenizer object, got 'w'"):
         load_data("austen", tokenizer="w")
 
 

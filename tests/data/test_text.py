@@ -224,8 +224,8 @@ def test_missing_validation(tmp_path):
 
 
 def test_folder_without_text(tmp_path):
-    write(tmp_path / "data.csv", "1,2")
-    with pytest.raises(ValueError, match=r"holds no text: expected \*\.txt or \*\.md"):
+    write(tmp_path / "code.py", "pass")
+    with pytest.raises(ValueError, match=r"holds no text: expected \*\.txt, \*\.md, \*\.jsonl"):
         load_text(tmp_path)
 
 

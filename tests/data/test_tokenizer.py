@@ -12,6 +12,7 @@ from heedful.data import (
     END_OF_TEXT,
     ByteTokenizer,
     byte_tokenizer,
+    char_tokenizer,
     encode_documents,
     load_text,
     token_bytes,
@@ -20,7 +21,7 @@ from heedful.data import (
 
 pytest.importorskip("transformers")
 
-KINDS = ("bytes", "bpe", "bytes reloaded", "bpe reloaded")
+KINDS = ("bytes", "bpe", "chars", "bytes reloaded", "bpe reloaded", "chars reloaded")
 SPECIAL_TEXTS = (
     END_OF_TEXT,
     f"a{END_OF_TEXT}b {END_OF_TEXT}",
@@ -47,7 +48,11 @@ def chapters() -> list[str]:
 def tokenizers(chapters, tmp_path_factory):
     from transformers import AutoTokenizer
 
-    built = {"bytes": byte_tokenizer(), "bpe": train_bpe(chapters, 600)}
+    built = {
+        "bytes": byte_tokenizer(),
+        "bpe": train_bpe(chapters, 600),
+        "chars": char_tokenizer([*chapters, "é漢"]),
+    }
     for kind in list(built):
         folder = tmp_path_factory.mktemp(kind)
         built[kind].save_pretrained(folder)
@@ -87,7 +92,7 @@ def test_special_token(tokenizers, kind):
     assert tokenizer.decode([tokenizer.bos_token_id], skip_special_tokens=True) == ""
 
 
-@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+@pytest.mark.parametrize("kind", ["bytes", "bpe", "chars"])
 def test_reloaded_tokenizer_has_the_same_ids(tokenizers, kind):
     assert tokenizers[f"{kind} reloaded"].get_vocab() == tokenizers[kind].get_vocab()
     text = "It is a truth universally acknowledged"
@@ -155,6 +160,34 @@ def test_bpe_vocabulary_too_small(size):
         train_bpe(["abc"], size)
 
 
+# Characters
+
+
+def test_characters_of_the_text_are_tokens_and_others_are_spelled():
+    tokenizer = char_tokenizer(["bank", "né"])
+    assert len(tokenizer) == 257 + len("abknné") - 1
+    assert tokenizer.convert_ids_to_tokens(list(range(257, 262))) == ["a", "b", "k", "n", "é"]
+    assert tokenizer.encode("né") == [260, 261]
+    assert tokenizer.encode("nü") == [260, *"ü".encode()]
+    assert tokenizer.encode("<0x41>") == list(b"<0x41>")  # spelled too, not the byte that it names
+    assert tokenizer.decode([260, 0xFF, 261]) == "n\ufffdé"
+
+
+def test_characters_do_not_depend_on_the_order_of_documents():
+    first, second = char_tokenizer(["cab", "d"]), char_tokenizer(["d", "bac"])
+    assert first.backend_tokenizer.to_str() == second.backend_tokenizer.to_str()
+
+
+def test_token_bytes_refuses_foreign_byte_fallback():
+    """Its word pieces write a space as another character."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE(vocab={"<0x41>": 0, "\u2581the": 1}, merges=[], byte_fallback=True))
+    with pytest.raises(ValueError, match="tokenizer of bytes or characters, but token 1 is"):
+        token_bytes(PreTrainedTokenizerFast(tokenizer_object=core))
+
+
 # Bytes per token
 
 
@@ -188,11 +221,15 @@ def test_token_bytes_needs_a_byte_level_tokenizer():
     from transformers import PreTrainedTokenizerFast
 
     core = Tokenizer(models.WordLevel({"[UNK]": 0, "漢字": 1}, unk_token="[UNK]"))
-    with pytest.raises(ValueError, match="byte-level tokenizer, but token 1 is"):
+    with pytest.raises(ValueError, match="tokenizer of bytes or characters, but token 1 is"):
         token_bytes(PreTrainedTokenizerFast(tokenizer_object=core))
 
 
-@pytest.mark.parametrize("build", [byte_tokenizer, lambda: train_bpe(["abc"])], ids=["bytes", "bpe"])
+@pytest.mark.parametrize(
+    "build",
+    [byte_tokenizer, lambda: train_bpe(["abc"]), lambda: char_tokenizer(["abc"])],
+    ids=["bytes", "bpe", "chars"],
+)
 @pytest.mark.parametrize("package", ["tokenizers", "transformers"])
 def test_missing_package_says_what_to_install(monkeypatch, build, package):
     monkeypatch.setitem(sys.modules, package, None)

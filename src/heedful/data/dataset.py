@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from heedful.data.packing import count_bytes, pack
-from heedful.data.text import load_text
+from heedful.data.reading import TEXT_COLUMN
+from heedful.data.text import Text, load_text
 from heedful.data.tokenizer import (
     ByteTokenizer,
     byte_tokenizer,
+    char_tokenizer,
     encode_documents,
     token_bytes,
     train_bpe,
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SYNTHETIC_TASKS = ("variable-assignment",)
-TOKENIZERS = ("bpe", "bytes")
+TOKENIZERS = ("bpe", "chars", "bytes")
 
 SYNTHETIC_TRAIN_EXAMPLES = 20_000
 SYNTHETIC_VALIDATION_EXAMPLES = 512
@@ -90,6 +92,7 @@ def load_data(
     data: str | Path = "austen",
     *,
     validation: str | Path | None = None,
+    text_column: str = TEXT_COLUMN,
     tokenizer: str | PreTrainedTokenizerFast | ByteTokenizer = "bpe",
     vocab_size: int = 2048,
     context: int = 256,
@@ -102,7 +105,8 @@ def load_data(
         data: `"austen"`, a file or a folder (see `load_text`), or
             `"synthetic:variable-assignment"`.
         validation: text to measure on, in the same forms; text only. None holds some out.
-        tokenizer: `"bpe"` (trained here on the training documents alone), `"bytes"`, or a
+        text_column: which column of a table (.jsonl, .csv, .parquet, ...) holds the texts.
+        tokenizer: `"bpe"` or `"chars"` (made here of the training documents alone), `"bytes"`, or a
             tokenizer already built, such as the one saved with a model; text only.
         vocab_size: largest vocabulary of `"bpe"`; other tokenizers have their own.
         context: tokens in a row. A synthetic sequence is 97 tokens, or fewer where `context`
@@ -114,7 +118,7 @@ def load_data(
     Raises:
         FileNotFoundError: a path does not exist.
         ValueError: an unknown name, an argument out of range, or a text that cannot be used.
-        ImportError: `"bpe"` or `"bytes"` without transformers and tokenizers.
+        ImportError: a named tokenizer without transformers and tokenizers, a table without `datasets`.
     """
     if train_examples is not None and train_examples < 1:
         raise ValueError(f"train_examples must be at least 1, got {train_examples}")
@@ -123,25 +127,28 @@ def load_data(
             raise ValueError(
                 f"validation {validation} does not apply to {data}, which draws its own; leave it out"
             )
+        if text_column != TEXT_COLUMN:
+            raise ValueError(f"--text-column {text_column} does not apply to {data}; leave it out")
         return _load_synthetic(data, context, seed, train_examples)
-    return _load_text_data(data, validation, tokenizer, vocab_size, context, train_examples)
+    if isinstance(tokenizer, str) and tokenizer not in TOKENIZERS:
+        raise ValueError(
+            f"tokenizer must be one of {', '.join(TOKENIZERS)} or a tokenizer object, got {tokenizer!r}"
+        )
+    text = load_text(data, validation, column=text_column)
+    return _pack_text(text, tokenizer, vocab_size, context, train_examples)
 
 
-def _load_text_data(
-    data: str | Path,
-    validation: str | Path | None,
+def _pack_text(
+    text: Text,
     tokenizer: str | PreTrainedTokenizerFast | ByteTokenizer,
     vocab_size: int,
     context: int,
     train_examples: int | None,
 ) -> Data:
-    if isinstance(tokenizer, str) and tokenizer not in TOKENIZERS:
-        raise ValueError(
-            f"tokenizer must be one of {', '.join(TOKENIZERS)} or a tokenizer object, got {tokenizer!r}"
-        )
-    text = load_text(data, validation)
     if tokenizer == "bytes":
         tokenizer = byte_tokenizer()
+    elif tokenizer == "chars":
+        tokenizer = char_tokenizer(text.train)
     elif isinstance(tokenizer, str):
         tokenizer = train_bpe(text.train, vocab_size)
     bos = tokenizer.bos_token_id

@@ -1,4 +1,4 @@
-"""Byte-level tokenizers: every string has a token sequence and comes back unchanged.
+"""Tokenizers of bytes and of characters: every string has a token sequence and comes back unchanged.
 
 The one special token, `<|endoftext|>`, starts every document. Text never produces it: a marker
 written inside a document is encoded as the ordinary characters it is made of.
@@ -6,6 +6,7 @@ written inside a document is encoded as the ordinary characters it is made of.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 BYTES = 256
 MIN_VOCAB_SIZE = BYTES + 1
+_SPELLED_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 class ByteTokenizer:
@@ -65,7 +67,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     vocab = {character: byte for byte, character in enumerate(_byte_characters())}
     vocab[END_OF_TEXT] = BYTES
     # The pattern that separates words is of no use where nothing merges.
-    return _wrap(Tokenizer(models.BPE(vocab=vocab, merges=[])), split_words=False)
+    return _wrap_bytes(Tokenizer(models.BPE(vocab=vocab, merges=[])), split_words=False)
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int = 2048) -> PreTrainedTokenizerFast:
@@ -94,7 +96,27 @@ def train_bpe(documents: Iterable[str], vocab_size: int = 2048) -> PreTrainedTok
         show_progress=False,
     )
     core.train_from_iterator(documents, trainer)
-    return _wrap(core, split_words=True)
+    return _wrap_bytes(core, split_words=True)
+
+
+def char_tokenizer(documents: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Every character of `documents` as a token; other characters are spelled in their UTF-8 bytes.
+
+    Ids 0-255 are bytes, 256 is `<|endoftext|>`, the characters follow in the order of Unicode, so that no text
+    is lost, whatever is read later.
+
+    Raises:
+        ImportError: transformers or tokenizers is missing.
+    """
+    _require_lm()
+    from tokenizers import Tokenizer, decoders, models
+
+    tokens = [f"<0x{byte:02X}>" for byte in range(BYTES)] + [END_OF_TEXT]
+    characters: set[str] = set().union(*documents)
+    vocab = {token: index for index, token in enumerate([*tokens, *sorted(characters)])}
+    core = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
+    core.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return _wrap(core)
 
 
 def encode_documents(
@@ -117,7 +139,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast | ByteTokenizer) -> Tensor:
     """How many UTF-8 bytes each token stands for: int64, shape (vocab,); special tokens are 0.
 
     Raises:
-        ValueError: the tokenizer is not byte-level, so that a token has no fixed byte count.
+        ValueError: the tokenizer is neither of bytes nor of characters, so that a token has no fixed byte count.
     """
     if isinstance(tokenizer, ByteTokenizer):
         return torch.tensor([1] * BYTES + [0])
@@ -125,29 +147,38 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast | ByteTokenizer) -> Tensor:
     special = set(tokenizer.all_special_tokens)
     added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
     alphabet = set(_byte_characters())
+    of_characters = bool(getattr(tokenizer.backend_tokenizer.model, "byte_fallback", False))
     counts = torch.zeros(max(vocab.values()) + 1, dtype=torch.long)
     for token, index in vocab.items():
         if token in special:
             continue
-        if token in added:
+        if token in added or (of_characters and len(token) == 1):
             counts[index] = len(token.encode("utf-8"))
-        elif alphabet.issuperset(token):
+        elif of_characters and _SPELLED_BYTE.fullmatch(token):
+            counts[index] = 1
+        elif not of_characters and alphabet.issuperset(token):
             counts[index] = len(token)  # one character per byte
         else:
             raise ValueError(
-                f"bits per byte needs a byte-level tokenizer, but token {index} is {token!r}; "
-                "use one from train_bpe or byte_tokenizer"
+                f"bits per byte needs a tokenizer of bytes or characters, but token {index} is {token!r}; "
+                "use one from train_bpe, char_tokenizer or byte_tokenizer"
             )
     return counts
 
 
-def _wrap(core: Tokenizer, *, split_words: bool) -> PreTrainedTokenizerFast:
-    """A Hugging Face tokenizer around `core` that AutoTokenizer loads back offline."""
+def _wrap_bytes(core: Tokenizer, *, split_words: bool) -> PreTrainedTokenizerFast:
+    """As `_wrap`, for tokens that are bytes, written as printable characters."""
     from tokenizers import decoders, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split_words)
     core.decoder = decoders.ByteLevel()
+    return _wrap(core)
+
+
+def _wrap(core: Tokenizer) -> PreTrainedTokenizerFast:
+    """A Hugging Face tokenizer around `core` that AutoTokenizer loads back offline."""
+    from transformers import PreTrainedTokenizerFast
+
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         bos_token=END_OF_TEXT,

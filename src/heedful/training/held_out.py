@@ -40,13 +40,16 @@ class HeldOut:
         return HeldOut(self.name, TokenDataset(tensors), n_bytes, self.context)
 
 
-def held_out(run: str | Path, tokenizer: Any | None, data: str | None = None) -> HeldOut:
+def held_out(
+    run: str | Path, tokenizer: Any | None, data: str | None = None, *, text_column: str | None = None
+) -> HeldOut:
     """What the model in `run` is measured on.
 
     Args:
         run: the folder of a finished training run, which says its context and its data.
         tokenizer: the one saved with the model; None for a synthetic task.
-        data: a text file, a folder or "austen", all of it; None takes the validation data of the run.
+        data: a file, a folder or "austen", all of it; None takes the validation data of the run.
+        text_column: which column holds the texts, where `data` is a table; None takes the run's.
 
     Raises:
         FileNotFoundError: if `run` has no settings or `data` does not exist.
@@ -66,9 +69,10 @@ def held_out(run: str | Path, tokenizer: Any | None, data: str | None = None) ->
     if tokenizer is None:
         raise ValueError(f"{run} was trained on text: its tokenizer is needed")
     if data is not None:
-        documents, name = read_validation(data), data if data == "austen" else Path(data).name
+        documents = read_validation(data, column=text_column or settings.text_column)
+        name = data if data == "austen" else Path(data).name
     else:
-        text = load_text(settings.data, settings.val_data)
+        text = load_text(settings.data, settings.val_data, column=settings.text_column)
         documents, name = text.validation, f"{text.name} (validation)"
     ids = encode_documents(tokenizer, documents)
     tensors = by_document(ids, settings.context, tokenizer.bos_token_id)

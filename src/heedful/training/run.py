@@ -230,6 +230,7 @@ def load_settings_data(settings: TrainSettings) -> Data:
     return load_data(
         settings.data,
         validation=settings.val_data,
+        text_column=settings.text_column,
         tokenizer=settings.tokenizer,
         vocab_size=settings.vocab_size,
         context=settings.context,

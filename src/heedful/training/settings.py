@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from heedful.attention.config import option
+from heedful.data.reading import TEXT_COLUMN
 from heedful.decoder import DecoderConfig
 from heedful.hf.configuration import HeedfulConfig
 
@@ -74,9 +75,18 @@ class ModelSettings:
 class TrainSettings(ModelSettings):
     """One training run."""
 
-    data: str = option("austen", "a text file, a folder of texts, austen, or synthetic:variable-assignment")
-    val_data: str | None = option(None, "validation text; the last tenth of the data if left out")
-    tokenizer: Literal["bpe", "bytes"] = option("bpe", "bpe (trained on the training text) or bytes")
+    data: str = option(
+        "austen",
+        "a .txt, .md, .jsonl, .json, .csv, .tsv or .parquet file, a folder of such, a folder saved by datasets, "
+        "austen, or synthetic:variable-assignment",
+    )
+    val_data: str | None = option(
+        None, "validation text, likewise; if left out, the validation split of the data or its last tenth"
+    )
+    text_column: str = option(TEXT_COLUMN, "column that holds the texts, where the data is a table")
+    tokenizer: Literal["bpe", "chars", "bytes"] = option(
+        "bpe", "bpe (trained on the training text), chars (of the training text) or bytes"
+    )
     vocab_size: int = option(2048, "size of the BPE vocabulary")
     context: int = option(256, "tokens in a row")
     steps: int = option(500, "optimizer steps")
