@@ -11,6 +11,7 @@ from heedful.attention.cache import LayerCache, token_axis
 from heedful.attention.config import AttentionConfig, ScoreConfig
 from heedful.attention.eviction.attend import attend_evicting, check_one_selector
 from heedful.attention.eviction.cache import EvictingCache
+from heedful.attention.plain import is_plain
 from heedful.attention.registry import SCORES
 from heedful.ops.checks import check_shape, check_tensor, show
 from heedful.ops.masks import visible_keys
@@ -398,7 +399,8 @@ class Attention(nn.Module):
     def logit_sizes(self, q: Tensor, k: Tensor, real_q: Tensor, real_k: Tensor) -> Tensor:
         """The largest sizes of queries and keys; no logit, of any head, exceeds their product.
 
-        With QK-norm they are at least what the gains allow, so that they hold for all others as well.
+        With QK-norm they are at least what the gains allow, so that they hold for all others as well; a norm that
+        is not PyTorch's own, or has hooks, promises nothing, and what comes out of it is measured alone.
 
         Args:
             q: (B, H, T, D).
@@ -415,8 +417,9 @@ class Attention(nn.Module):
             for x, real in ((q, real_q), (k, real_k))
         ]
         if self.config.qk_norm:
-            gains = [norm.weight.abs().max().to(dtype) * root for norm in (self.q_norm, self.k_norm)]
-            sizes = [torch.maximum(size, gain) for size, gain in zip(sizes, gains, strict=True)]
+            for i, norm in enumerate((self.q_norm, self.k_norm)):
+                if is_plain(norm):
+                    sizes[i] = torch.maximum(sizes[i], norm.weight.abs().max().to(dtype) * root)
         return torch.stack(sizes, dim=-1)
 
     def split_heads(self, x: Tensor, n_heads: int) -> Tensor:
@@ -464,8 +467,9 @@ class Attention(nn.Module):
 
     def _place(self, x: Tensor, positions: Tensor, norm: nn.RMSNorm | None) -> Tensor:
         config = self.config
-        if norm is not None:
-            x = x.to(norm.weight.dtype)  # under autocast x is bf16 and the gain is not
+        gains = getattr(norm, "weight", None)
+        if isinstance(gains, Tensor):
+            x = x.to(gains.dtype)  # under autocast x is bf16 and the gain is not
         if norm is not None and config.qk_norm_position == "before_rope":
             x = norm(x)
         if config.rope:

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from heedful.attention.base import Attention
 from heedful.attention.config import AttentionConfig, check_whole, option
 from heedful.attention.init import fill_
+from heedful.attention.plain import is_plain
 from heedful.attention.registry import register_attention
 from heedful.ops.causal import causal_attention
 from heedful.ops.checks import check_divides, check_shape, check_tensor
 from heedful.ops.precision import wide_dtype
 from heedful.ops.rope import rotation
-from heedful.ops.sas import NOWHERE, Features, Placement, aggregate_heads, expand
+from heedful.ops.sas import NOWHERE, Features, Placement, average_heads, expand, place
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,8 @@ class Expansion(nn.Module):
     ) -> None:
         super().__init__()
         self.impl = impl
-        self.conv1 = nn.Conv1d(n_heads, sim_heads, kernel_size)
-        self.conv2 = nn.Conv1d(sim_heads, sim_heads, kernel_size)
+        self.conv1 = nn.Conv1d(n_heads, sim_heads, kernel_size, padding=kernel_size // 2)
+        self.conv2 = nn.Conv1d(sim_heads, sim_heads, kernel_size, padding=kernel_size // 2)
         self.widens = sim_head_dim is not None
         if sim_head_dim is not None:
             self.lin1 = nn.Linear(head_dim, sim_head_dim)
@@ -137,11 +138,26 @@ class Expansion(nn.Module):
     def forward(self, x: Tensor, placement: Placement = NOWHERE) -> Tensor:
         """(B, H, T, D) -> (B, Ĥ, T, D̂), normed and rotated as `placement` says, or (B, Ĥ, T, D) for v."""
         conv1, conv2, features = self.conv1, self.conv2, None
-        if self.widens:
+        one_operation = is_plain(*self.children())
+        if self.widens and one_operation:
             features = Features(self.lin1.weight, self.lin1.bias, self.lin2.weight, self.lin2.bias)
-        return expand(
-            x, conv1.weight, conv1.bias, conv2.weight, conv2.bias, features, placement, impl=self.impl
-        )
+        if one_operation or is_plain(conv1, conv2):
+            convs = conv1.weight, conv1.bias, conv2.weight, conv2.bias
+            where = NOWHERE if features is None else placement
+            x = expand(x, *convs, features, where, impl=self.impl)
+        else:
+            x = self._call_convs(x)
+        if one_operation or not self.widens:
+            return x
+        x = self.lin1(x)
+        return place(x + self.lin2(x.relu()), placement)
+
+    def _call_convs(self, x: Tensor) -> Tensor:
+        """The first step, (B, H, T, D) -> (B, Ĥ, T, D), for layers that must be called."""
+        batch, _, length, _ = x.shape
+        x = self.conv1(x.transpose(1, 2).flatten(0, 1))
+        x = x + self.conv2(x.relu())
+        return x.unflatten(0, (batch, length)).transpose(1, 2)
 
     def reset_published(self) -> None:
         """PyTorch's own start of every layer: uniform within ±1/sqrt(fan in)."""
@@ -218,38 +234,40 @@ class SASAttention(Attention):
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Q (B, Ĥ, T, D̂); k (B, Ĥ, T, D̂) and v (B, Ĥ, T, D), or both unexpanded with their positions."""
         config = self.config
-        q = self.q_expand(
-            self.split_heads(self.q_proj(x), config.n_heads), self._placement("q_norm", positions)
+        q = self._widen(
+            self.q_expand, self.split_heads(self.q_proj(x), config.n_heads), positions, self._norm("q_norm")
         )
         k = self.split_heads(self.k_proj(x), config.kv_heads)
         v = self.split_heads(self.v_proj(x), config.kv_heads)
         if config.cache == "compact":
             return q, {"k": k, "v": v, "positions": positions.expand(x.shape[0], -1)}
-        return q, {"k": self.k_expand(k, self._placement("k_norm", positions)), "v": self.v_expand(v)}
+        return q, {"k": self._widen(self.k_expand, k, positions, self._norm("k_norm")), "v": self.v_expand(v)}
 
     def keys_values(self, memory: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The expanded keys and values; the compact cache expands them here."""
         if self.config.cache == "expanded":
             return memory["k"], memory["v"]
-        placement = self._placement("k_norm", memory["positions"])
-        return self.k_expand(memory["k"], placement), self.v_expand(memory["v"])
+        k = self._widen(self.k_expand, memory["k"], memory["positions"], self._norm("k_norm"))
+        return k, self.v_expand(memory["v"])
 
-    def _placement(self, norm_name: str, positions: Tensor) -> Placement:
-        """What `place_queries` and `place_keys` do, for the expansion to do it while the heads are at hand."""
-        config, weight, eps, cos, sin = self.config, None, 0.0, None, None
-        if config.qk_norm:
-            norm = getattr(self, norm_name)
-            weight, eps = norm.weight, norm.eps
+    def _norm(self, name: str) -> nn.RMSNorm | None:
+        return getattr(self, name) if self.config.qk_norm else None
+
+    def _widen(self, expansion: Expansion, x: Tensor, positions: Tensor, norm: nn.RMSNorm | None) -> Tensor:
+        """Expand queries or keys, then norm and rotate them, in one operation where the norm may be read."""
+        config, cos, sin = self.config, None, None
+        if norm is not None and not is_plain(norm):
+            return self._place(expansion(x), positions, norm)
         if config.rope:
-            dtype = wide_dtype(self.q_proj.weight)
             cos, sin = rotation(
-                positions, config.qk_dim, dtype, theta=config.rope_theta, base_dim=config.size
+                positions, config.qk_dim, wide_dtype(x), theta=config.rope_theta, base_dim=config.size
             )
-        return Placement(weight, eps, cos, sin, config.qk_norm_position == "before_rope")
+        weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps or 0.0)
+        return expansion(x, Placement(weight, eps, cos, sin, config.qk_norm_position == "before_rope"))
 
     def aggregate(self, out: Tensor) -> Tensor:
         """PEAA: (B, Ĥ, T, D) -> (B, T, C)."""
-        return aggregate_heads(out, self.config.n_heads, self.o_proj.weight, self.o_proj.bias)
+        return self.o_proj(average_heads(out, self.config.n_heads))
 
     def reset_parameters(self) -> None:
         """Fresh weights; `init` says how the expansions start."""
@@ -274,9 +292,18 @@ class SASAttention(Attention):
         """The taps that copy heads and features, when the module started from them."""
         if self.config.init == "published":
             return []
-        expansions = (self.q_expand, self.k_expand, self.v_expand)
-        layers = [e.conv1 for e in expansions] + [e.lin1 for e in expansions if e.widens]
-        return [layer.weight for layer in layers]
+        c = self.config
+        lin = (c.qk_dim, c.size)
+        holders: list[tuple[nn.Module, tuple[int, ...]]]
+        holders = [(e.lin1, lin) for e in (self.q_expand, self.k_expand)]
+        for expansion, heads in (
+            (self.q_expand, c.n_heads),
+            (self.k_expand, c.kv_heads),
+            (self.v_expand, c.kv_heads),
+        ):
+            holders.append((expansion.conv1, (c.score_heads, heads, c.kernel_size)))
+        # By shape: pruned and parametrized layers keep them under names of their own.
+        return [p for layer, shape in holders for p in layer.parameters() if tuple(p.shape) == shape]
 
 
 class SASCore(nn.Module):
@@ -334,7 +361,7 @@ class SASCore(nn.Module):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         scale = self.config.qk_dim**-0.5
         out = causal_attention(self.q_expand(q), self.k_expand(k), self.v_expand(v), scale)
-        return aggregate_heads(out, self.config.n_heads, self.o_proj.weight, self.o_proj.bias)
+        return self.o_proj(average_heads(out, self.config.n_heads))
 
     def load_published_state_dict(self, state_dict: dict[str, Tensor]) -> None:
         """Load the weights of the published module.

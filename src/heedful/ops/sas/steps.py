@@ -81,15 +81,31 @@ def aggregate_heads(x: Tensor, n_heads: int, weight: Tensor, bias: Tensor | None
     Raises:
         ValueError: if Ĥ is no multiple of H or a shape does not fit.
     """
+    merged = average_heads(x, n_heads)
+    expected = (check_tensor("weight", weight, "(C, H*E)").shape[0], n_heads * x.shape[-1])
+    check_shape("weight", weight, expected, "(C, H*E)")
+    _check_parameters(x, expected[0], weight=weight, bias=bias)
+    return F.linear(merged, weight, bias)
+
+
+def average_heads(x: Tensor, n_heads: int) -> Tensor:
+    """PEAA before its projection: the mean over Ĥ/H consecutive groups of H heads.
+
+    Args:
+        x: (B, Ĥ, T, E), the outputs of the heads.
+        n_heads: H, the heads of one group.
+
+    Returns:
+        (B, T, H * E).
+
+    Raises:
+        ValueError: if Ĥ is no multiple of H.
+    """
     check_float("x", check_tensor("x", x, "(B, Ĥ, T, E)"))
     batch, sim_heads, length, size = x.shape
     check_divides("the number of heads Ĥ", sim_heads, "n_heads", n_heads)
-    expected = (check_tensor("weight", weight, "(C, H*E)").shape[0], n_heads * size)
-    check_shape("weight", weight, expected, "(C, H*E)")
-    _check_parameters(x, expected[0], weight=weight, bias=bias)
     groups = x.reshape(batch, sim_heads // n_heads, n_heads, length, size)
-    merged = groups.mean(1).transpose(1, 2).reshape(batch, length, n_heads * size)
-    return F.linear(merged, weight, bias)
+    return groups.mean(1).transpose(1, 2).reshape(batch, length, n_heads * size)
 
 
 def check_head_weights(
