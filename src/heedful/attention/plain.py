@@ -3,8 +3,6 @@
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-
 
 def is_plain(*layers: nn.Module) -> bool:
     """Whether reading the parameters of these layers gives what calling them gives.
@@ -23,15 +21,14 @@ def _one_is_plain(layer: nn.Module) -> bool:
     kind = type(layer)  # a parametrized layer has a class of its own
     if kind not in (nn.Linear, nn.Conv1d, nn.RMSNorm):
         return False
-    if any(getattr(layer, hooks) for hooks in _HOOKS) or "forward" in vars(layer):
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
         return False
-    # quantised and sharded tensors; a norm without gains
-    if type(layer.weight) not in (nn.Parameter, Tensor):
+    # a `forward` of its own; quantised and sharded tensors; a norm without gains
+    if "forward" in vars(layer) or type(layer._parameters["weight"]) not in (nn.Parameter, Tensor):
         return False
-    if isinstance(layer, nn.RMSNorm):
+    if kind is nn.RMSNorm:
         return layer.eps is not None
-    if isinstance(layer, nn.Conv1d):
-        same = (layer.kernel_size[0] // 2,)
-        shape = layer.padding, layer.stride, layer.dilation, layer.groups, layer.padding_mode
-        return shape == (same, (1,), (1,), 1, "zeros")
-    return True
+    if kind is nn.Linear:
+        return True
+    shape = layer.padding, layer.stride, layer.dilation, layer.groups, layer.padding_mode
+    return shape == ((layer.kernel_size[0] // 2,), (1,), (1,), 1, "zeros")  # type: ignore[index]
