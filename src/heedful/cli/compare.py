@@ -9,7 +9,7 @@ from rich.console import Console
 from heedful.attention.registry import ATTENTIONS, SCORES
 from heedful.cli.errors import UsageError
 from heedful.cli.parsing import flag, flag_fields, form_options, parse, peek, split
-from heedful.cli.train import make_settings
+from heedful.cli.train import given_trainer_options, make_settings
 from heedful.compare import CompareSettings, compare
 from heedful.training import Interrupted, TrainSettings
 
@@ -20,14 +20,17 @@ DESCRIPTION = """Train every attention x score with the same data order and seed
 Writes results.jsonl (a row per run), summary.md and compare.png; the first form is the baseline. Running
 the same command again goes on where it stopped. All forms start from the same logit scale
 (--init-logit-std), the great confounder of such comparisons. --match evens out parameters or training
-FLOPs through the width of the SwiGLU. Options --attention.* and --score.* go to every form that has them."""
+FLOPs through the width of the SwiGLU. Options --attention.* and --score.* go to every form that has them,
+--trainer.* to every run (heedful train --help)."""
 
 
 def run(arguments: Sequence[str]) -> int:
     """Compare."""
     attention = peek(arguments, "attention", "mha,sas")
     score = peek(arguments, "score", "softmax,selective")
-    kept = [f for f in flag_fields(TrainSettings) if f[0] not in ("attention", "score", "seed")]
+    arguments, trainer = given_trainer_options(arguments)
+    own = ("attention", "score", "seed", "trainer")
+    kept = [f for f in flag_fields(TrainSettings) if f[0] not in own]
     values = parse(
         "compare",
         DESCRIPTION,
@@ -63,7 +66,9 @@ def run(arguments: Sequence[str]) -> int:
         "lr_sweep": split("--lr-sweep", values.pop("lr_sweep"), float),
     }
     options = {name: values.pop(name, {}) for name in ("attention_options", "score_options")}
-    train_settings = make_settings(values)  # without forms: their options are checked form by form
+    train_settings = make_settings(
+        {**values, "trainer": trainer}
+    )  # without forms: their options are checked form by form
     for name, value in options.items():
         object.__setattr__(train_settings, name, value)
     try:

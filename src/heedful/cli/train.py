@@ -12,6 +12,7 @@ from heedful.cli.errors import UsageError
 from heedful.cli.parsing import flag, flag_fields, form_options, parse, peek
 from heedful.training import Interrupted, TrainSettings, train
 from heedful.training.run import SETTINGS
+from heedful.training.trainer_options import take_trainer_options
 
 DESCRIPTION = """Train a language model and leave it in a folder that transformers loads.
 
@@ -19,8 +20,13 @@ DESCRIPTION = """Train a language model and leave it in a folder that transforme
     heedful train --resume --out runs/a                  # after a stop: goes on exactly
     heedful generate runs/a "Once upon a time"
 
-The options of the chosen attention and score are below as --attention.* and --score.*. On several
-processes: torchrun --nproc-per-node 2 -m heedful train ... (--batch-size is per process)"""
+The options of the chosen attention and score are below as --attention.* and --score.*. Any field of
+transformers' TrainingArguments is handed through as --trainer.*:
+
+    --trainer.adam-beta2 0.99 --trainer.max-grad-norm 0.5 --trainer.lr-scheduler-type linear
+    --trainer.gradient-accumulation-steps 2
+
+On several processes: torchrun --nproc-per-node 2 -m heedful train ... (--batch-size is per process)"""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -28,6 +34,7 @@ def run(arguments: Sequence[str]) -> int:
     saved = _saved(arguments)  # of a run to resume: what flags that are not given say
     attention = peek(arguments, "attention", saved.attention)
     score = peek(arguments, "score", saved.score)
+    arguments, trainer = given_trainer_options(arguments)
     kept = {
         "attention_options": saved.attention_options if attention == saved.attention else {},
         "score_options": saved.score_options if score == saved.score else {},
@@ -36,7 +43,7 @@ def run(arguments: Sequence[str]) -> int:
         "train",
         DESCRIPTION,
         [
-            *flag_fields(TrainSettings, **saved.to_dict()),
+            *(f for f in flag_fields(TrainSettings, **saved.to_dict()) if f[0] != "trainer"),
             form_options("attention", ATTENTIONS, [attention], kept["attention_options"]),
             form_options("score", SCORES, [score], kept["score_options"]),
             flag("out", str, "runs/train", "folder for the model, its settings and figures"),
@@ -47,7 +54,7 @@ def run(arguments: Sequence[str]) -> int:
     out, resume = Path(values.pop("out")), values.pop("resume")
     for name, options in kept.items():
         values[name] = {**options, **values.get(name, {})}
-    settings = make_settings(values)
+    settings = make_settings({**values, "trainer": {**saved.trainer, **trainer}})
     console = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
     try:
         result = train(settings, out, resume=resume, console=console)
@@ -60,6 +67,14 @@ def run(arguments: Sequence[str]) -> int:
         highlight=False,
     )
     return 0
+
+
+def given_trainer_options(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """The other words of a command line, and its `--trainer.*`; what is unsound is wrong usage."""
+    try:
+        return take_trainer_options(arguments)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def make_settings(values: dict[str, Any]) -> TrainSettings:

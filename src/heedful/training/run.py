@@ -139,6 +139,7 @@ def train(
     if resume:
         check_same_settings(settings, out)
     data = data or load_settings_data(settings)
+    arguments = _arguments(settings, out)
     if first:
         _prepare_folder(settings, out, resume)
     checkpoint = _last_checkpoint(out) if resume else None
@@ -147,14 +148,15 @@ def train(
     config = settings.to_config(data.vocab_size, data.context, data.bos_token_id)
     model = HeedfulForCausalLM(config)
     decoder = config.to_decoder_config()
-    tokens_per_step = settings.batch_size * data.context * processes
+    rows_per_step = settings.batch_size * arguments.gradient_accumulation_steps * processes
+    tokens_per_step = rows_per_step * data.context
     timer, stop = StepTimer(), StopOnCtrlC()
     title = f"{settings.attention} x {settings.score}"
     progress = ProgressCallback(title, tokens_per_step, console)
     with _quiet_transformers():
         trainer = LanguageModelTrainer(
             model=model,
-            args=_arguments(settings, out),
+            args=arguments,
             train_dataset=data.train,
             eval_dataset=curve_rows(data.validation),
             data_collator=default_data_collator,
@@ -276,32 +278,33 @@ def _last_checkpoint(out: Path) -> str | None:
 
 
 def _arguments(settings: TrainSettings, out: Path) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=str(out / CHECKPOINTS),
-        max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=2 * settings.batch_size,
-        learning_rate=settings.lr,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": 0.1},
-        warmup_steps=settings.warmup_steps,
-        weight_decay=settings.weight_decay,
-        adam_beta2=0.95,
-        max_grad_norm=1.0,
-        bf16=settings.precision == "bf16",
-        use_cpu=not torch.accelerator.is_available(),  # without it, bf16 asks for a GPU
-        seed=settings.seed,
-        data_seed=settings.seed,
-        eval_strategy="steps",
-        eval_steps=max(1, settings.steps // settings.evaluations),
-        save_strategy="steps",
-        save_steps=max(1, settings.steps // settings.checkpoints),
-        save_total_limit=2,
-        logging_steps=max(1, settings.steps // 100),
-        ddp_find_unused_parameters=False,
-        report_to="none",  # tracking is added as a callback, which knows its folder
-        disable_tqdm=True,
-    )
+    arguments: dict[str, Any] = {
+        "output_dir": str(out / CHECKPOINTS),
+        "max_steps": settings.steps,
+        "per_device_train_batch_size": settings.batch_size,
+        "per_device_eval_batch_size": 2 * settings.batch_size,
+        "learning_rate": settings.lr,
+        "warmup_steps": settings.warmup_steps,
+        "weight_decay": settings.weight_decay,
+        "adam_beta2": 0.95,
+        "max_grad_norm": 1.0,
+        "bf16": settings.precision == "bf16",
+        "use_cpu": not torch.accelerator.is_available(),  # without it, bf16 asks for a GPU
+        "seed": settings.seed,
+        "data_seed": settings.seed,
+        "eval_strategy": "steps",
+        "eval_steps": max(1, settings.steps // settings.evaluations),
+        "save_strategy": "steps",
+        "save_steps": max(1, settings.steps // settings.checkpoints),
+        "save_total_limit": 2,
+        "logging_steps": max(1, settings.steps // 100),
+        "ddp_find_unused_parameters": False,
+        "report_to": "none",  # tracking is added as a callback, which knows its folder
+        "disable_tqdm": True,
+    }
+    if "lr_scheduler_type" not in settings.trainer:  # another schedule has options of its own
+        arguments |= {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}}
+    return TrainingArguments(**arguments | settings.trainer)
 
 
 def _tensorboard(out: Path) -> TrainerCallback:

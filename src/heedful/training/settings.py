@@ -11,6 +11,7 @@ from heedful.attention.config import option
 from heedful.data.reading import TEXT_COLUMN
 from heedful.decoder import DecoderConfig
 from heedful.hf.configuration import HeedfulConfig
+from heedful.training.trainer_options import trainer_options
 
 
 def inherit(config_class: Any, name: str, **change: Any) -> Any:
@@ -99,6 +100,9 @@ class TrainSettings(ModelSettings):
     evaluations: int = option(5, "times the validation loss is measured, evenly spread")
     checkpoints: int = option(5, "times a checkpoint is saved, evenly spread")
     track: Literal["none", "tensorboard"] = option("none", "where to log curves")
+    trainer: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "fields of transformers' TrainingArguments, handed through"}
+    )
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "context", "vocab_size", "evaluations", "checkpoints"):
@@ -113,6 +117,7 @@ class TrainSettings(ModelSettings):
             raise ValueError(f"--warmup must be at least 0 and below 1, got {self.warmup}")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"--weight-decay must be 0 or more and finite, got {self.weight_decay}")
+        object.__setattr__(self, "trainer", trainer_options(self.trainer))
         # Any vocabulary will do to see whether the form and its options are sound.
         self.to_config(self.vocab_size, self.context)
 
