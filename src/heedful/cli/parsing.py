@@ -1,9 +1,6 @@
 """From settings dataclasses to flags; the chosen forms' own options become `--attention.*`, `--score.*`."""
 
-import contextlib
 import dataclasses
-import difflib
-import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
@@ -11,6 +8,7 @@ import tyro
 
 from heedful.attention.config import own_fields
 from heedful.attention.registry import Registry
+from heedful.cli.arguments import check, flags_of
 from heedful.cli.errors import UsageError
 
 T = TypeVar("T")
@@ -95,17 +93,23 @@ def parse(
     # fields without a default come first, as in any dataclass
     wanted.sort(key=lambda f: f[2].default is not dataclasses.MISSING or _has_factory(f[2]))
     settings = dataclasses.make_dataclass(command, wanted)
-    box = io.StringIO()
+    asked = any(word in ("-h", "--help") for word in arguments)
     try:
-        with contextlib.redirect_stderr(box):
-            parsed: Any = tyro.cli(
-                settings, prog=f"heedful {command}", description=description, args=list(arguments)
-            )
+        if not asked:
+            check(flags_of(wanted), arguments)
+        parsed: Any = tyro.cli(
+            settings,
+            prog=f"heedful {command}",
+            description=description,
+            args=["--help"] if asked else list(arguments),
+            console_outputs=asked,
+        )
+    except UsageError as error:
+        raise UsageError(f"{error}; see heedful {command} --help") from None
     except SystemExit as stopped:
         if not stopped.code:
             raise
-        problem = _unboxed(box.getvalue())
-        raise UsageError(f"{problem}{_hint(problem, wanted)}; see heedful {command} --help") from None
+        raise UsageError(f"the options cannot be read; see heedful {command} --help") from None
     values: dict[str, Any] = {}
     for f in dataclasses.fields(parsed):
         value = getattr(parsed, f.name)
@@ -123,33 +127,3 @@ def _changed(section: Any) -> dict[str, Any]:
         for f in dataclasses.fields(section)
         if getattr(section, f.name) != f.default
     }
-
-
-def _unboxed(box: str) -> str:
-    """The first paragraph of the box that tyro draws around what is wrong, as one line."""
-    paragraph: list[str] = []
-    for line in box.splitlines()[1:]:
-        text = line.strip("│╰╯ ")
-        if not text.strip("─"):
-            break
-        paragraph.append(text)
-    return " ".join(paragraph).rstrip(".")
-
-
-def _hint(problem: str, fields: Sequence[tuple[str, Any, Any]]) -> str:
-    """The flag that an unknown one could have been."""
-    known: list[str] = []
-    for name, type_, _ in fields:
-        if name in _OPTION_FIELDS:
-            section = name.removesuffix("_options")
-            known += [f"--{section}.{f.name}" for f in dataclasses.fields(type_.__origin__)]
-        else:
-            known.append(f"--{name}")
-    for word in problem.split():
-        flag_name = word.strip(",").partition("=")[0]
-        if "nrecognized" in problem and flag_name.startswith("--"):
-            alike = [k.replace("_", "-") for k in known if ("." in k) == ("." in flag_name)]
-            near = difflib.get_close_matches(flag_name, alike, 1, cutoff=0.75)
-            if near:
-                return f"; did you mean {near[0]}?"
-    return ""
