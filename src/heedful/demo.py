@@ -13,10 +13,10 @@ from rich.table import Table
 from transformers import set_seed
 
 from heedful.compare import CompareSettings, compare
-from heedful.compare.run import replace_text
 from heedful.data import TokenDataset, variable_assignment
 from heedful.evaluation import evaluate
 from heedful.evaluation.kv_budget import BudgetResult, evaluate_budgets
+from heedful.files import write_text
 from heedful.hf.generation import continue_text
 from heedful.hf.load import load_model, load_tokenizer
 from heedful.plotting import PALETTE, new_figure, save, spread_labels, titled
@@ -116,7 +116,7 @@ def demo(out: str | Path, console: Console | None = None) -> None:
     console.print(Panel(sample, title=title, title_align="left"), highlight=False)
 
     summary = (out / "summary.md").read_text(encoding="utf-8")
-    replace_text(out / "summary.md", summary + _report(held, answers, kept, title, sample))
+    write_text(out / "summary.md", summary + _report(held, answers, kept, title, sample))
     minutes = (time.perf_counter() - started) / 60
     pictures = ("compare.png", "kv-text.png", "variable-assignment.png", "kv-budget.png")
     names = ("summary.md", "results.jsonl", *pictures)

@@ -1,9 +1,12 @@
 """The look of every figure: one palette, quiet axes, labels at the lines."""
 
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from heedful.files import write_bytes
 
 PALETTE = ("#4C6A92", "#C8553D", "#588B8B", "#B8860B", "#7B4B94", "#2E8B57", "#8C5E58", "#444444")
 
@@ -32,7 +35,9 @@ def save(figure: Any, path: Path) -> None:
     """Write a PNG and forget the figure."""
     import matplotlib.pyplot as plt
 
-    figure.savefig(path, dpi=160)
+    png = io.BytesIO()
+    figure.savefig(png, dpi=160, format="png")
+    write_bytes(path, png.getvalue())
     plt.close(figure)
 
 

@@ -241,7 +241,8 @@ def test_goals_hold_only_where_they_were_stated():
 FAST = ["--heads", "2", "--head-dim", "8", "--turns", "2", "--no-compiled"]
 
 
-def test_command(tmp_path, capfd):
+def test_command(tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     flags = [*FAST, "--lengths", "16,32", "--sas-lengths", "16", "--out", str(tmp_path)]
     assert main(["bench", "kernels", *flags]) == 0
     rows = [json.loads(line) for line in (tmp_path / "kernels.jsonl").read_text().splitlines()]
@@ -363,6 +364,31 @@ def test_tables_fit_on_the_screen():
         screen = io.StringIO()
         Console(file=screen, width=100).print(table)
         assert "…" not in screen.getvalue()
+        assert "too narrow" not in screen.getvalue()
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+def test_tables_keep_what_matters_on_any_screen(width):
+    import io
+
+    from rich.console import Console
+
+    from heedful.cli.bench.common import figures_table
+
+    long = "naive, torch.compile"
+    row = dataclasses.replace(
+        figures("train", 16384, long, 9.999, 40_000_000_000), ratios={"a": 1.23, "b": 4.56}
+    )
+    workload = Workload("train", 16384, 1, [], {"vs SDPA": "a", "vs twin": "b"})
+    screen = io.StringIO()
+    Console(file=screen, width=width).print(figures_table("title", workload, [row], width=width))
+    shown = screen.getvalue()
+    assert max(map(len, shown.splitlines())) <= width
+    assert "…" not in shown
+    for cell in (long, "9,999.0 ms", "1.23", "4.56", "vs SDPA", "vs twin"):
+        assert cell in shown
+    assert ("copy" in shown.split("too narrow for:")[0]) == (width > 80)
+    assert ("too narrow for:" in shown) == (width <= 80)
 
 
 def test_every_key_is_kept_while_it_runs_and_not_afterwards():

@@ -110,7 +110,8 @@ def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_train_command(tmp_path, capfd):
+def test_train_command(tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     shape = ["--n-layers", "1", "--d-model", "16", "--n-heads", "2", "--vocab-size", "32"]
     flags = [*shape, "--lengths", "8,16", "--turns", "2", "--out", str(tmp_path)]
     assert main(["bench", "train", *flags]) == 0

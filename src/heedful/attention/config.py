@@ -1,6 +1,5 @@
 """Configs of forms: frozen dataclasses that know parameters and FLOPs before anything is built."""
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Any, ClassVar, Literal, Self, get_args
@@ -8,7 +7,7 @@ from typing import Any, ClassVar, Literal, Self, get_args
 import torch
 
 from heedful.attention.registry import ATTENTIONS, SCORES
-from heedful.ops.checks import check_choice, check_divides
+from heedful.ops.checks import check_choice, check_divides, did_you_mean
 
 
 def option(default: Any, help: str) -> Any:
@@ -32,8 +31,7 @@ def check_options(what: str, options: Mapping[str, Any], known: list[str]) -> No
     """Raise for an option that nobody knows, naming the nearest one."""
     for name in options:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            hint = did_you_mean(name, known)
             have = f"options: {', '.join(known)}" if known else "it has no options"
             raise ValueError(f"{what} has no option {name!r}; {hint}{have}")
 

@@ -1,9 +1,10 @@
 """The two registries: names of Attention forms and of Score forms, for configs, the CLI and strangers."""
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from heedful.ops.checks import did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +64,7 @@ class Registry:
 
     def __getitem__(self, name: str) -> Form:
         if not isinstance(name, str) or name not in self.forms:
-            near = difflib.get_close_matches(str(name), self.forms, 1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            hint = did_you_mean(name, self.forms, cutoff=0.5)
             raise ValueError(
                 f"unknown {self.kind} {name!r}; {hint}available: {', '.join(self.forms)}. "
                 f"A form of your own must be imported before it is named "

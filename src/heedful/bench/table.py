@@ -10,6 +10,7 @@ import torch
 from heedful.bench.forms import available, ours
 from heedful.bench.kernels import Sizes, read, trained
 from heedful.bench.timing import interleaved
+from heedful.files import write_text
 
 LENGTHS = tuple(2**i for i in range(4, 14))  # 16 to 8,192
 HOPELESS = 3.0
@@ -72,4 +73,4 @@ def write_entry(
         for length, entry in seconds.items()
     }
     table.setdefault(device.type, {})[str(dtype).removeprefix("torch.")] = {**about, "seconds": rounded}
-    path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(table, indent=1) + "\n")

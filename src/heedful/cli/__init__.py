@@ -45,10 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"heedful {__version__}")
             return 0
         if command not in COMMANDS:
-            import difflib
+            from heedful.ops.checks import did_you_mean
 
-            near = difflib.get_close_matches(command, COMMANDS, 1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            hint = did_you_mean(command, COMMANDS)
             return _fail(f"unknown command {command!r}; {hint}commands: {', '.join(COMMANDS)}", 2)
         _load_forms()
         return importlib.import_module(f"heedful.cli.{command}").run(arguments[1:])
@@ -81,8 +80,9 @@ def _message(error: Exception) -> str:
 
 def _exit_code(error: Exception) -> int:
     from heedful.cli.errors import UsageError
+    from heedful.errors import Interrupted
 
-    if type(error).__name__ == "Interrupted":
+    if isinstance(error, Interrupted):
         return 130
     return 2 if isinstance(error, UsageError) else 1
 

@@ -3,19 +3,19 @@
 import json
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from heedful.attention.eviction import POLICIES
 from heedful.cli.errors import UsageError
 from heedful.cli.parsing import flag, parse, peek, positional
+from heedful.errors import Interrupted
+from heedful.files import write_json
+from heedful.screen import Column, spinner, table, text
 
 DESCRIPTION = """Find how few tokens the cache of every layer may hold without the loss exceeding a target.
 
@@ -60,8 +60,6 @@ def run(arguments: Sequence[str]) -> int:
         arguments,
     )
     _check(values, tolerance_given=bool(peek(arguments, "tolerance", "")))
-
-    from heedful.training import Interrupted
 
     console = Console(stderr=True, highlight=False)
     try:
@@ -116,7 +114,7 @@ def _budget(values: dict[str, Any], console: Console) -> int:
     search_rows, report_rows = split_rows(held.rows, values["rows"])
 
     target, target_name = values["target_loss"], "as given"
-    with console.status("loss with the full cache") if console.is_terminal else nullcontext():
+    with spinner(console, "loss with the full cache"):
         full = evaluate(model, search_rows).loss
         theirs = evaluate(baseline, search_rows).loss if baseline is not None else math.nan
     if baseline is not None:
@@ -158,7 +156,7 @@ def _budget(values: dict[str, Any], console: Console) -> int:
     finally:
         progress.close()
 
-    with console.status("loss on the report rows") if console.is_terminal else nullcontext():
+    with spinner(console, "loss on the report rows"):
         budgets = list(search.budgets)
         own_full = evaluate(model, report_rows).loss
         own = evaluate(model, report_rows, kv_budget=budgets, policy=policy).loss
@@ -332,25 +330,24 @@ def _plot(
     )
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold cyan", padding=(0, 1, 0, 0))
-    for i, name in enumerate(columns):
-        table.add_column(name, justify="right" if i else "left", no_wrap=True)
-    return table
-
-
 def _print_result(console: Console, search: Any, scores: list[_Scores]) -> None:
-    layers = _table("layer", "budget", f"of {search.context}", "stopped by")
-    for i, budget in enumerate(search.budgets):
-        why = "target" if i in search.frozen else "lowest budget"
-        layers.add_row(str(i), str(budget), f"{budget / search.context:.0%}", why)
-    console.print(layers)
-    table = _table("", "search\nloss", "report\nloss", "tokens\nper layer", "bytes per\nsequence")
-    for s in scores:
-        table.add_row(
-            s.name, f"{s.search_loss:.4f}", f"{s.report_loss:.4f}", f"{s.kept:.1f}", f"{s.nbytes:,}"
+    layers = [
+        (
+            str(i),
+            str(budget),
+            f"{budget / search.context:.0%}",
+            "target" if i in search.frozen else "lowest budget",
         )
-    console.print(table)
+        for i, budget in enumerate(search.budgets)
+    ]
+    columns = [text("layer"), Column("budget"), Column(f"of {search.context}"), Column("stopped by")]
+    console.print(table(columns, layers))
+    rows = [
+        (s.name, f"{s.search_loss:.4f}", f"{s.report_loss:.4f}", f"{s.kept:.1f}", f"{s.nbytes:,}")
+        for s in scores
+    ]
+    heads = ("search\nloss", "report\nloss", "tokens\nper layer", "bytes per\nsequence")
+    console.print(table([text(""), *map(Column, heads)], rows))
     full, own, *rest = scores
     other = rest[0] if rest else full
     whose = "the baseline with its full cache" if rest else "its full cache"
@@ -377,9 +374,7 @@ def _print_written(console: Console, folder: Path, search: Any, policy: str) -> 
         path = folder / CONFIG
         config = json.loads(path.read_text(encoding="utf-8"))
         config["kv_budgets"] = list(search.budgets)
-        new = path.with_name(path.name + ".new")
-        new.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        new.replace(path)
+        write_json(path, config, sort_keys=True)
         written.insert(0, f"{CONFIG} (kv_budgets, which generate uses)")
     if note:
         console.print(note, soft_wrap=True)

@@ -11,7 +11,8 @@ from heedful.cli.errors import UsageError
 from heedful.cli.parsing import flag, flag_fields, form_options, parse, peek, split
 from heedful.cli.train import given_trainer_options, make_settings
 from heedful.compare import CompareSettings, compare
-from heedful.training import Interrupted, TrainSettings
+from heedful.errors import Interrupted
+from heedful.training import TrainSettings
 
 DESCRIPTION = """Train every attention x score with the same data order and seeds, and compare.
 

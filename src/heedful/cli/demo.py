@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from heedful.cli.parsing import flag, parse
 from heedful.demo import demo
-from heedful.training import Interrupted
+from heedful.errors import Interrupted
 
 DESCRIPTION = """The whole story in about five minutes on two cores, offline: four small language models on
 Jane Austen (standard and SAS, with softmax and Selective Attention), a task of memory that Selective

@@ -2,19 +2,18 @@
 
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from heedful.attention.eviction import POLICIES, get_policy
 from heedful.cli.errors import UsageError
 from heedful.cli.parsing import flag, parse, positional, split
+from heedful.errors import Interrupted
+from heedful.files import write_text
+from heedful.screen import Column, progress_bar, spinner, table, text
 
 DESCRIPTION = """Measure a trained model with a KV cache that holds few tokens.
 
@@ -107,7 +106,6 @@ def _evaluate(
     most: int | None,
     out: Path,
 ) -> None:
-    from heedful.compare.run import replace_text
     from heedful.data import TokenDataset, count_bytes, token_bytes
     from heedful.evaluation.kv_budget import (
         BudgetResult,
@@ -118,7 +116,7 @@ def _evaluate(
     )
     from heedful.evaluation.plot import plot_budgets
     from heedful.hf.load import load_model, load_tokenizer
-    from heedful.training import Interrupted, held_out
+    from heedful.training import held_out
 
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file, expected a folder for the results; use another --out")
@@ -130,7 +128,7 @@ def _evaluate(
         check_policies(model, policies)
     except ValueError as error:
         raise UsageError(f"--policy: {error}") from None
-    with screen.status("reading the data") if screen.is_terminal else nullcontext():
+    with spinner(screen, "reading the data"):
         tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").exists() else None
         held = held_out(folder, tokenizer, data)
         total = len(held.rows)
@@ -140,7 +138,7 @@ def _evaluate(
         n_bytes = None
         if tokenizer is not None and held.n_bytes is not None:
             n_bytes = count_bytes(rows.tensors["labels"], token_bytes(tokenizer))
-        text = n_bytes is not None
+        is_text = n_bytes is not None
     out.mkdir(parents=True, exist_ok=True)
 
     part = "" if n_rows == total else f" of {total:,}"
@@ -158,21 +156,21 @@ def _evaluate(
             ):
                 results.append(result)
                 (out / FIGURE).unlink(missing_ok=True)  # an earlier one would not belong to this table
-                replace_text(out / TABLE, to_csv(results))
+                write_text(out / TABLE, to_csv(results))
     except KeyboardInterrupt:
         if results:
-            _print(results, heading, text, console)
+            _print(results, heading, is_text, console)
         kept = f"those done are in {out / TABLE}" if results else "nothing was written"
         raise Interrupted(f"stopped after {len(results)} of {todo} measurements; {kept}") from None
-    _print(results, heading, text, console)
+    _print(results, heading, is_text, console)
     written = [out / TABLE]
     if any(r.policy is not None for r in results):
         plot_budgets(
             results,
             out / FIGURE,
-            "Loss with a small cache" if text else "Answers that are right with a small cache",
+            "Loss with a small cache" if is_text else "Answers that are right with a small cache",
             f"{measured_on}; {_form(model)}",
-            "loss" if text else "accuracy",
+            "loss" if is_text else "accuracy",
         )
         written.append(out / FIGURE)
     console.print(f"written: {', '.join(map(str, written))}", soft_wrap=True)
@@ -190,15 +188,7 @@ class _Progress:
         self.todo, self.n_rows, self.console = todo, n_rows, console
         self.begun = self.done = 0
         self.last_line = time.perf_counter()
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.fields[place]}"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
+        self.bar = progress_bar(console, "place", counted=False)
         self.task = self.bar.add_task("", total=todo * n_rows, place="")
 
     def __enter__(self) -> "_Progress":
@@ -221,16 +211,18 @@ class _Progress:
             self.console.print(f"{what}  {place}  {share:.0%} of all rows")
 
 
-def _print(results: Sequence[Any], heading: str, text: bool, console: Console) -> None:
-    """The table, for 80 characters."""
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold cyan", padding=(0, 1, 0, 0))
-    table.add_column("policy")
-    for name in ("tokens", "loss", "bits/byte" if text else "right", "KL", "bytes", "tokens/s"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for before, r in zip([None, *results], results, strict=False):
-        if before is not None and before.policy != r.policy:
-            table.add_section()
-        table.add_row(
+def _print(results: Sequence[Any], heading: str, is_text: bool, console: Console) -> None:
+    columns = [
+        text("policy"),
+        Column("tokens"),
+        Column("loss"),
+        Column("bits/byte" if is_text else "right"),
+        Column("KL", optional=True),
+        Column("bytes"),
+        Column("tokens/s", optional=True),
+    ]
+    rows = [
+        (
             r.policy or "full cache",
             f"{r.kept:g}" if r.policy is None else str(r.kv_budget),
             f"{r.loss:.4f}",
@@ -239,5 +231,8 @@ def _print(results: Sequence[Any], heading: str, text: bool, console: Console) -
             f"{r.cache_bytes:,}",
             f"{r.tokens_per_second:,.0f}",
         )
+        for r in results
+    ]
+    last_of_policy = [i for i in range(len(results) - 1) if results[i].policy != results[i + 1].policy]
     console.print(heading, style="bold", soft_wrap=False)
-    console.print(table)
+    console.print(table(columns, rows, width=console.width, lines_after=last_of_policy))

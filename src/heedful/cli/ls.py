@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
 
 from heedful.attention import available
 from heedful.attention.config import own_fields
 from heedful.attention.registry import ATTENTIONS, SCORES
 from heedful.cli.parsing import parse
+from heedful.screen import table, text
 
 DESCRIPTION = """List the forms. An attention makes q, k, v and the output; a score says what happens to
 the logits. Any attention goes with any score. More on one: heedful show NAME"""
@@ -18,14 +19,13 @@ def run(arguments: Sequence[str]) -> int:
     """Print a table of both registries."""
     parse("ls", DESCRIPTION, [], arguments)
     available()
-    console = Console()
+    console = Console(highlight=False)
     for registry in (ATTENTIONS, SCORES):
-        table = Table(title=registry.kind, title_justify="left", title_style="bold", header_style="bold cyan")
-        for column in ("name", "what it is", "options"):
-            table.add_column(column)
+        rows = []
         for name in registry:
             form = registry[name]
             options = ", ".join(f.name.replace("_", "-") for f in own_fields(form.config_class))
-            table.add_row(name, form.summary, options)
-        console.print(table)
+            rows.append((f"[bold]{name}[/]", escape(form.summary), escape(options)))
+        columns = [text("name"), text("what it is"), text("options")]
+        console.print(table(columns, rows, title=registry.kind))
     return 0

@@ -7,13 +7,14 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from heedful.attention import configure
 from heedful.attention.config import own_fields
 from heedful.attention.registry import ATTENTIONS, SCORES, Form
 from heedful.cli.errors import UsageError
 from heedful.cli.parsing import parse, positional
+from heedful.ops.checks import did_you_mean
+from heedful.screen import Column, table, text
 
 DESCRIPTION = """Explain one form: what it is, its formula, its options, what it costs, where it is from."""
 
@@ -33,11 +34,8 @@ def run(arguments: Sequence[str]) -> int:
     elif name in SCORES:
         show(SCORES[name], "score")
     else:
-        import difflib
-
         known = [*ATTENTIONS, *SCORES]
-        near = difflib.get_close_matches(name, known, 1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        hint = did_you_mean(name, known)
         raise UsageError(f"unknown form {name!r}; {hint}forms: {', '.join(known)}")
     return 0
 
@@ -54,13 +52,11 @@ def show(form: Form, kind: str) -> None:
         console.print(escape(inspect.cleandoc(formula)) + "\n", style="green")
     options = own_fields(form.config_class)
     if options:
-        table = Table(title="options", title_justify="left", title_style="bold", header_style="bold cyan")
-        for column in ("flag", "default", "meaning"):
-            table.add_column(column)
-        for f in options:
-            flag = f"--{kind}.{f.name.replace('_', '-')}"
-            table.add_row(flag, str(f.default), f.metadata.get("help", ""))
-        console.print(table)
+        rows = [
+            (f"--{kind}.{f.name.replace('_', '-')}", str(f.default), escape(f.metadata.get("help", "")))
+            for f in options
+        ]
+        console.print(table([text("flag"), text("default"), text("meaning")], rows, title="options"))
     _costs(console, form.name, kind)
 
 
@@ -72,25 +68,22 @@ def _unwrapped(doc: str) -> str:
 
 def _costs(console: Console, name: str, kind: str) -> None:
     """Parameters, FLOPs and cache beside plain attention of the same width."""
-    table = Table(
-        title=f"one layer, width {WIDTH}, {HEADS} heads, context {CONTEXT:,}",
-        title_justify="left",
-        title_style="bold",
-        header_style="bold cyan",
-    )
-    for column in ("form", "parameters", "FLOPs/token", "cache bytes/token (bf16)"):
-        table.add_column(column, justify="left" if column == "form" else "right")
     base = configure("mha", d_model=WIDTH, n_heads=HEADS)
     extra: dict[str, Any] = {"n_kv_heads": HEADS // 3} if name == "gqa" else {}
     pair = (name, "softmax") if kind == "attention" else ("mha", name)
     own = configure(*pair, d_model=WIDTH, n_heads=HEADS, **extra)
+    rows = []
     for label, config in (("mha x softmax", base), (" x ".join(pair), own)):
         params, flops = config.parameter_count(), config.flops_per_token(CONTEXT)
         cache = config.cache_bytes_per_token(2)
-        table.add_row(
+        cells = (
             label,
             f"{params:,} ({params / base.parameter_count():.2f}x)",
             f"{flops / 1e6:.2f} M ({flops / base.flops_per_token(CONTEXT):.2f}x)",
             f"{cache:,} ({cache / base.cache_bytes_per_token(2):.2f}x)",
         )
-    console.print(table)
+        rows.append(cells)
+    heads = ("parameters", "FLOPs/token", "cache bytes/token (bf16)")
+    columns = [text("form"), *(Column(head, breaks=True) for head in heads)]
+    title = f"one layer, width {WIDTH}, {HEADS} heads, context {CONTEXT:,}"
+    console.print(table(columns, rows, title=title))

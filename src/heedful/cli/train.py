@@ -10,7 +10,8 @@ from rich.console import Console
 from heedful.attention.registry import ATTENTIONS, SCORES
 from heedful.cli.errors import UsageError
 from heedful.cli.parsing import flag, flag_fields, form_options, parse, peek
-from heedful.training import Interrupted, TrainSettings, train
+from heedful.errors import Interrupted
+from heedful.training import TrainSettings, train
 from heedful.training.run import SETTINGS
 from heedful.training.trainer_options import take_trainer_options
 

@@ -16,7 +16,9 @@ from heedful.compare.matching import match_d_ff
 from heedful.compare.plot import plot_curves
 from heedful.compare.table import markdown_table, noise_note, rich_table, summarise
 from heedful.data import Data
-from heedful.training import Interrupted, RunResult, TrainSettings, train
+from heedful.errors import Interrupted
+from heedful.files import write_text
+from heedful.training import RunResult, TrainSettings, train
 from heedful.training.run import load_settings_data
 
 
@@ -100,7 +102,7 @@ def compare(
     data = data or load_settings_data(settings.train)
     forms = settings.forms(data.vocab_size, data.context)
     out.mkdir(parents=True, exist_ok=True)
-    replace_text(out / "compare.json", json.dumps(_plain(settings), indent=2) + "\n")
+    write_text(out / "compare.json", json.dumps(_plain(settings), indent=2) + "\n")
     console.print(f"[bold]data[/bold] {data.description}")
     failures: list[str] = []
     results: list[RunResult] = []
@@ -119,7 +121,8 @@ def compare(
                 _write(results, settings, data, out)
     if results:
         summaries = summarise(results)
-        console.print(rich_table(summaries, f"{data.name}: validation loss in nats per token"))
+        title = f"{data.name}: validation loss in nats per token"
+        console.print(rich_table(summaries, title, console.width))
         console.print(noise_note(summaries).replace("**", ""), style="dim")
     if failures:
         raise RuntimeError(
@@ -226,7 +229,7 @@ def _own(config_class: Any, options: dict[str, Any]) -> dict[str, Any]:
 def _write(results: list[RunResult], settings: CompareSettings, data: Data, out: Path) -> None:
     """Everything but the models, anew after every run, so that a stop loses nothing."""
     lines = "".join(json.dumps(r.to_dict()) + "\n" for r in results)
-    replace_text(out / "results.jsonl", lines)
+    write_text(out / "results.jsonl", lines)
     summaries = summarise(results)
     held = {"none": "nothing but depth and width", "params": "parameters", "flops": "training FLOPs"}
     equal_lr = "the best of a sweep, per form" if settings.lr_sweep else "equal for all forms"
@@ -240,7 +243,7 @@ def _write(results: list[RunResult], settings: CompareSettings, data: Data, out:
         noise_note(summaries),
         "![curves](compare.png)",
     ]
-    replace_text(out / "summary.md", "\n\n".join(parts) + "\n")
+    write_text(out / "summary.md", "\n\n".join(parts) + "\n")
     plot_curves(
         summaries,
         out / "compare.png",
@@ -251,10 +254,3 @@ def _write(results: list[RunResult], settings: CompareSettings, data: Data, out:
 
 def _seeds(n: int) -> str:
     return "one seed" if n == 1 else f"mean of {n} seeds, band: their range"
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    new = path.with_name(path.name + ".new")
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)

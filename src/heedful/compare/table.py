@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 
-from rich import box
 from rich.table import Table
 
+from heedful.screen import Column, table, text
 from heedful.training import RunResult
 
 
@@ -103,29 +103,22 @@ def _difference(s: FormSummary) -> str:
 TERMINAL = ("form", "loss", "vs first", "bits/byte", "answers", "parameters", "ms/step", "cache B/token")
 
 
-def rich_table(summaries: Sequence[FormSummary], title: str) -> Table:
-    """For a terminal: the columns that fit 80 characters; summary.md has all."""
+def rich_table(summaries: Sequence[FormSummary], title: str, width: int = 80) -> Table:
+    """For a terminal of `width` columns: what fits there; summary.md has all."""
     headers, cells = rows(summaries)
-    table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        header_style="bold cyan",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
     order = [headers.index(name) for name in TERMINAL if name in headers]
+    columns = []
     for i in order:
-        left, folds = headers[i] == "form", headers[i] == "vs first"
-        table.add_column(
-            headers[i].replace(" ", "\n"),
-            justify="left" if left else "right",
-            no_wrap=not folds,
-            min_width=10 if folds else None,  # room for "(-0.123 to"
-        )
-    for row in cells:
-        table.add_row(*(row[i].replace(" ±", "\n±").replace(" (", "\n(") for i in order))
-    return table
+        name = headers[i].replace(" ", "\n")
+        optional = headers[i] in ("parameters", "ms/step", "cache B/token")
+        columns.append(text(name) if headers[i] == "form" else Column(name, optional=optional))
+    broken = [[_broken(row[i]) for i in order] for row in cells]
+    return table(columns, broken, title=title, width=width)
+
+
+def _broken(cell: str) -> str:
+    """Mean and spread below each other."""
+    return cell.replace(" ±", "\n±").replace(" (", "\n(").replace(" to ", "\nto ")
 
 
 def markdown_table(summaries: Sequence[FormSummary]) -> str:

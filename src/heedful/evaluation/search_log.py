@@ -9,6 +9,7 @@ from typing import Any
 
 from heedful.data import TokenDataset
 from heedful.evaluation.search import Move
+from heedful.files import write_text
 
 _DIGESTS = {
     "search_rows": "the rows to search on are others",
@@ -80,9 +81,7 @@ class SearchLog:
     def _rewrite(self) -> None:
         """The settings and the moves so far, whole or not at all."""
         lines = [self.settings, *(move.to_dict() for move in self.moves)]
-        new = self.path.with_name(self.path.name + ".new")
-        new.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        new.replace(self.path)
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
         self._begun = True
 
 

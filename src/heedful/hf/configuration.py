@@ -1,6 +1,5 @@
 """The model's config in Hugging Face terms, translated to the decoder's."""
 
-import difflib
 from dataclasses import fields
 from typing import Any, Literal
 
@@ -8,6 +7,7 @@ from transformers import PreTrainedConfig
 
 from heedful.attention.eviction.rule import check_budget
 from heedful.decoder import DecoderConfig
+from heedful.ops.checks import did_you_mean
 
 
 class HeedfulConfig(PreTrainedConfig):
@@ -76,8 +76,8 @@ class HeedfulConfig(PreTrainedConfig):
         own = [f.name for f in fields(self)]
         for name in kwargs:
             # Unknown names are kept, as everywhere in transformers, but a typo must not be one.
-            if near := difflib.get_close_matches(name, own, 1, cutoff=0.85):
-                raise ValueError(f"HeedfulConfig has no field {name!r}; did you mean {near[0]!r}?")
+            if hint := did_you_mean(name, own, cutoff=0.85):
+                raise ValueError(f"HeedfulConfig has no field {name!r}; {hint}".rstrip())
         for name in ("rope_parameters", "rope_scaling"):
             if kwargs.get(name):
                 raise ValueError(f"HeedfulConfig has no {name}; set rope_theta")

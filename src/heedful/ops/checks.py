@@ -1,10 +1,31 @@
 """Argument checks shared by the operations: every message says what was expected, what came, what to do."""
 
+import difflib
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def nearest(name: object, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The known name that `name` was probably meant to be; None if it is like none of them.
+
+    Args:
+        name: what was given.
+        known: the names there are.
+        cutoff: how alike they must be, from 0, anything, to 1, equal.
+    """
+    near = difflib.get_close_matches(str(name), list(known), 1, cutoff)
+    return near[0] if near else None
+
+
+def did_you_mean(name: object, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """`"did you mean 'sas'? "`, to stand inside a message; empty if no name is near."""
+    near = nearest(name, known, cutoff)
+    return f"did you mean {near!r}? " if near else ""
 
 
 def show(tensor: Tensor) -> str:

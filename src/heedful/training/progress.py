@@ -10,8 +10,11 @@ from types import FrameType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from heedful.files import write_text
+from heedful.screen import progress_bar
 
 
 class ProgressCallback(TrainerCallback):
@@ -36,14 +39,7 @@ class ProgressCallback(TrainerCallback):
     ) -> None:
         self.started, self.first_step = time.perf_counter(), state.global_step
         if self.console.is_terminal:
-            self.bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=None),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[info]}"),
-                TimeRemainingColumn(),
-                console=self.console,
-            )
+            self.bar = progress_bar(self.console, "info", transient=False)
             self.task = self.bar.add_task(
                 self.title, total=state.max_steps, completed=state.global_step, info=""
             )
@@ -131,7 +127,7 @@ class LogFile(TrainerCallback):
     ) -> None:
         if state.is_world_process_zero:
             lines = "".join(json.dumps(entry) + "\n" for entry in state.log_history)
-            self.path.write_text(lines, encoding="utf-8")
+            write_text(self.path, lines)
 
     on_save = on_train_end = on_evaluate
 

@@ -20,8 +20,10 @@ from transformers.trainer_callback import ProgressCallback as TqdmCallback
 
 from heedful.attention.params import decayed_names
 from heedful.data import Data, TokenDataset, load_data
+from heedful.errors import Interrupted
 from heedful.evaluation import evaluate
 from heedful.hf.modeling import HeedfulForCausalLM, HeedfulOutput
+from heedful.screen import spinner
 from heedful.training.progress import LogFile, ProgressCallback, StepTimer, StopOnCtrlC
 from heedful.training.result import RunResult
 from heedful.training.settings import TrainSettings
@@ -35,10 +37,6 @@ CHECKPOINT_PARTS = (
     "rng_state*.pth",
     "trainer_state.json",
 )
-
-
-class Interrupted(Exception):
-    """Ctrl-C: training stopped after saving a checkpoint."""
 
 
 class LanguageModelTrainer(Trainer):
@@ -183,7 +181,7 @@ def train(
     if stop.pressed and trainer.state.global_step < settings.steps:
         raise Interrupted(f"stopped at step {trainer.state.global_step} of {settings.steps}")
 
-    with console.status(f"{title}: validation loss") if console.is_terminal else contextlib.nullcontext():
+    with spinner(console, f"{title}: validation loss"):
         final = evaluate(model, data.validation, batch_size=2 * settings.batch_size)
     if not math.isfinite(final.loss):
         raise ValueError(

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from heedful.attention.config import option
 from heedful.data.reading import TEXT_COLUMN
 from heedful.decoder import DecoderConfig
+from heedful.files import write_json
 from heedful.hf.configuration import HeedfulConfig
 from heedful.training.trainer_options import trainer_options
 
@@ -132,7 +133,7 @@ class TrainSettings(ModelSettings):
 
     def save(self, path: Path) -> None:
         """Write as JSON."""
-        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: Path) -> "TrainSettings":

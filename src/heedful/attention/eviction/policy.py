@@ -1,9 +1,10 @@
 """What an eviction policy is: a score per held token; the token with the highest score goes first."""
 
-import difflib
 from typing import ClassVar
 
 from torch import Tensor
+
+from heedful.ops.checks import did_you_mean
 
 
 class Policy:
@@ -73,7 +74,6 @@ def get_policy(name: str) -> Policy:
         ValueError: for an unknown name, saying what it could have been.
     """
     if name not in POLICIES:
-        near = difflib.get_close_matches(str(name), POLICIES, 1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        hint = did_you_mean(name, POLICIES)
         raise ValueError(f"unknown eviction policy {name!r}; {hint}available: {', '.join(POLICIES)}")
     return POLICIES[name]()

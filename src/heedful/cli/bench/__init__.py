@@ -1,11 +1,11 @@
 """`heedful bench`: speed, as ratios of runs that take turns."""
 
-import difflib
 import importlib
 import os
 from collections.abc import Sequence
 
 from heedful.cli.errors import UsageError
+from heedful.ops.checks import did_you_mean
 
 BENCHMARKS = {
     "kernels": "attention alone: selective and SAS against plain, naive and other people's forms",
@@ -33,8 +33,7 @@ def run(arguments: Sequence[str]) -> int:
         print(USAGE.format(benchmarks="\n".join(f"  {n:<{width}}  {t}" for n, t in BENCHMARKS.items())))
         return 0
     if name not in BENCHMARKS:
-        near = difflib.get_close_matches(name, BENCHMARKS, 1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        hint = did_you_mean(name, BENCHMARKS)
         raise UsageError(f"unknown benchmark {name!r}; {hint}benchmarks: {', '.join(BENCHMARKS)}")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that adds up memory talks on stderr
     return importlib.import_module(f"heedful.cli.bench.{name}").run(arguments[1:])

@@ -1,6 +1,7 @@
 """What the benchmarks share: flags, checks, progress, tables, the files that are written."""
 
 import dataclasses
+import io
 import json
 import os
 import platform
@@ -13,9 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import heedful
@@ -24,13 +23,11 @@ from heedful.bench.goals import Verdict
 from heedful.bench.workload import Figures, Workload, measure
 from heedful.cli.errors import UsageError
 from heedful.cli.parsing import flag, split
+from heedful.errors import Interrupted
+from heedful.files import write_text
+from heedful.screen import FILE_WIDTH, Column, progress_bar, screen_width, table, text
 
-WIDTH = 100
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class Interrupted(RuntimeError):
-    """Ctrl-C; what was measured is on the disk."""
 
 
 def run_flags(
@@ -158,17 +155,23 @@ class Report:
         self, name: str, out: str, arguments: Sequence[str], device: torch.device, settings: Mapping[str, Any]
     ) -> None:
         self.name, self.folder, self.device = name, Path(out), device
-        self.console = Console(highlight=False, record=True, width=self._width())
+        self.console = Console(highlight=False, width=screen_width())
+        self.record = Console(highlight=False, file=io.StringIO(), width=FILE_WIDTH)
         self.stderr = Console(stderr=True)
         self.command = shlex.join(["heedful", "bench", name, *arguments])
         self.about = {**settings, "command": self.command, **machine(device)}
         self.n_rows = 0
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    @staticmethod
-    def _width() -> int:
-        screen = Console()
-        return screen.width if screen.is_terminal else max(WIDTH, screen.width)
+    def print(self, line: str) -> None:
+        """Show a line, and keep it for the file."""
+        for console in (self.console, self.record):
+            console.print(line)
+
+    def table(self, make: Callable[[int], Table]) -> None:
+        """Show what `make` lays out for a number of columns: for the screen, and for the file."""
+        for console in (self.console, self.record):
+            console.print(make(console.width))
 
     @property
     def path(self) -> Path:
@@ -178,9 +181,7 @@ class Report:
     def start(self) -> None:
         """Say where this runs."""
         where = self.about["gpu"] or self.about["cpu"]
-        self.console.print(
-            f"{where}, torch {self.about['torch']}, commit {self.about['commit'] or 'unknown'}"
-        )
+        self.print(f"{where}, torch {self.about['torch']}, commit {self.about['commit'] or 'unknown'}")
 
     def caption(self, threads: str, what: str) -> str:
         """What a plot says below it."""
@@ -197,11 +198,10 @@ class Report:
 
     def finish(self, *plots: Path) -> None:
         """Write what was on the screen and name the files."""
-        text = self.folder / f"{self.name}.txt"
-        self.console.print("")
-        shown = self.console.export_text(clear=False)
-        text.write_text(f"$ {self.command}\n\n" + _stripped(shown), encoding="utf-8")
-        self.console.print(f"written: {', '.join(map(str, (self.path, text, *plots)))}", soft_wrap=True)
+        path = self.folder / f"{self.name}.txt"
+        assert isinstance(self.record.file, io.StringIO)
+        write_text(path, f"$ {self.command}\n\n" + _stripped(self.record.file.getvalue()))
+        self.console.print(f"\nwritten: {', '.join(map(str, (self.path, path, *plots)))}", soft_wrap=True)
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
@@ -222,8 +222,7 @@ class Report:
             self.stderr.print(f"measuring {what}", soft_wrap=True)
             yield lambda done, total: None
             return
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=self.stderr, transient=True) as bar:
+        with progress_bar(self.stderr, remaining=False) as bar:
             task = bar.add_task(what, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -247,34 +246,36 @@ def as_row(figures: Figures, ceilings: Ceilings, **more: Any) -> dict[str, Any]:
     }
 
 
-def figures_table(title: str, workload: Workload, rows: Sequence[Figures], mark: str = "") -> Table:
-    """A line per case, within 100 columns; the case named `mark` gets a star."""
-    table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-    table.add_column("", no_wrap=True)
-    heads = ("median", "±", "tokens/s", *workload.baselines, "GFLOP/s", "GEMM", "copy")
-    for head in (*heads, "extra MB"):
-        table.add_column(head, justify="right", no_wrap=True)
-    for row in rows:
-        spread = (row.timing.high - row.timing.low) / 2 / row.timing.seconds
-        table.add_row(
+def figures_table(
+    title: str, workload: Workload, rows: Sequence[Figures], mark: str = "", width: int = FILE_WIDTH
+) -> Table:
+    """A line per case, laid out for `width` columns; the case named `mark` gets a star."""
+    columns = [
+        text(""),
+        Column("median"),
+        *map(Column, workload.baselines),
+        Column("±", optional=True),
+        Column("extra MB", optional=True),
+        Column("tokens/s", optional=True),
+        Column("GFLOP/s", optional=True),
+        Column("GEMM", optional=True),
+        Column("copy", optional=True),
+    ]
+    cells = [
+        (
             row.case + (" *" if row.case == mark else ""),
             shown_time(row.timing.seconds),
-            f"{spread:.0%}",
-            f"{row.tokens_per_second:,.0f}",
             *(f"{row.ratios[name]:.2f}" for name in workload.baselines.values()),
+            f"{(row.timing.high - row.timing.low) / 2 / row.timing.seconds:.0%}",
+            "" if row.extra_bytes is None else _three_digits(row.extra_bytes / 1e6),
+            f"{row.tokens_per_second:,.0f}",
             _three_digits(row.flops_per_second / 1e9),
             f"{row.of_gemm:.0%}",
             f"{row.of_copy:.0%}",
-            "" if row.extra_bytes is None else _three_digits(row.extra_bytes / 1e6),
         )
-    return table
+        for row in rows
+    ]
+    return table(columns, cells, title=title, width=width)
 
 
 def _three_digits(number: float) -> str:
@@ -296,7 +297,7 @@ def run_ceilings(report: Report, dtype: torch.dtype, threads: int) -> Ceilings:
     """Measure what the shares in the tables are shares of, and say it."""
     with report.watch("the ceilings of the machine"):
         ceilings = measure_ceilings(report.device, dtype)
-    report.console.print("\n" + ceilings_line(ceilings, threads, report.device))
+    report.print("\n" + ceilings_line(ceilings, threads, report.device))
     return ceilings
 
 
@@ -321,18 +322,18 @@ def run_workload(
         )
     report.write([as_row(row, ceilings, threads=threads, picked=row.case == mark) for row in rows])
     title = f"{workload.name}, T = {workload.length:,}, {counted(threads)}, {values['dtype']}"
-    report.console.print(figures_table(title, workload, rows, mark))
+    report.table(lambda width: figures_table(title, workload, rows, mark, width))
     for name, why in workload.left_out.items():
-        report.console.print(f"left out: {name}: {why}")
+        report.print(f"left out: {name}: {why}")
     return rows
 
 
 def conclude(report: Report, verdicts: Sequence[Verdict], conditions: str) -> None:
     """Goals and what was measured, or why there are none."""
     if verdicts:
-        report.console.print(goals_table(verdicts))
+        report.table(lambda width: goals_table(verdicts, width))
     else:
-        report.console.print(f"\nno goal was stated for these settings; goals are for {conditions}")
+        report.print(f"\nno goal was stated for these settings; goals are for {conditions}")
 
 
 def counted(threads: int) -> str:
@@ -350,30 +351,32 @@ def ceilings_line(ceilings: Ceilings, threads: int, device: torch.device) -> str
     )
 
 
-def goals_table(verdicts: Sequence[Verdict]) -> Table:
-    """A line per goal, within 100 columns."""
-    table = Table(
-        title="goals",
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-    for head in ("workload", "T", "", "", "against", "measured", "goal", ""):
-        table.add_column(head, justify="right" if head in ("T", "measured", "goal") else "left", no_wrap=True)
-    for v in verdicts:
-        table.add_row(
+def goals_table(verdicts: Sequence[Verdict], width: int = FILE_WIDTH) -> Table:
+    """A line per goal, laid out for `width` columns."""
+    columns = [
+        text("workload"),
+        Column("T"),
+        text("what"),
+        text("case"),
+        text("against"),
+        Column("measured", breaks=True),
+        Column("goal", breaks=True),
+        text(""),
+    ]
+    cells = [
+        (
             v.goal.workload,
             f"{v.length:,}",
-            v.case,
             "time" if v.goal.measure == "time" else "memory",
+            v.case,
             v.against,
             shown_ratio(v.ratio, v.goal.limit, v.goal.measure),
             shown_goal(v.goal.limit, v.goal.measure),
             "met" if v.met else "[bold]missed[/]",
         )
-    return table
+        for v in verdicts
+    ]
+    return table(columns, cells, title="goals", width=width)
 
 
 def shown_ratio(ratio: float, limit: float, measure: str) -> str:

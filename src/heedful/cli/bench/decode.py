@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from rich import box
-from rich.table import Table
 
 from heedful.cli.bench.common import (
     DTYPES,
@@ -22,6 +20,7 @@ from heedful.cli.bench.common import (
 )
 from heedful.cli.errors import UsageError
 from heedful.cli.parsing import flag, parse
+from heedful.screen import Column, table, text
 
 DESCRIPTION = """Measure the attention part of a decoding step.
 
@@ -66,7 +65,7 @@ def run(arguments: Sequence[str]) -> int:
             torch.set_num_threads(count)
             for context in contexts:
                 result = _decode(report, context, shares, values)
-                report.console.print(_table(result, context, count, values))
+                _show(report, result, context, count, values)
                 report.write([_row(case, timing, result, count) for case, timing in result])
         report.finish()
     return 0
@@ -105,25 +104,27 @@ def _ratios(case: Any, timing: Any, result: list[tuple[Any, Any]]) -> tuple[floa
     return timing.seconds / seconds[case.baseline], timing.seconds / result[0][1].seconds
 
 
-def _table(result: list[tuple[Any, Any]], context: int, threads: int, values: dict[str, Any]) -> Table:
+def _show(
+    report: Report, result: list[tuple[Any, Any]], context: int, threads: int, values: dict[str, Any]
+) -> None:
     title = (
         f"one decoding step at {context:,} tokens: {values['heads']} heads of {values['head_dim']}, "
-        f"{values['dtype']}, {values['device']},\n{counted(threads)}, "
-        f"{result[0][1].turns} turns; vs plain: SDPA on as many keys"
+        f"{values['dtype']}, {values['device']}, {counted(threads)}, {result[0][1].turns} turns; "
+        "vs plain: SDPA on as many keys"
     )
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    for i, name in enumerate(("", "kept", "median", "vs full", "vs plain")):
-        table.add_column(name, justify="right" if i else "left", no_wrap=True)
+    rows = []
     for case, timing in result:
         plain, full = _ratios(case, timing, result)
-        table.add_row(
+        cells = (
             case.name,
             f"{case.kept:,}",
             f"{timing.seconds * 1e6:,.0f} us",
             f"{full:.3f}",
             f"{plain:.2f}" if case.baseline.startswith("plain SDPA, T/") else "",
         )
-    return table
+        rows.append(cells)
+    columns = [text(""), *map(Column, ("kept", "median", "vs full", "vs plain"))]
+    report.table(lambda width: table(columns, rows, title=title, width=width))
 
 
 def _row(case: Any, timing: Any, result: list[tuple[Any, Any]], threads: int) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """The public selective attention operations: documentation, checks, and the choice of implementation."""
 
-import difflib
 from typing import Protocol
 
 import torch
@@ -14,6 +13,7 @@ from heedful.ops.checks import (
     check_same,
     check_shape,
     check_tensor,
+    did_you_mean,
     show,
 )
 from heedful.ops.masks import rank_in_segment, visible_keys, voted_keys
@@ -219,9 +219,8 @@ def _check_impl(impl: str) -> None:
     """Raise unless there is such an implementation."""
     known = ["auto", *IMPLEMENTATIONS]
     if impl not in known:
-        near = difflib.get_close_matches(str(impl), known, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"impl must be one of {', '.join(known)}, got {impl!r}{hint}")
+        hint = did_you_mean(impl, known)
+        raise ValueError(f"impl must be one of {', '.join(known)}, got {impl!r}; {hint}".rstrip("; "))
 
 
 def _check_select(
