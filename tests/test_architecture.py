@@ -63,10 +63,12 @@ import heedful
 heedful.available()
 print(json.dumps([time.perf_counter() - before, list(sys.modules)]))
 """
-    runs = [json.loads(run_python(code)) for _ in range(3)]
-    loaded = set(EXTRAS) & set(runs[0][1])
-    assert not loaded, f"`import heedful` loads {sorted(loaded)}"
-    seconds = min(run[0] for run in runs)  # the least disturbed of three
+    for _ in range(3):  # the least disturbed of three
+        seconds, modules = json.loads(run_python(code))
+        loaded = set(EXTRAS) & set(modules)
+        assert not loaded, f"`import heedful` loads {sorted(loaded)}"
+        if seconds < 0.3:
+            break
     assert seconds < 0.3, f"heedful takes {seconds:.2f} s to import on top of torch"
 
 

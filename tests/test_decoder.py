@@ -177,7 +177,12 @@ def test_gradient_checkpointing_changes_nothing(attention: str, score: str):
 
 
 @pytest.mark.parametrize(
-    "of", [fields("sas", "selective"), fields("mha", "softmax", positions="learned"), fields(**MIXED)]
+    "of",
+    [
+        pytest.param(fields("sas", "selective"), marks=pytest.mark.slow),
+        pytest.param(fields("mha", "softmax", positions="learned"), marks=pytest.mark.slow),
+        fields(**MIXED),
+    ],
 )
 def test_compiles_without_graph_breaks(of: dict[str, Any]):
     torch._dynamo.reset()

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -31,6 +33,7 @@ def test_links_of_the_documents_exist():
             assert (ROOT / target).exists(), f"{document.name} links to {target}"
 
 
+@pytest.mark.slow
 def test_example_form_keeps_the_contract():
     code = f"import sys; sys.path.insert(0, {str(ROOT / 'examples')!r}); import shared_kv\n"
     code += "from heedful.testing import check_form; check_form('shared_kv', 'selective')"

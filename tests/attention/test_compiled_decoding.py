@@ -36,7 +36,11 @@ def compiled_equals_eager(form, backend):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 7
 
 
-@pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(form[:3]))
+@pytest.mark.parametrize(
+    "form",
+    [pytest.param(form, marks=[pytest.mark.slow] * (form not in (FORMS[1], FORMS[3]))) for form in FORMS],
+    ids=lambda form: "-".join(form[:3]),
+)
 def test_compiled_step_equals_eager(form):
     compiled_equals_eager(form, "aot_eager")
 

@@ -125,9 +125,21 @@ RULES = [
 FORMS = [("mha", {}), ("gqa", {"n_kv_heads": 2}), ("sas", {"cache": "compact"}), ("mha", {"std": 400.0})]
 
 
-@pytest.mark.parametrize("rule", RULES, ids=str)
-@pytest.mark.parametrize("form", FORMS, ids=str)
-@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+# Every rule once, with padding and without by turns, the forms in turn; the other pairs among the slow tests.
+PAIRS = [
+    pytest.param(
+        rule,
+        form,
+        padded,
+        marks=[pytest.mark.slow] * ((i % len(FORMS), (i + i // len(FORMS)) % 2) != (j, padded)),
+    )
+    for i, rule in enumerate(RULES)
+    for j, form in enumerate(FORMS)
+    for padded in (False, True)
+]
+
+
+@pytest.mark.parametrize(("rule", "form", "padded"), PAIRS)
 def test_several_blocks_are_the_formula(rule, form, padded):
     """One pass over two blocks and a rest; the largest logits need the maximum of the softmax."""
     attention, options = form

@@ -125,7 +125,7 @@ def last_line(done: Any) -> str:
     return line
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", ["train", pytest.param("compare", marks=pytest.mark.slow)])
 def test_full_disk(small: list[str], command: str, small_disk: Path):
     """The disk fills with the first checkpoint, in the middle of the run."""
     done = subprocess.run(

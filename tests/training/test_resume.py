@@ -19,10 +19,16 @@ Interrupt = Callable[..., None]
 
 
 @pytest.mark.parametrize(
-    ("attention", "score", "dropout"),
-    [("mha", "softmax", 0.0), ("sas", "selective", 0.0), ("mha", "softmax", 0.2)],
+    ("attention", "score", "dropout", "step"),
+    [
+        pytest.param("mha", "softmax", 0.0, 3, marks=pytest.mark.slow),
+        ("mha", "softmax", 0.0, 12),  # in the second epoch
+        ("sas", "selective", 0.0, 3),
+        pytest.param("sas", "selective", 0.0, 12, marks=pytest.mark.slow),
+        ("mha", "softmax", 0.2, 3),
+        pytest.param("mha", "softmax", 0.2, 12, marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("step", [3, 12], ids=["first-epoch", "second-epoch"])
 def test_resume_continues_exactly(
     settings: Settings,
     quiet_train: Train,

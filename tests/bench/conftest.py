@@ -1,0 +1,17 @@
+"""Benchmarks of small sizes: what the machine can do is measured with small products too."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+
+from heedful.bench import ceilings
+
+
+@pytest.fixture(autouse=True)
+def small_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of 64 instead of 2048; tests of the ceilings themselves name their shapes."""
+    measure: Callable[..., Any] = partial(ceilings.measure_ceilings, shapes=((64, 64, 64),))
+    monkeypatch.setattr("heedful.cli.bench.common.measure_ceilings", measure)
+    monkeypatch.setattr(ceilings, "COPY_BYTES", 1 << 16)
