@@ -117,15 +117,34 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+INTERPRETED_SLOWLY = {"two selectors", "padding", "128"}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=[pytest.mark.slow] * (name in INTERPRETED_SLOWLY))
+        for name, case in CASES.items()
+    ],
+)
 def test_equals_the_formula(case: Case, poisoned: None):
     inputs = case.inputs(torch.float32)
     got, expected = (results(case, inputs, torch.float32, impl) for impl in ("triton", "reference"))
     close(got, expected, TOLERANCE[torch.float32])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["several blocks, grouped", "96 and 64, earlier keys", "two selectors"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("several blocks, grouped", torch.bfloat16),
+        ("96 and 64, earlier keys", torch.float16),
+        pytest.param("several blocks, grouped", torch.float16, marks=pytest.mark.slow),
+        pytest.param("96 and 64, earlier keys", torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param("two selectors", torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param("two selectors", torch.float16, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_half_precision(name: str, dtype: torch.dtype, poisoned: None):
     case = CASES[name]
     inputs = case.inputs(dtype)
