@@ -15,6 +15,7 @@ COMMANDS = {
     "demo": "the whole story in five minutes, offline",
     "ls": "list the attention and score forms",
     "show": "explain one form: what it is, its formula, its cost, its paper",
+    "doctor": "say what is active here and why: libraries, kernels, threads, what is missing",
 }
 
 USAGE = """heedful: attention that simulates more and keeps less.

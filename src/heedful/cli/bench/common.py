@@ -23,6 +23,7 @@ from heedful.bench.goals import Verdict
 from heedful.bench.workload import Figures, Workload, measure
 from heedful.cli.errors import UsageError
 from heedful.cli.parsing import flag, split
+from heedful.doctor import cpu_name
 from heedful.errors import Interrupted
 from heedful.files import write_text
 from heedful.screen import FILE_WIDTH, Column, progress_bar, screen_width, table, text
@@ -104,7 +105,7 @@ def thread_counts(text: str, device: torch.device) -> list[int]:
 def machine(device: torch.device) -> dict[str, Any]:
     """Where and with what it was measured."""
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "torch": torch.__version__,
         "heedful": heedful.__version__,
@@ -112,16 +113,6 @@ def machine(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "day": time.strftime("%Y-%m-%d"),
     }
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:
