@@ -41,6 +41,8 @@ bench: setup ## measure the speeds of the README again, about 15 minutes; result
 	$(BIN)/heedful bench train --threads 1,all --out results/train
 	$(BIN)/heedful bench prefill --threads 1,all --out results/prefill
 	$(BIN)/heedful bench decode --context 2048,8192,32768 --out results/decode
+	$(BIN)/python benchmarks/sas.py --threads 1,all --out results/sas
+	$(BIN)/python benchmarks/goals.py results/kernels results/train results/prefill results/decode results/sas
 
 test: setup ## run the tests
 	$(BIN)/pytest -n 2 -m "not slow"

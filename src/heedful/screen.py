@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Literal
 
 from rich import box
 from rich.console import Console, RenderableType
@@ -17,6 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 FILE_WIDTH = 100
 """Columns of text that goes into a file."""
@@ -57,23 +59,25 @@ def table(
         width: of the screen; if given, optional columns that do not fit are left out, and named below.
         lines_after: numbers of the rows below which a line is drawn.
     """
-    rows, after = list(rows), set(lines_after)
-    left_out: list[Column] = []
-    shown = list(columns)
+    cells, after = [list(row) for row in rows], set(lines_after)
+    shown, left_out = list(range(len(columns))), list[int]()
     while True:
-        made = _table(shown, [[row[columns.index(c)] for c in shown] for row in rows], title, after)
-        optional = [column for column in shown if column.optional]
+        picked = [columns[i] for i in shown]
+        made = _table(picked, [[row[i] for i in shown] for row in cells], title, after)
+        optional = [i for i in shown if columns[i].optional]
         if width is None or not optional or _natural_width(made) <= width:
             break
         left_out.insert(0, optional[-1])
         shown.remove(optional[-1])
     if left_out:
-        made.caption = f"too narrow for: {', '.join(column.name for column in left_out)}"
+        made.caption = f"too narrow for: {', '.join(columns[i].name for i in left_out)}"
         made.caption_justify = "left"
+    if width is not None:
+        _break_cells(made, width)
     return made
 
 
-def _table(columns: Sequence[Column], rows: Iterable[Sequence[str]], title: str, after: set[int]) -> Table:
+def _table(columns: Sequence[Column], rows: Sequence[Sequence[str]], title: str, after: set[int]) -> Table:
     made = Table(
         title=title or None,
         title_justify="left",
@@ -84,7 +88,8 @@ def _table(columns: Sequence[Column], rows: Iterable[Sequence[str]], title: str,
         pad_edge=False,
     )
     for column in columns:
-        made.add_column(column.name, justify="right" if column.right else "left", no_wrap=not column.breaks)
+        justify: Literal["left", "right"] = "right" if column.right else "left"
+        made.add_column(column.name, justify=justify, no_wrap=not column.breaks, overflow="fold")
     for number, row in enumerate(rows):
         made.add_row(*row, end_section=number in after)
     return made
@@ -94,10 +99,26 @@ def _natural_width(made: Table) -> int:
     """Columns of the screen that the cells need if nothing is broken; a long title may be."""
     title, made.title = made.title, None
     try:
-        wide = Console(width=10_000)
-        return wide.measure(made).maximum
+        return Console(width=10_000).measure(made).maximum
     finally:
         made.title = title
+
+
+def _break_cells(made: Table, width: int) -> None:
+    """Narrow the columns that may be broken, the widest first, none below its longest word."""
+    plain = [[Text.from_markup(str(cell)).plain for cell in (c.header, *c.cells)] for c in made.columns]
+    widths = [max(len(line) for cell in cells for line in cell.split("\n")) for cells in plain]
+    longest = [max((len(word) for cell in cells for word in cell.split()), default=0) for cells in plain]
+    excess = _natural_width(made) - width
+    while excess > 0:
+        can = [i for i, c in enumerate(made.columns) if not c.no_wrap and widths[i] > longest[i]]
+        if not can:
+            return  # words are longer than the screen is wide: rich folds them
+        widest = max(can, key=widths.__getitem__)
+        widths[widest] -= 1
+        excess -= 1
+    for column, wanted in zip(made.columns, widths, strict=True):
+        column.width = wanted
 
 
 def screen_width(console: Console | None = None) -> int:

@@ -6,22 +6,16 @@ import pytest
 import torch
 
 from heedful.attention.eviction import EvictingCache
-from heedful.bench.goals import judge
 from heedful.bench.kernels import Sizes
 from heedful.bench.models import (
     FORMS,
     MHA,
-    SAS,
     SELECTIVE,
     ModelSizes,
-    goals,
     model_prefill_workload,
     train_workload,
 )
-from heedful.bench.prefill import goals as prefill_goals
 from heedful.bench.prefill import prefill_workload, pruned, pruned_name
-from heedful.bench.timing import timing
-from heedful.bench.workload import Figures
 from heedful.cli import main
 from heedful.ops.selective import selective_attention
 
@@ -87,23 +81,6 @@ def test_whole_model_prefill():
     workload = model_prefill_workload(20, 4, SMALL, CPU, torch.float32)
     assert [case.name for case in workload.cases] == [MHA, SELECTIVE, "selective, budget 4"]
     assert {case.run().shape for case in workload.cases} == {(1, 1, 32)}
-
-
-def figures(case, seconds, workload="training step", length=1024):
-    return Figures(workload, length, case, timing(case, [seconds] * 2), 0.0, 0.0, 0.0, 0.0, 0.0, None, {})
-
-
-def test_goals():
-    rows = [figures(MHA, 1.0), figures(SELECTIVE, 1.04), figures(SAS, 2.0)]
-    verdicts = judge(goals(CPU, torch.float32, 1, ModelSizes()), rows, {})
-    assert [(v.case, v.met) for v in verdicts] == [(SELECTIVE, True), (SAS, False)]
-    assert not goals(CPU, torch.float32, 2, ModelSizes())
-    assert not goals(CPU, torch.float32, 1, SMALL)
-    stated = prefill_goals(CPU, torch.float32, 1, Sizes(), 512)
-    rows = [figures("plain SDPA", 1.0, "prefill", 8192), figures(pruned_name(512), 0.3, "prefill", 8192)]
-    (verdict,) = judge(stated, rows, {})
-    assert (verdict.ratio, verdict.met, verdict.against) == (0.3, True, "plain SDPA")
-    assert not prefill_goals(CPU, torch.float32, 1, Sizes(), 256)
 
 
 def read(path):

@@ -7,7 +7,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from heedful.attention.sas import SASCore
 from heedful.bench.forms import (
     COMPILED,
     FORGETTING,
@@ -27,7 +26,6 @@ from heedful.bench.forms import (
     plain_reference,
     x_transformers,
 )
-from heedful.bench.published_sas import PublishedSAS
 from heedful.bench.workload import Case, Workload
 from heedful.ops.selective import limits
 from heedful.ops.selective.blocked import plain_blocked
@@ -40,9 +38,6 @@ DENSE = {NAIVE, COMPILED, X_TRANSFORMERS, named("sdpa"), named("reference")}
 
 EVERY_KEY = "selective, every key"
 """The blocked kernel as if no key were ever voted away: its time does not depend on the inputs."""
-
-SAS_PUBLISHED, SAS_OURS = "SAS, published", "SAS, heedful"
-SAS_WIDTH = 5  # W
 
 
 @dataclass(frozen=True)
@@ -171,43 +166,6 @@ class Kernels:
             baselines={"vs SDPA": self.plain, "vs twin": TWIN},
             left_out=left_out,
         )
-
-
-def sas_workload(work: Work, length: int, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Workload:
-    """SAS with 3x heads and 1.5x features, the published module against ours with its weights.
-
-    Raises:
-        RuntimeError: if they compute different things.
-    """
-    heads, size = sizes.n_heads, sizes.head_dim
-    wide, wide_size = 3 * heads, size * 3 // 2
-    torch.manual_seed(0)
-    published = PublishedSAS(heads, wide, size, wide_size, SAS_WIDTH).to(device, dtype)
-    own = SASCore(heads, wide, size, wide_size, SAS_WIDTH).to(device, dtype)
-    own.load_published_state_dict(published.state_dict())
-    with torch.no_grad():
-        x = [torch.randn(1, 67, heads, size, device=device, dtype=dtype) for _ in range(3)]
-        torch.testing.assert_close(own(*x), published(*x), rtol=0, atol=1e-4 if dtype.itemsize >= 4 else 5e-2)
-    q, k, v = (torch.randn(sizes.batch, length, heads, size, device=device, dtype=dtype) for _ in range(3))
-    if work == "train":
-        q, k, v = (x.requires_grad_() for x in (q, k, v))
-    per_token = 2 * (3 * SAS_WIDTH * size * wide * (heads + wide) + 2 * wide * wide_size * (size + wide_size))
-    per_token += 2 * (heads * size) ** 2
-    attention = Sizes(wide, wide, wide_size, size, sizes.batch)
-    flops = sizes.batch * length * per_token * (3 if work == "train" else 1) + attention.flops(length, work)
-    moved = Sizes(heads, heads, size, size, sizes.batch).bytes(length, work, dtype)
-    cases = []
-    for name, module in ((SAS_PUBLISHED, published), (SAS_OURS, own)):
-        extra = list(module.parameters())
-        run = trained(module, q, k, v, extra) if work == "train" else read(module, q, k, v)
-        cases.append(Case(name, run, flops, moved))
-    return Workload(
-        name=f"SAS {work}",
-        length=length,
-        tokens=sizes.batch * length,
-        cases=cases,
-        baselines={"vs publ.": SAS_PUBLISHED},
-    )
 
 
 def with_every_key(run: Callable[[], Any]) -> Callable[[], Any]:

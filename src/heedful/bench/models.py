@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from heedful.attention.params import param_groups
-from heedful.bench.goals import Goal
 from heedful.bench.workload import Case, Workload
 from heedful.hf import HeedfulConfig, HeedfulForCausalLM
 from heedful.hf.cache import HeedfulCache
@@ -29,8 +28,6 @@ FORMS: Mapping[str, dict[str, Any]] = {
 """SAS with its defaults: 3x heads, 1.5x features."""
 
 STEP = "training step"
-GOALS = (Goal(STEP, (1024,), MHA, 1.05, SELECTIVE), Goal(STEP, (1024,), MHA, 1.90, SAS))
-CONDITIONS = "the CPU, fp32, 1 thread, 6 layers, C = 512, 8 heads, T = 1,024"
 
 
 @dataclass(frozen=True)
@@ -77,13 +74,6 @@ class ModelSizes:
         """Random tokens (B, T), the same every time."""
         generator = torch.Generator().manual_seed(0)
         return torch.randint(self.vocab_size, (self.batch, length), generator=generator).to(device)
-
-
-def goals(device: torch.device, dtype: torch.dtype, threads: int, sizes: ModelSizes) -> Sequence[Goal]:
-    """The goals that were stated for these conditions."""
-    stated = device.type == "cpu" and dtype == torch.float32 and threads == 1
-    shape = (sizes.n_layers, sizes.d_model, sizes.n_heads, sizes.batch)
-    return GOALS if stated and shape == (6, 512, 8, 1) else ()
 
 
 def train_workload(

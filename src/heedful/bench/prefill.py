@@ -1,6 +1,6 @@
 """Reading a long prompt: plain attention, selective attention, and selective attention under a budget."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -9,28 +9,16 @@ from heedful.attention.build import build
 from heedful.attention.eviction import EvictingCache
 from heedful.attention.eviction.attend import attend_evicting
 from heedful.bench.forms import Form, available, best_plain, named, ours
-from heedful.bench.goals import Goal
 from heedful.bench.kernels import Sizes, read
 from heedful.bench.workload import Case, Workload
 from heedful.ops.selective.choice import choose
 
 BUDGET = 512
-CONDITIONS = f"the CPU, fp32, 1 thread, 8 heads of 64, T = 8,192, budget {BUDGET}"
 
 
 def pruned_name(budget: int) -> str:
     """How the pruned case is called."""
     return f"pruned, budget {budget}"
-
-
-def goals(
-    device: torch.device, dtype: torch.dtype, threads: int, sizes: Sizes, budget: int
-) -> Sequence[Goal]:
-    """The goals that were stated for these conditions."""
-    stated = device.type == "cpu" and dtype == torch.float32 and threads == 1
-    if not stated or sizes != Sizes() or budget != BUDGET:
-        return ()
-    return (Goal("prefill", (8192,), "", 0.35, pruned_name(budget)),)
 
 
 def prefill_workload(

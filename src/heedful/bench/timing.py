@@ -4,11 +4,13 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median, quantiles
 from typing import Any
 
 import torch
+
+from heedful.bench.load import LoadMeter
 
 WARMUP = 2
 FEWEST, MOST = 7, 40  # turns of a case, where time decides
@@ -29,6 +31,8 @@ class Timing:
     turns: int
     samples: tuple[float, ...] = field(default=(), repr=False)
     """Every measurement, seconds, in order."""
+    disturbed: str | None = None
+    """What else the machine was busy with meanwhile; such a time is not compared with others."""
 
 
 def interleaved(
@@ -73,12 +77,14 @@ def interleaved(
         wanted = {name: turns or _turns(seconds / len(cases), cost[name]) for name in cases}
         total = done + sum(wanted.values())
         samples: dict[str, list[float]] = {name: [] for name in cases}
+        meter = LoadMeter(torch.get_num_threads() if device is None or device.type == "cpu" else 0)
         for name in _schedule(wanted):
             samples[name].append(_time(cases[name], wait))
             done += 1
             if progress is not None:
                 progress(done, total)
-    return {name: timing(name, values) for name, values in samples.items()}
+        disturbed = meter.disturbance()
+    return {name: replace(timing(name, values), disturbed=disturbed) for name, values in samples.items()}
 
 
 def timing(name: str, samples: list[float]) -> Timing:

@@ -341,13 +341,13 @@ def _print_result(console: Console, search: Any, scores: list[_Scores]) -> None:
         for i, budget in enumerate(search.budgets)
     ]
     columns = [text("layer"), Column("budget"), Column(f"of {search.context}"), Column("stopped by")]
-    console.print(table(columns, layers))
+    console.print(table(columns, layers, width=console.width))
     rows = [
         (s.name, f"{s.search_loss:.4f}", f"{s.report_loss:.4f}", f"{s.kept:.1f}", f"{s.nbytes:,}")
         for s in scores
     ]
     heads = ("search\nloss", "report\nloss", "tokens\nper layer", "bytes per\nsequence")
-    console.print(table([text(""), *map(Column, heads)], rows))
+    console.print(table([text(""), *map(Column, heads)], rows, width=console.width))
     full, own, *rest = scores
     other = rest[0] if rest else full
     whose = "the baseline with its full cache" if rest else "its full cache"

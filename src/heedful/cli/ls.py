@@ -27,5 +27,5 @@ def run(arguments: Sequence[str]) -> int:
             options = ", ".join(f.name.replace("_", "-") for f in own_fields(form.config_class))
             rows.append((f"[bold]{name}[/]", escape(form.summary), escape(options)))
         columns = [text("name"), text("what it is"), text("options")]
-        console.print(table(columns, rows, title=registry.kind))
+        console.print(table(columns, rows, title=registry.kind, width=console.width))
     return 0

@@ -56,7 +56,11 @@ def show(form: Form, kind: str) -> None:
             (f"--{kind}.{f.name.replace('_', '-')}", str(f.default), escape(f.metadata.get("help", "")))
             for f in options
         ]
-        console.print(table([text("flag"), text("default"), text("meaning")], rows, title="options"))
+        console.print(
+            table(
+                [text("flag"), text("default"), text("meaning")], rows, title="options", width=console.width
+            )
+        )
     _costs(console, form.name, kind)
 
 
@@ -86,4 +90,4 @@ def _costs(console: Console, name: str, kind: str) -> None:
     heads = ("parameters", "FLOPs/token", "cache bytes/token (bf16)")
     columns = [text("form"), *(Column(head, breaks=True) for head in heads)]
     title = f"one layer, width {WIDTH}, {HEADS} heads, context {CONTEXT:,}"
-    console.print(table(columns, rows, title=title))
+    console.print(table(columns, rows, title=title, width=console.width))

@@ -8,7 +8,7 @@ import platform
 import shlex
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from rich.table import Table
 
 import heedful
 from heedful.bench.ceilings import Ceilings, measure_ceilings
-from heedful.bench.goals import Verdict
+from heedful.bench.timing import Timing
 from heedful.bench.workload import Figures, Workload, measure
 from heedful.cli.errors import UsageError
 from heedful.cli.parsing import flag, split
@@ -140,18 +140,26 @@ class Report:
         arguments: of the command, to be written beside every figure.
         device: where it runs.
         settings: written beside every figure.
+        program: what the arguments were given to, if not `heedful bench NAME`.
     """
 
     def __init__(
-        self, name: str, out: str, arguments: Sequence[str], device: torch.device, settings: Mapping[str, Any]
+        self,
+        name: str,
+        out: str,
+        arguments: Sequence[str],
+        device: torch.device,
+        settings: Mapping[str, Any],
+        program: Sequence[str] = (),
     ) -> None:
         self.name, self.folder, self.device = name, Path(out), device
         self.console = Console(highlight=False, width=screen_width())
         self.record = Console(highlight=False, file=io.StringIO(), width=FILE_WIDTH)
         self.stderr = Console(stderr=True)
-        self.command = shlex.join(["heedful", "bench", name, *arguments])
+        self.command = shlex.join([*(program or ("heedful", "bench", name)), *arguments])
         self.about = {**settings, "command": self.command, **machine(device)}
         self.n_rows = 0
+        self.disturbed = False
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def print(self, line: str) -> None:
@@ -180,6 +188,12 @@ class Report:
         about = f"torch {self.about['torch']}, commit {self.about['commit'] or 'unknown'}"
         return f"{where}; {what}\nmedians of interleaved runs; {about}"
 
+    def warn(self, why: str | None) -> None:
+        """Say that the last figures were disturbed; then there is no plot, which would rank them."""
+        if why is not None:
+            self.disturbed = True
+            self.print(f"[bold]{why}[/]")
+
     def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Append figures; the first ones replace the file of an earlier run."""
         with self.path.open("a" if self.n_rows else "w", encoding="utf-8") as file:
@@ -187,8 +201,13 @@ class Report:
                 file.write(json.dumps({**row, **self.about}) + "\n")
         self.n_rows += len(rows)
 
-    def finish(self, *plots: Path) -> None:
-        """Write what was on the screen and name the files."""
+    def finish(self, plot: Callable[[], Path] | None = None) -> None:
+        """Draw the plot, write what was on the screen and name the files."""
+        if self.disturbed:
+            (self.folder / f"{self.name}.png").unlink(
+                missing_ok=True
+            )  # of an earlier run, not of these figures
+        plots = [plot()] if plot is not None and not self.disturbed else []
         path = self.folder / f"{self.name}.txt"
         assert isinstance(self.record.file, io.StringIO)
         write_text(path, f"$ {self.command}\n\n" + _stripped(self.record.file.getvalue()))
@@ -228,6 +247,8 @@ def as_row(figures: Figures, ceilings: Ceilings, **more: Any) -> dict[str, Any]:
     timing = row.pop("timing")
     timing.pop("name")
     timing["samples"] = [float(f"{seconds:.5g}") for seconds in timing["samples"]]
+    if timing["disturbed"]:
+        row["ratios"] = {}
     return {
         **row,
         **timing,
@@ -256,7 +277,10 @@ def figures_table(
         (
             row.case + (" *" if row.case == mark else ""),
             shown_time(row.timing.seconds),
-            *(f"{row.ratios[name]:.2f}" for name in workload.baselines.values()),
+            *(
+                "-" if row.timing.disturbed else f"{row.ratios[name]:.2f}"
+                for name in workload.baselines.values()
+            ),
             f"{(row.timing.high - row.timing.low) / 2 / row.timing.seconds:.0%}",
             "" if row.extra_bytes is None else _three_digits(row.extra_bytes / 1e6),
             f"{row.tokens_per_second:,.0f}",
@@ -267,6 +291,12 @@ def figures_table(
         for row in rows
     ]
     return table(columns, cells, title=title, width=width)
+
+
+def disturbance(timings: Iterable[Timing]) -> str | None:
+    """Why these times are not compared, in a sentence; None if they may be."""
+    why = next((timing.disturbed for timing in timings if timing.disturbed), None)
+    return why and f"foreign load: {why}; no ratios, no ranking: repeat it on a quiet machine"
 
 
 def _three_digits(number: float) -> str:
@@ -314,17 +344,10 @@ def run_workload(
     report.write([as_row(row, ceilings, threads=threads, picked=row.case == mark) for row in rows])
     title = f"{workload.name}, T = {workload.length:,}, {counted(threads)}, {values['dtype']}"
     report.table(lambda width: figures_table(title, workload, rows, mark, width))
+    report.warn(disturbance(row.timing for row in rows))
     for name, why in workload.left_out.items():
         report.print(f"left out: {name}: {why}")
     return rows
-
-
-def conclude(report: Report, verdicts: Sequence[Verdict], conditions: str) -> None:
-    """Goals and what was measured, or why there are none."""
-    if verdicts:
-        report.table(lambda width: goals_table(verdicts, width))
-    else:
-        report.print(f"\nno goal was stated for these settings; goals are for {conditions}")
 
 
 def counted(threads: int) -> str:
@@ -340,46 +363,3 @@ def ceilings_line(ceilings: Ceilings, threads: int, device: torch.device) -> str
         f"{where}: GEMM {ceilings.gemm / 1e9:,.0f} GFLOP/s at {rows} x {inner} x {columns}, "
         f"copy {ceilings.copy / 1e9:,.1f} GB/s"
     )
-
-
-def goals_table(verdicts: Sequence[Verdict], width: int = FILE_WIDTH) -> Table:
-    """A line per goal, laid out for `width` columns."""
-    columns = [
-        text("workload"),
-        Column("T"),
-        text("what"),
-        text("case"),
-        text("against"),
-        Column("measured", breaks=True),
-        Column("goal", breaks=True),
-        text(""),
-    ]
-    cells = [
-        (
-            v.goal.workload,
-            f"{v.length:,}",
-            "time" if v.goal.measure == "time" else "memory",
-            v.case,
-            v.against,
-            shown_ratio(v.ratio, v.goal.limit, v.goal.measure),
-            shown_goal(v.goal.limit, v.goal.measure),
-            "met" if v.met else "[bold]missed[/]",
-        )
-        for v in verdicts
-    ]
-    return table(columns, cells, title="goals", width=width)
-
-
-def shown_ratio(ratio: float, limit: float, measure: str) -> str:
-    """0.18 as "5.6x faster" where the goal is said so."""
-    if limit > 0.2:
-        return f"{ratio:.2f}"
-    factor = 1 / ratio
-    return f"{factor:.{0 if factor >= 10 else 1}f}x {'less' if measure != 'time' else 'faster'}"
-
-
-def shown_goal(limit: float, measure: str) -> str:
-    """A limit as it was stated."""
-    if limit > 0.2:
-        return f"≤ {limit:.2f}"
-    return f"≥ {1 / limit:.0f}x {'less' if measure != 'time' else 'faster'}"

@@ -12,6 +12,7 @@ from heedful.cli.bench.common import (
     check_positive,
     check_run,
     counted,
+    disturbance,
     dtype_flag,
     numbers,
     run_flags,
@@ -119,12 +120,15 @@ def _show(
             case.name,
             f"{case.kept:,}",
             f"{timing.seconds * 1e6:,.0f} us",
-            f"{full:.3f}",
-            f"{plain:.2f}" if case.baseline.startswith("plain SDPA, T/") else "",
+            "-" if timing.disturbed else f"{full:.3f}",
+            ("-" if timing.disturbed else f"{plain:.2f}")
+            if case.baseline.startswith("plain SDPA, T/")
+            else "",
         )
         rows.append(cells)
     columns = [text(""), *map(Column, ("kept", "median", "vs full", "vs plain"))]
     report.table(lambda width: table(columns, rows, title=title, width=width))
+    report.warn(disturbance(timing for _, timing in result))
 
 
 def _row(case: Any, timing: Any, result: list[tuple[Any, Any]], threads: int) -> dict[str, Any]:
@@ -132,5 +136,6 @@ def _row(case: Any, timing: Any, result: list[tuple[Any, Any]], threads: int) ->
     return {
         **{"case": case.name.strip(), "context": case.context, "kept": case.kept, "baseline": case.baseline},
         **dataclasses.asdict(timing),
-        **{"ratio_to_baseline": twin, "ratio_to_full": full, "threads": threads},
+        **({} if timing.disturbed else {"ratio_to_baseline": twin, "ratio_to_full": full}),
+        "threads": threads,
     }

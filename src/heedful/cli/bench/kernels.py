@@ -7,15 +7,13 @@ from typing import Any
 
 import torch
 
-from heedful.bench.goals import CONDITIONS, Verdict, judge, kernel_goals
-from heedful.bench.kernels import Kernels, Sizes, Work, sas_workload
+from heedful.bench.kernels import Kernels, Sizes, Work
 from heedful.bench.workload import Figures
 from heedful.cli.bench.common import (
     DTYPES,
     Report,
     check_positive,
     check_run,
-    conclude,
     counted,
     dtype_flag,
     machine,
@@ -41,7 +39,7 @@ DESCRIPTION = """Measure attention alone: forward ("prefill"), and forward and b
 
 Every implementation of selective attention that runs here, against plain SDPA (on CUDA its fastest backend), our
 kernel with selection off (its twin), the naive form, torch.compile of it, x-transformers and
-flash-linear-attention where installed; and SAS against the published module. Each is first checked to compute what
+flash-linear-attention where installed. Each is first checked to compute what
 it should. The star marks what impl="auto" picks. GFLOP/s count what causal attention needs; GEMM and copy are
 shares of the fastest matrix product and copy that were measured; ± is half the distance between the quartiles.
 With several --threads, of the forms that keep T*T values only x-transformers is measured with all numbers.
@@ -72,7 +70,6 @@ def run(arguments: Sequence[str]) -> int:
                 1024,
                 "longest T for all forms that keep T*T values; beyond it x-transformers stands for them",
             ),
-            flag("sas_lengths", str, "2048", 'T at which SAS is measured; "" for none'),
             flag(
                 "compiled",
                 bool,
@@ -92,7 +89,6 @@ def run(arguments: Sequence[str]) -> int:
     if values["heads"] % groups:
         raise UsageError(f"--kv-heads must divide --heads {values['heads']}, got {groups}")
     lengths = numbers("lengths", values["lengths"], least=2)
-    sas_lengths = numbers("sas-lengths", values["sas_lengths"], least=2) if values["sas_lengths"] else ()
     device = check_run(values)
     threads = thread_counts(values["threads"], device)
     sizes = Sizes(
@@ -118,15 +114,11 @@ def run(arguments: Sequence[str]) -> int:
         with report.watch("checking that the forms agree"):
             kernels = Kernels(sizes, device, dtype, compiled=values["compiled"])
         shown: list[Figures] = []
-        verdicts: list[Verdict] = []
         for count in threads:
             torch.set_num_threads(count)
-            rows, picked = _measure(report, kernels, lengths, sas_lengths, count, not shown, values)
+            rows = _measure(report, kernels, lengths, count, not shown, values)
             shown = shown or rows
-            goals = kernel_goals(device, dtype, count, sizes)
-            verdicts += judge(goals, rows, picked)
-        conclude(report, verdicts, CONDITIONS)
-        report.finish(_plot(report, shown, kernels, threads[0], values["dtype"]))
+        report.finish(lambda: _plot(report, shown, kernels, threads[0], values["dtype"]))
     return 0
 
 
@@ -134,29 +126,21 @@ def _measure(
     report: Report,
     kernels: Kernels,
     lengths: Sequence[int],
-    sas_lengths: Sequence[int],
     threads: int,
     first: bool,
     values: dict[str, Any],
-) -> tuple[list[Figures], dict[tuple[str, int], str]]:
+) -> list[Figures]:
     """All workloads with one number of threads; of the dense forms, later numbers see x-transformers only."""
-    device, dtype = kernels.device, kernels.dtype
-    ceilings = run_ceilings(report, dtype, threads)
+    ceilings = run_ceilings(report, kernels.dtype, threads)
     works: tuple[Work, ...] = ("prefill", "train")
     rows: list[Figures] = []
-    picked: dict[tuple[str, int], str] = {}
     for length in lengths:
         for work in works:
             workload = kernels.workload(work, length, values["dense_up_to"] if first else 0)
             if not first:
                 workload = dataclasses.replace(workload, left_out={})
-            picked[work, length] = kernels.picked(length)
-            rows += run_workload(report, workload, ceilings, threads, values, picked[work, length])
-    for length in sas_lengths:
-        for work in works:
-            workload = sas_workload(work, length, kernels.sizes, device, dtype)
-            rows += run_workload(report, workload, ceilings, threads, values)
-    return rows, picked
+            rows += run_workload(report, workload, ceilings, threads, values, kernels.picked(length))
+    return rows
 
 
 def _plot(report: Report, rows: Sequence[Figures], kernels: Kernels, threads: int, dtype: str) -> Path:

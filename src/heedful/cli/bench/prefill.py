@@ -5,16 +5,14 @@ from pathlib import Path
 
 import torch
 
-from heedful.bench.goals import Verdict, judge
 from heedful.bench.kernels import Sizes
-from heedful.bench.prefill import BUDGET, CONDITIONS, goals, prefill_workload, pruned_name
+from heedful.bench.prefill import BUDGET, prefill_workload, pruned_name
 from heedful.bench.workload import Figures
 from heedful.cli.bench.common import (
     DTYPES,
     Report,
     check_positive,
     check_run,
-    conclude,
     counted,
     dtype_flag,
     memory_flag,
@@ -83,7 +81,6 @@ def run(arguments: Sequence[str]) -> int:
     with report.interruptible():
         report.start()
         rows: list[Figures] = []
-        verdicts: list[Verdict] = []
         for count in threads:
             torch.set_num_threads(count)
             ceilings = run_ceilings(report, dtype, count)
@@ -96,10 +93,8 @@ def run(arguments: Sequence[str]) -> int:
 
                 workload = model_prefill_workload(length, budget, ModelSizes(), device, dtype)
                 own += run_workload(report, workload, ceilings, count, values)
-            verdicts += judge(goals(device, dtype, count, sizes, budget), own, {})
             rows = rows or own
-        conclude(report, verdicts, CONDITIONS)
-        report.finish(_plot(report, rows, counted(threads[0]), values))
+        report.finish(lambda: _plot(report, rows, counted(threads[0]), values))
     return 0
 
 
