@@ -7,6 +7,8 @@ their module on first use.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from heedful.lazy import lazy_names
+
 __version__ = "0.1.0"
 
 _HOME = {
@@ -38,9 +40,9 @@ _HOME = {
     ),
     "heedful.decoder": ("Decoder", "DecoderConfig"),
 }
-_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+_load, __dir__ = lazy_names(__name__, _HOME)
 
-__all__ = ["__version__", *sorted(_MODULE_OF)]
+__all__ = ["__version__", *sorted(name for names in _HOME.values() for name in names)]
 
 if TYPE_CHECKING:
     from heedful.attention import *  # noqa: F403
@@ -51,12 +53,4 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name in ("ops", "attention", "decoder", "testing"):
         return importlib.import_module(f"heedful.{name}")
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module 'heedful' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return _load(name)

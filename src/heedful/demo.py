@@ -12,7 +12,7 @@ from rich.panel import Panel
 from rich.table import Table
 from transformers import set_seed
 
-from heedful.compare import CompareSettings, compare
+from heedful.comparison import CompareSettings, compare
 from heedful.data import TokenDataset, variable_assignment
 from heedful.evaluation import evaluate
 from heedful.evaluation.kv_budget import BudgetResult, evaluate_budgets

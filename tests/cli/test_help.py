@@ -11,7 +11,7 @@ import pytest
 
 import heedful as package
 from heedful.cli import COMMANDS
-from heedful.compare import CompareSettings
+from heedful.comparison import CompareSettings
 from heedful.training import TrainSettings
 
 NAMES = [name for names in package.available().values() for name in names]

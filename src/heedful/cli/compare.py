@@ -9,8 +9,8 @@ from rich.console import Console
 from heedful.attention.registry import ATTENTIONS, SCORES
 from heedful.cli.errors import UsageError
 from heedful.cli.parsing import flag, flag_fields, form_options, parse, peek, split
-from heedful.cli.train import given_trainer_options, make_settings
-from heedful.compare import CompareSettings, compare
+from heedful.cli.train import given_trainer_options
+from heedful.comparison import CompareSettings, compare
 from heedful.errors import Interrupted
 from heedful.training import TrainSettings
 
@@ -60,20 +60,12 @@ def run(arguments: Sequence[str]) -> int:
     )
     out = Path(values.pop("out"))
     chosen = {
-        "attention": split("--attention", values.pop("attention"), str),
-        "score": split("--score", values.pop("score"), str),
-        "seeds": values.pop("seeds"),
-        "match": values.pop("match"),
-        "lr_sweep": split("--lr-sweep", values.pop("lr_sweep"), float),
+        "attention": split("--attention", values["attention"], str),
+        "score": split("--score", values["score"], str),
+        "lr_sweep": split("--lr-sweep", values["lr_sweep"], float),
     }
-    options = {name: values.pop(name, {}) for name in ("attention_options", "score_options")}
-    train_settings = make_settings(
-        {**values, "trainer": trainer}
-    )  # without forms: their options are checked form by form
-    for name, value in options.items():
-        object.__setattr__(train_settings, name, value)
     try:
-        settings = CompareSettings(train=train_settings, **chosen)
+        settings = CompareSettings.of(**{**values, **chosen, "trainer": trainer})
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error
     try:

@@ -5,14 +5,16 @@ import json
 import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from heedful.attention.config import option
 from heedful.data.reading import TEXT_COLUMN
 from heedful.decoder import DecoderConfig
 from heedful.files import write_json
-from heedful.hf.configuration import HeedfulConfig
 from heedful.training.trainer_options import trainer_options
+
+if TYPE_CHECKING:
+    from heedful.hf.configuration import HeedfulConfig
 
 
 def inherit(config_class: Any, name: str, **change: Any) -> Any:
@@ -50,8 +52,10 @@ class ModelSettings:
     init_logit_std: float = inherit(DecoderConfig, "init_logit_std")
     dropout: float = inherit(DecoderConfig, "dropout")
 
-    def to_config(self, vocab_size: int, context: int, bos_token_id: int | None = None) -> HeedfulConfig:
+    def to_config(self, vocab_size: int, context: int, bos_token_id: int | None = None) -> "HeedfulConfig":
         """The config of the model, for a vocabulary and a context."""
+        from heedful.hf.configuration import HeedfulConfig  # everything else here needs torch only
+
         return HeedfulConfig(
             vocab_size=vocab_size,
             hidden_size=self.d_model,

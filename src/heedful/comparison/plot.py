@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
-from heedful.compare.table import FormSummary
+from heedful.comparison.table import FormSummary
 from heedful.plotting import PALETTE, new_figure, save, spread_labels, titled
 
 

@@ -2,76 +2,20 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 
-from heedful.attention.config import option, own_fields
-from heedful.attention.registry import ATTENTIONS, SCORES
-from heedful.compare.matching import match_d_ff
-from heedful.compare.plot import plot_curves
-from heedful.compare.table import markdown_table, noise_note, rich_table, summarise
+from heedful.comparison.plot import plot_curves
+from heedful.comparison.settings import CompareSettings
+from heedful.comparison.table import markdown_table, noise_note, rich_table, summarise
 from heedful.data import Data
 from heedful.errors import Interrupted
 from heedful.files import write_text
 from heedful.training import RunResult, TrainSettings, train
 from heedful.training.run import load_settings_data
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompareSettings:
-    """Which forms, how often, and what is held equal."""
-
-    attention: tuple[str, ...] = option(("mha", "sas"), "attention forms, separated by commas")
-    score: tuple[str, ...] = option(("softmax", "selective"), "score forms, separated by commas")
-    seeds: int = option(2, "runs of each form; seeds 0, 1, ... give weights and data order")
-    match: Literal["none", "params", "flops"] = option(
-        "none", "what is held equal to the first form, by the width of the SwiGLU"
-    )
-    lr_sweep: tuple[float, ...] = option(
-        (), "learning rates to try on each form with the first seed; the best is used for all its seeds"
-    )
-    train: TrainSettings = field(
-        default_factory=TrainSettings, metadata={"help": "everything else, equal for all forms"}
-    )
-
-    def __post_init__(self) -> None:
-        if not self.attention or not self.score:
-            raise ValueError("--attention and --score need at least one form each")
-        for name, values in (("attention", self.attention), ("score", self.score)):
-            if len(set(values)) != len(values):
-                raise ValueError(f"--{name} names a form twice: {','.join(values)}")
-        if self.seeds < 1:
-            raise ValueError(f"--seeds must be 1 or more, got {self.seeds}")
-        for lr in self.lr_sweep:
-            if not 0 < lr < math.inf:
-                raise ValueError(f"--lr-sweep needs learning rates greater than 0, got {lr}")
-        self.forms(self.train.vocab_size, self.train.context)
-
-    def forms(self, vocab_size: int, context: int) -> list[TrainSettings]:
-        """The settings of every form, matched; raises for unknown forms and unreachable matches."""
-        settings = [self._form(a, s) for a in self.attention for s in self.score]
-        configs = [s.to_config(vocab_size, context).to_decoder_config() for s in settings]
-        if self.match == "none":
-            return settings
-        return settings[:1] + [
-            dataclasses.replace(s, d_ff=match_d_ff(c, configs[0], self.match, context))
-            for s, c in zip(settings[1:], configs[1:], strict=True)
-        ]
-
-    def _form(self, attention: str, score: str) -> TrainSettings:
-        """An option goes to every form that has it."""
-        return dataclasses.replace(
-            self.train,
-            attention=attention,
-            score=score,
-            attention_options=_own(ATTENTIONS[attention].config_class, self.train.attention_options),
-            score_options=_own(SCORES[score].config_class, self.train.score_options),
-        )
 
 
 def compare(
@@ -219,11 +163,6 @@ def _differences(before: dict[str, Any], now: dict[str, Any], changed: list[str]
 
 def _plain(settings: CompareSettings) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(settings)))
-
-
-def _own(config_class: Any, options: dict[str, Any]) -> dict[str, Any]:
-    names = {f.name for f in own_fields(config_class)}
-    return {name: value for name, value in options.items() if name in names}
 
 
 def _write(results: list[RunResult], settings: CompareSettings, data: Data, out: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from heedful.compare.table import markdown_table, noise_note, rich_table, summarise
+from heedful.comparison.table import markdown_table, noise_note, rich_table, summarise
 from heedful.training import RunResult
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from heedful.compare import CompareSettings, compare
+from heedful.comparison import CompareSettings, compare
 from heedful.training import RunResult, TrainSettings
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import matplotlib.image
 import pytest
 
-import heedful.compare.run as compare_module
+import heedful.comparison.run as compare_module
 import heedful.training.run as train_module
-from heedful.compare import CompareSettings
-from heedful.compare.plot import plot_curves
-from heedful.compare.table import summarise
+from heedful.comparison import CompareSettings
+from heedful.comparison.plot import plot_curves
+from heedful.comparison.table import summarise
 from heedful.training import Interrupted, RunResult, TrainSettings
 
 Settings = Callable[..., CompareSettings]

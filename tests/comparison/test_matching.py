@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from heedful import DecoderConfig
-from heedful.compare import CompareSettings, match_d_ff
+from heedful.comparison import CompareSettings, match_d_ff
 
 By = Literal["params", "flops"]
 
