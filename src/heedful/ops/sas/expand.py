@@ -6,7 +6,7 @@ the rest again in the backward pass, piece by piece. It is a registered operator
 compiles; differentiating its backward pass raises.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -110,7 +110,19 @@ def _expand(
 
 
 @_expand.register_fake
-def _(x, conv1, conv1_bias, conv2, conv2_bias, lin1, lin1_bias, lin2, lin2_bias, norm, *rest):
+def _(
+    x: Tensor,
+    conv1: Tensor,
+    conv1_bias: Tensor | None,
+    conv2: Tensor,
+    conv2_bias: Tensor | None,
+    lin1: Tensor | None,
+    lin1_bias: Tensor | None,
+    lin2: Tensor | None,
+    lin2_bias: Tensor | None,
+    norm: Tensor | None,
+    *rest: Any,
+) -> Tensor:
     return _like_out(x, conv1, lin1, norm)
 
 
@@ -165,7 +177,7 @@ def _expand_backward(
 
 
 @_expand_backward.register_fake
-def _(grad, x, *rest):
+def _(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *weights, _, _, _, _, need_x, need_weights = rest
     d_x = x.new_empty(x.shape if need_x else 0)
     return d_x, *(
@@ -174,13 +186,13 @@ def _(grad, x, *rest):
     )
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
     *weights, norm, eps, cos, sin, norm_first = inputs
     ctx.save_for_backward(*weights, norm, cos, sin)
     ctx.options = eps, norm_first
 
 
-def _gradients(ctx, grad):
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needed = ctx.needs_input_grad[:10]
     with no_autocast(grad.device):
         found = _expand_backward(grad, *ctx.saved_tensors, *ctx.options, needed[0], any(needed[1:]))

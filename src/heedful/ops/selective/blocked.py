@@ -12,7 +12,7 @@ rows are divided by their sums at the end.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -219,7 +219,19 @@ def _vote_on(job: Tiles, rows: slice, others: Tensor, carry: Tensor) -> None:
 
 
 @_forward.register_fake
-def _(q, k, v, select_q, select_k, soft_mask, key_mask, segment_ids, scale, select_scale, selects):
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    select_q: Tensor | None,
+    select_k: Tensor | None,
+    soft_mask: Tensor | None,
+    key_mask: Tensor | None,
+    segment_ids: Tensor | None,
+    scale: float,
+    select_scale: float,
+    selects: bool,
+) -> tuple[Tensor, ...]:
     batch, heads, length, _ = q.shape
     selectors = 0 if not selects else 1 if select_q is None else select_q.shape[1]
     dtype, n_keys = wide_dtype(q), k.shape[2]
@@ -418,7 +430,18 @@ def _vote_gradient(
 
 
 @_backward.register_fake
-def _(q, k, v, select_q, select_k, key_mask, segment_ids, out, before, *rest):
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    select_q: Tensor | None,
+    select_k: Tensor | None,
+    key_mask: Tensor | None,
+    segment_ids: Tensor | None,
+    out: Tensor,
+    before: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
     none = (q.shape[0], 0)
     return (
         q.new_empty(q.shape),
@@ -430,7 +453,7 @@ def _(q, k, v, select_q, select_k, key_mask, segment_ids, out, before, *rest):
     )
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
     q, k, v, select_q, select_k, soft_mask, key_mask, segment_ids, *numbers = inputs
     out, _, before, log_sum = output
     ctx.save_for_backward(q, k, v, select_q, select_k, key_mask, segment_ids, out, before, log_sum)
@@ -439,7 +462,9 @@ def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx, grad_out, grad_after, *_):
+def _gradients(
+    ctx: Any, grad_out: Tensor | None, grad_after: Tensor | None, *_: Any
+) -> tuple[Tensor | None, ...]:
     if grad_out is None and grad_after is None:
         return (None,) * 11
     saved = ctx.saved_tensors  # once: gradient checkpointing recomputes them a single time

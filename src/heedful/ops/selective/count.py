@@ -1,5 +1,7 @@
 """How many tokens each query still holds, over blocks of queries: extra memory grows with T."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -51,7 +53,15 @@ def _forward(
 
 
 @_forward.register_fake
-def _(select_q, select_k, soft_mask, key_mask, segment_ids, tau, scale):
+def _(
+    select_q: Tensor,
+    select_k: Tensor,
+    soft_mask: Tensor | None,
+    key_mask: Tensor | None,
+    segment_ids: Tensor | None,
+    tau: float,
+    scale: float,
+) -> tuple[Tensor, ...]:
     batch, selectors, length, _ = select_q.shape
     dtype = wide_dtype(select_q)
     return (
@@ -94,7 +104,14 @@ def _backward(
 
 
 @_backward.register_fake
-def _(select_q, select_k, key_mask, segment_ids, before, *rest):
+def _(
+    select_q: Tensor,
+    select_k: Tensor,
+    key_mask: Tensor | None,
+    segment_ids: Tensor | None,
+    before: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
     return (
         torch.empty_like(select_q, memory_format=torch.contiguous_format),
         torch.empty_like(select_k, memory_format=torch.contiguous_format),
@@ -102,14 +119,14 @@ def _(select_q, select_k, key_mask, segment_ids, before, *rest):
     )
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
     select_q, select_k, soft_mask, key_mask, segment_ids, tau, scale = inputs
     ctx.save_for_backward(select_q, select_k, key_mask, segment_ids, output[1])
     ctx.numbers, ctx.held = (tau, scale), None if soft_mask is None else soft_mask.shape[-1]
     ctx.mark_non_differentiable(output[1])
 
 
-def _gradients(ctx, gradient, _):
+def _gradients(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     with no_autocast(gradient.device):
         dq, dk, start = _backward(*ctx.saved_tensors, gradient, *ctx.numbers)
     return dq, dk, None if ctx.held is None else start[..., : ctx.held], None, None, None, None

@@ -109,7 +109,17 @@ def _forward(
 
 
 @_forward.register_fake
-def _(q, k, v, select_q, select_k, soft_mask, code, scale, select_scale):
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    select_q: Tensor | None,
+    select_k: Tensor | None,
+    soft_mask: Tensor | None,
+    code: Any,
+    scale: float,
+    select_scale: float,
+) -> tuple[Tensor, ...]:
     batch, heads, length, _ = q.shape
     selectors = 1 if select_q is None else select_q.shape[1]
     blocks = -(-length // _tiling(q, v, select_q).block)
@@ -232,7 +242,17 @@ def _backward(
 
 
 @_backward.register_fake
-def _(q, k, v, select_q, select_k, code, out, before, *rest):
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    select_q: Tensor | None,
+    select_k: Tensor | None,
+    code: Any,
+    out: Tensor,
+    before: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
     empty = q.new_empty(0)
     return (
         torch.empty_like(q, memory_format=torch.contiguous_format),
@@ -244,7 +264,7 @@ def _(q, k, v, select_q, select_k, code, out, before, *rest):
     )
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
     q, k, v, select_q, select_k, soft_mask, code, scale, select_scale = inputs
     out, _, before, log_sum = output
     ctx.save_for_backward(q, k, v, select_q, select_k, code, out, before, log_sum)
@@ -254,7 +274,9 @@ def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx, grad_out, grad_after, *_):
+def _gradients(
+    ctx: Any, grad_out: Tensor | None, grad_after: Tensor | None, *_: Any
+) -> tuple[Tensor | None, ...]:
     if grad_out is None and grad_after is None:
         return (None,) * 9
     saved = ctx.saved_tensors  # once: gradient checkpointing recomputes them a single time

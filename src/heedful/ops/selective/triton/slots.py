@@ -74,7 +74,9 @@ def _attend_slots(
 
 
 @_attend_slots.register_fake
-def _(q, k, v, soft_mask, positions, newest, scale):
+def _(
+    q: Tensor, k: Tensor, v: Tensor, soft_mask: Tensor, positions: Tensor, newest: Tensor, scale: float
+) -> tuple[Tensor, ...]:
     return (
         v.new_empty(*q.shape[:3], v.shape[-1]),
         q.new_empty(soft_mask.shape, dtype=torch.float32),
