@@ -1,17 +1,20 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench test test-slow test-matrix check lint types layers format clean transformers-latest
+.PHONY: help setup demo bench test test-slow test-cov test-matrix check lint types layers dist-check format clean transformers-latest
 
 # The first interpreter that is new enough; empty when there is none.
 PYTHON ?= $(shell for python in python3.11 python3; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 BIN := .venv/bin
+# A pipe fails where its first command fails.
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
 PINNED := .venv-transformers-5.17.0
 LATEST := .venv-transformers-latest
 
-test test-slow test-matrix: export HF_HUB_OFFLINE = 1
-test test-slow test-matrix: export TOKENIZERS_PARALLELISM = false
+test test-slow test-cov test-matrix: export HF_HUB_OFFLINE = 1
+test test-slow test-cov test-matrix: export TOKENIZERS_PARALLELISM = false
 # Two test processes share the cores, so each gets one thread.
-test test-slow test-matrix: export OMP_NUM_THREADS = 1
+test test-slow test-cov test-matrix: export OMP_NUM_THREADS = 1
 
 # $(call venv,DIR): make the virtual environment DIR unless it is there.
 define venv
@@ -22,6 +25,9 @@ define venv
 	@echo "installing into $(1); the first time this takes a few minutes"
 endef
 
+# A line for each package that pip takes, and what goes wrong; not what is there already.
+progress = | awk '/^(Collecting|Installing|Building|Successfully)/ { print "  " substr($$0, 1, 96); fflush() }'
+
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
@@ -29,7 +35,7 @@ setup: .venv/.installed ## install heedful and its tools into .venv
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(call venv,.venv)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
+	$(BIN)/python -m pip install --editable '.[dev]' --constraint constraints.txt $(progress)
 	@touch $@
 
 demo: setup ## train small models, compare them and generate, offline; results in runs/demo
@@ -44,11 +50,14 @@ bench: setup ## measure the speeds of the README again, about 15 minutes; result
 	$(BIN)/python benchmarks/sas.py --threads 1,all --out results/sas
 	$(BIN)/python benchmarks/goals.py results/kernels results/train results/prefill results/decode results/sas
 
-test: setup ## run the tests
+test: setup ## run the tests, some minutes on two cores
 	$(BIN)/pytest -n 2 -m "not slow"
 
 test-slow: setup ## run the slow tests
 	$(BIN)/pytest -n 2 -m slow
+
+test-cov: setup ## run the tests of `make test` and report which lines they reach
+	$(BIN)/pytest -n 2 -m "not slow" --cov --cov-report=term:skip-covered --cov-report=xml:build/coverage.xml
 
 test-matrix: $(PINNED)/.installed transformers-latest ## run tests/hf with transformers 5.17.0 and the newest 5.x
 	@for env in $(PINNED) $(LATEST); do \
@@ -67,6 +76,18 @@ transformers-latest:
 	$(call venv,$(LATEST))
 	$(LATEST)/bin/python -m pip install --quiet --upgrade --editable '.[test]' 'transformers<6' \
 		--constraint constraints-torch.txt
+
+DIST := build/dist
+
+# The environment sees the packages of .venv, but not its editable heedful: only the wheel's.
+dist-check: setup ## build sdist and wheel, and try the wheel in an environment of its own
+	rm -rf $(DIST)
+	$(BIN)/python -m build --outdir $(DIST) . | tail -1
+	$(BIN)/python -m venv --without-pip $(DIST)/env
+	$(BIN)/python -m pip --python $(DIST)/env/bin/python install --quiet --no-deps --no-index $(DIST)/*.whl
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' \
+		> $$(echo $(DIST)/env/lib/python3*/site-packages)/packages.pth
+	$(DIST)/env/bin/python .ci/try_wheel.py
 
 check: lint types layers ## lint, types and layers together
 
