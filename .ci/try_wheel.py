@@ -39,7 +39,9 @@ def main() -> None:
     assert json.loads(shown.getvalue())["heedful"]["folder"] == str(home.parent)
 
     with tempfile.TemporaryDirectory() as folder:  # the bundled text is in the wheel too
-        small = "--tokenizer bytes --d-model 16 --n-layers 1 --n-heads 2 --context 32 --batch-size 2 --steps 2"
+        small = (
+            "--tokenizer bytes --d-model 16 --n-layers 1 --n-heads 2 --context 32 --batch-size 2 --steps 2"
+        )
         assert heedful_command(["train", *small.split(), "--out", f"{folder}/run"]) == 0
         assert heedful_command(["generate", f"{folder}/run", "It is", "--max-new-tokens", "4"]) == 0
     print(f"heedful {heedful.__version__} from its wheel: {len(files)} files, {len(COMMANDS)} commands")

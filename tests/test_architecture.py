@@ -115,3 +115,24 @@ def test_no_machine_paths():
             continue
         found += [f"{name}: {match}" for match in machine_path.findall(text)]
     assert not found, "\n".join(found)
+
+
+def test_the_version_is_in_one_place():
+    """`heedful.__version__` is it: the build reads it, and what quotes it agrees."""
+    assert 'dynamic = ["version"]' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    quoted = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.M)
+    assert quoted is not None and quoted[1] == heedful.__version__
+    newest = re.search(r"^## \[([\d.]+)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    assert newest is not None and newest[1] == heedful.__version__
+
+
+def test_ci_runs_what_a_person_can_run():
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    assert "run: .ci/run\n" in workflow
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"^make (\S+)$", script, re.M):
+        assert re.search(rf"^{target}:", makefile, re.M), target
+    assert {"check", "test-cov", "test-slow", "dist-check", "test-matrix"} <= set(
+        re.findall(r"make (\S+)", script)
+    )
