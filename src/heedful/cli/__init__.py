@@ -20,7 +20,8 @@ COMMANDS = {
 
 USAGE = """heedful: attention that simulates more and keeps less.
 
-usage: heedful COMMAND [options]          heedful COMMAND --help
+usage: heedful COMMAND [options]
+       heedful COMMAND --help
 
 commands:
 {commands}
@@ -62,8 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def usage() -> str:
     """The text of `heedful --help`."""
+    from heedful.cli.wrapping import wrapped
+
     width = max(map(len, COMMANDS))
-    return USAGE.format(commands="\n".join(f"  {n:<{width}}  {t}" for n, t in COMMANDS.items()))
+    return wrapped(USAGE.format(commands="\n".join(f"  {n:<{width}}  {t}" for n, t in COMMANDS.items())))
 
 
 def _message(error: Exception) -> str:

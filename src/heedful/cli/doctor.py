@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Sequence
 
 from heedful.cli.errors import UsageError
+from heedful.cli.wrapping import wrapped
 from heedful.doctor import examine, lines
 from heedful.ops.checks import did_you_mean
 
@@ -20,7 +21,7 @@ threads, the GPU, and which implementation impl="auto" takes.
 def run(arguments: Sequence[str]) -> int:
     """Print the report."""
     if any(word in ("-h", "--help") for word in arguments):
-        print(DESCRIPTION)
+        print(wrapped(DESCRIPTION))
         return 0
     for word in arguments:
         if word != "--json":

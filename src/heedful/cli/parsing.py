@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 import tyro
 
@@ -10,6 +10,7 @@ from heedful.attention.config import own_fields
 from heedful.attention.registry import Registry
 from heedful.cli.arguments import check, flags_of
 from heedful.cli.errors import UsageError
+from heedful.cli.wrapping import wrapped
 
 T = TypeVar("T")
 
@@ -28,8 +29,15 @@ def flag_fields(settings_class: Any, **defaults: Any) -> list[tuple[str, Any, An
 
 def flag(name: str, type_: Any, default: Any, help: str) -> tuple[str, Any, Any]:
     """One flag; `default=dataclasses.MISSING` makes it required."""
-    annotated = Annotated[type_, tyro.conf.arg(help=help)]
+    annotated = Annotated[type_, tyro.conf.arg(help=help, metavar=_metavar(type_))]
     return name, annotated, dataclasses.field(default=default)
+
+
+def _metavar(type_: Any) -> str | None:
+    """`INT` for what may be left out, where tyro would say `{None}|INT`; None leaves it to tyro."""
+    kinds = [kind for kind in get_args(type_) if kind is not type(None)]
+    optional = len(kinds) < len(get_args(type_)) and len(kinds) == 1 and isinstance(kinds[0], type)
+    return kinds[0].__name__.upper() if optional else None
 
 
 def positional(name: str, type_: Any, default: Any, help: str) -> tuple[str, Any, Any]:
@@ -95,12 +103,14 @@ def parse(
     settings = dataclasses.make_dataclass(command, wanted)
     asked = any(word in ("-h", "--help") for word in arguments)
     try:
-        if not asked:
+        if asked:
+            print(wrapped(description) + "\n")  # tyro would put each paragraph on one line
+        else:
             check(flags_of(wanted), arguments)
         parsed: Any = tyro.cli(
             settings,
             prog=f"heedful {command}",
-            description=description,
+            description="",
             args=["--help"] if asked else list(arguments),
             console_outputs=asked,
         )

@@ -5,10 +5,11 @@ import os
 from collections.abc import Sequence
 
 from heedful.cli.errors import UsageError
+from heedful.cli.wrapping import wrapped
 from heedful.ops.checks import did_you_mean
 
 BENCHMARKS = {
-    "kernels": "attention alone: selective and SAS against plain, naive and other people's forms",
+    "kernels": "attention alone: selective attention against plain, naive and other people's forms",
     "train": "a training step of a whole model, per attention and score",
     "prefill": "reading a long prompt, with and without a budget of tokens",
     "decode": "the attention part of one decoding step over a cache of slots",
@@ -16,7 +17,8 @@ BENCHMARKS = {
 
 USAGE = """Measure speed: cases that take turns in one process, as ratios of their medians.
 
-usage: heedful bench BENCHMARK [options]          heedful bench BENCHMARK --help
+usage: heedful bench BENCHMARK [options]
+       heedful bench BENCHMARK --help
 
 benchmarks:
 {benchmarks}
@@ -30,7 +32,8 @@ def run(arguments: Sequence[str]) -> int:
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help", "help"):
         width = max(map(len, BENCHMARKS))
-        print(USAGE.format(benchmarks="\n".join(f"  {n:<{width}}  {t}" for n, t in BENCHMARKS.items())))
+        listed = "\n".join(f"  {n:<{width}}  {t}" for n, t in BENCHMARKS.items())
+        print(wrapped(USAGE.format(benchmarks=listed)))
         return 0
     if name not in BENCHMARKS:
         hint = did_you_mean(name, BENCHMARKS)

@@ -1,0 +1,45 @@
+"""Help that fits the screen; without rich, so that it is there without the extras."""
+
+import re
+import shutil
+import textwrap
+
+WIDEST, NARROWEST = 100, 40
+
+
+def wrapped(text: str, width: int | None = None) -> str:
+    """Break the lines of a help text.
+
+    Paragraphs are filled. Of an indented line `  name  what it is`, what it is hangs below itself. An indented
+    command is never broken, since it is there to be copied: a comment behind it moves above it.
+
+    Args:
+        text: paragraphs, and indented lines.
+        width: columns; those of the terminal, at most 100, if None.
+    """
+    width = width or max(NARROWEST, min(WIDEST, shutil.get_terminal_size().columns))
+    lines: list[str] = []
+    paragraph: list[str] = []
+    for line in [*text.splitlines(), ""]:
+        if line.strip() and not line.startswith(" "):
+            paragraph.append(line)
+            continue
+        if paragraph:
+            lines += textwrap.wrap(" ".join(paragraph), width, break_long_words=False, break_on_hyphens=False)
+            paragraph = []
+        lines += _indented(line, width) if line.strip() else [""]
+    return "\n".join(lines[:-1])
+
+
+def _indented(line: str, width: int) -> list[str]:
+    if len(line) <= width:
+        return [line]
+    indent = len(line) - len(line.lstrip())
+    command = line.split("  # ")
+    if len(command) == 2:
+        return [" " * indent + f"# {command[1].strip()}", command[0].rstrip()]
+    columns = re.match(r"( +\S+(?: \S+)* {2,})\S", line)
+    if columns is None:
+        return [line]
+    hang = " " * len(columns[1])
+    return textwrap.wrap(line, width, subsequent_indent=hang, break_long_words=False, break_on_hyphens=False)
