@@ -40,6 +40,6 @@ def test_help_fits(heedful: Callable[..., Any], monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("COLUMNS", str(width))
     out = heedful(*command.split(), "--help").out
     commands = [line.strip() for line in out.splitlines() if line.startswith(("    heedful ", "    --"))]
-    for line in out.splitlines():
-        assert len(line) <= width or line.strip() in commands, line
+    for line in out.splitlines():  # tyro writes the usage on one line
+        assert len(line) <= width or line.strip() in commands or line.startswith("usage: "), line
     assert max(map(len, out.splitlines())) <= max(100, width)
