@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from rich.console import Console
 from heedful.comparison.plot import plot_curves
 from heedful.comparison.settings import CompareSettings
 from heedful.comparison.table import markdown_table, noise_note, rich_table, summarise
+from heedful.comparison.timetable import Timetable, form_name
 from heedful.data import Data
 from heedful.errors import Interrupted
 from heedful.files import write_text
 from heedful.training import RunResult, TrainSettings, train
-from heedful.training.run import load_settings_data
+from heedful.training.run import RESULT, SETTINGS, load_settings_data
 
 
 def compare(
@@ -48,18 +50,18 @@ def compare(
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "compare.json", json.dumps(_plain(settings), indent=2) + "\n")
     console.print(f"[bold]data[/bold] {data.description}")
-    failures: list[str] = []
+    runs = _Runs(out / "runs", data, console, _timetable(settings, forms, out, console))
+    runs.times.announce(forms, data)
     results: list[RunResult] = []
     for form in forms:
         lr = form.lr
         if settings.lr_sweep:
-            best = _sweep(form, settings.lr_sweep, out, data, console, failures)
+            best = _sweep(form, settings.lr_sweep, out, runs)
             if best is None:
                 continue
             lr = best
         for seed in range(settings.seeds):
-            run = dataclasses.replace(form, lr=lr, seed=seed)
-            result = _run(run, out / "runs", data, console, failures)
+            result = runs.run(dataclasses.replace(form, lr=lr, seed=seed))
             if result is not None:
                 results.append(result)
                 _write(results, settings, data, out)
@@ -68,7 +70,7 @@ def compare(
         title = f"{data.name}: validation loss in nats per token"
         console.print(rich_table(summaries, title, console.width))
         console.print(noise_note(summaries).replace("**", ""), style="dim")
-    if failures:
+    if failures := runs.failures:
         raise RuntimeError(
             f"{len(failures)} of {len(failures) + len(results)} runs failed ({'; '.join(failures)}); the others "
             f"are in {out}. Run the same command again to try the failed ones again"
@@ -76,36 +78,64 @@ def compare(
     return results
 
 
-def _run(
-    settings: TrainSettings, folder: Path, data: Data, console: Console, failures: list[str]
-) -> RunResult | None:
-    """One run, or what is left of it; a failure is noted, not raised."""
+class _Runs:
+    """Runs in one folder, each with one line about it."""
+
+    def __init__(self, folder: Path, data: Data, console: Console, times: Timetable) -> None:
+        self.folder, self.data, self.console, self.times = folder, data, console, times
+        self.failures: list[str] = []
+        self.seen: set[Path] = set()
+
+    def run(self, settings: TrainSettings) -> RunResult | None:
+        """One run, or what is left of it; a failure is noted, not raised."""
+        out = self.folder / run_name(settings)
+        known, finished = out in self.seen, (out / RESULT).exists()
+        self.seen.add(out)
+        began = time.perf_counter()
+        try:
+            result = train(
+                settings,
+                out,
+                resume=(out / SETTINGS).exists(),
+                data=self.data,
+                console=self.console,
+                title=self.times.title(settings),
+            )
+        except Interrupted:
+            raise
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            self.failures.append(f"{out.name}: {reason}")
+            self.console.print(f"[red]failed[/red] {self.failures[-1]}", highlight=False)
+            self.times.next(settings, failed=True)
+            return None
+        if not known:  # the best run of a sweep is also the first of its form
+            self.times.finished(settings, result, None if finished else time.perf_counter() - began)
+        return result
+
+
+def run_name(settings: TrainSettings) -> str:
+    """The name of the folder of a run."""
     name = f"{settings.attention}-{settings.score}-seed{settings.seed}"
-    if settings.lr != TrainSettings().lr:
-        name += f"-lr{settings.lr:g}"
-    out = folder / name
-    try:
-        return train(settings, out, resume=(out / "train.json").exists(), data=data, console=console)
-    except Interrupted:
-        raise
-    except Exception as error:
-        failures.append(f"{name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
-        console.print(f"[red]failed[/red] {failures[-1]}", highlight=False)
-        return None
+    return name if settings.lr == TrainSettings().lr else f"{name}-lr{settings.lr:g}"
 
 
-def _sweep(
-    form: TrainSettings,
-    rates: Sequence[float],
-    out: Path,
-    data: Data,
-    console: Console,
-    failures: list[str],
-) -> float | None:
+def _timetable(
+    settings: CompareSettings, forms: Sequence[TrainSettings], out: Path, console: Console
+) -> Timetable:
+    """A sweep's best run is the first of its form, not one more."""
+    each = settings.seeds + max(len(settings.lr_sweep) - 1, 0)
+    finished = {
+        form_name(f): len(list((out / "runs").glob(f"{f.attention}-{f.score}-seed*/{RESULT}"))) for f in forms
+    }
+    return Timetable({form_name(f): each for f in forms}, finished, console)
+
+
+def _sweep(form: TrainSettings, rates: Sequence[float], out: Path, runs: _Runs) -> float | None:
     """The learning rate with the lowest validation loss at the first seed."""
     tried: list[tuple[float, float]] = []
     for lr in rates:
-        result = _run(dataclasses.replace(form, lr=lr, seed=0), out / "runs", data, console, failures)
+        result = runs.run(dataclasses.replace(form, lr=lr, seed=0))
         if result is not None:
             tried.append((result.val_loss, lr))
             _append_sweep(out / "sweep.jsonl", form, lr, result.val_loss)

@@ -24,10 +24,12 @@ class ProgressCallback(TrainerCallback):
         title: what is being trained.
         tokens_per_step: to show tokens per second.
         console: where to draw.
+        brief: for one run of many: a bar that vanishes, and without a terminal a line a minute.
     """
 
-    def __init__(self, title: str, tokens_per_step: int, console: Console) -> None:
+    def __init__(self, title: str, tokens_per_step: int, console: Console, brief: bool = False) -> None:
         self.title = title
+        self.brief = brief
         self.tokens_per_step = tokens_per_step
         self.console = console
         self.loss = ""
@@ -38,8 +40,10 @@ class ProgressCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.started, self.first_step = time.perf_counter(), state.global_step
+        if self.brief:
+            self.last_line = self.started
         if self.console.is_terminal:
-            self.bar = progress_bar(self.console, "info", transient=False)
+            self.bar = progress_bar(self.console, "info", transient=self.brief)
             self.task = self.bar.add_task(
                 self.title, total=state.max_steps, completed=state.global_step, info=""
             )
@@ -60,14 +64,14 @@ class ProgressCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         logs = logs or {}
-        if "eval_loss" in logs:
+        if "eval_loss" in logs and not self.brief:
             loss, accuracy = logs["eval_loss"], logs["eval_accuracy"]
             self._line(state, f"validation loss {loss:.3f}, next token right {accuracy:.1%}")
         elif "loss" in logs:
             self.loss = f"loss {float(logs['loss']):.3f}"
             if "memory_loss" in logs:
                 self.loss += f", of it memory {logs['memory_loss']:.3f}"
-            if self.bar is None and time.perf_counter() - self.last_line > 10:
+            if self.bar is None and time.perf_counter() - self.last_line > (60 if self.brief else 10):
                 self._line(state, self._info(state))
 
     def on_train_end(

@@ -106,6 +106,7 @@ def train(
     resume: bool = False,
     data: Data | None = None,
     console: Console | None = None,
+    title: str | None = None,
 ) -> RunResult:
     """Train a model and leave it, with its settings and figures, in a folder.
 
@@ -118,6 +119,7 @@ def train(
         resume: go on from the last checkpoint of a run with these settings.
         data: loaded data, to share it between runs; default: what the settings name.
         console: where to show progress.
+        title: what the progress of one run among many is called; then it takes little room.
 
     Returns:
         The figures, also in `out/result.json`; `out/log.jsonl` has the losses while training.
@@ -149,8 +151,8 @@ def train(
     rows_per_step = settings.batch_size * arguments.gradient_accumulation_steps * processes
     tokens_per_step = rows_per_step * data.context
     timer, stop = StepTimer(), StopOnCtrlC()
-    title = f"{settings.attention} x {settings.score}"
-    progress = ProgressCallback(title, tokens_per_step, console)
+    brief, title = title is not None, title or f"{settings.attention} x {settings.score}"
+    progress = ProgressCallback(title, tokens_per_step, console, brief)
     with _quiet_transformers():
         trainer = LanguageModelTrainer(
             model=model,

@@ -1,0 +1,150 @@
+"""How long a comparison takes: from a few steps of each form at first, then from its finished runs."""
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from statistics import mean
+
+import torch
+from rich.console import Console
+
+from heedful.data import Data
+from heedful.hf.modeling import HeedfulForCausalLM
+from heedful.screen import spinner
+from heedful.training import RunResult, TrainSettings
+from heedful.training.run import curve_rows
+
+TRIAL_STEPS = 3
+"""Steps of a form that are tried before it trains; the first warms up and does not count."""
+WORTH_A_TRIAL = 10 * TRIAL_STEPS
+"""Runs of fewer steps are over sooner than they are estimated."""
+_STARTING = 1.0  # seconds that a run takes beside its steps: making the model, saving it
+
+
+class Timetable:
+    """What runs are to come and how long they take.
+
+    Args:
+        planned: number of runs of each form, by the form's name.
+        finished: how many of them are finished already.
+        console: where to say it.
+    """
+
+    def __init__(self, planned: Mapping[str, int], finished: Mapping[str, int], console: Console) -> None:
+        self.to_come = {name: max(runs - finished.get(name, 0), 0) for name, runs in planned.items()}
+        self.total = sum(planned.values())
+        self.console = console
+        self.number = 1
+        self.tried: dict[str, float] = {}
+        self.measured: dict[str, list[float]] = {}
+
+    def announce(self, forms: Sequence[TrainSettings], data: Data) -> None:
+        """Try some steps of each form and say how long all runs take."""
+        forms = [form for form in forms if self.to_come[form_name(form)]]
+        if not forms or forms[0].steps < WORTH_A_TRIAL:
+            return
+        parts = []
+        with spinner(self.console, "trying some steps of each form"):
+            for form in forms:
+                try:
+                    seconds = seconds_per_step(form, data)
+                except Exception:  # the run itself will say what is wrong with this form
+                    continue
+                self.tried[form_name(form)] = _STARTING + seconds * _steps_of_a_run(form, data)
+                parts.append(f"{form_name(form)} {1000 * seconds:.0f} ms a step")
+        if self.tried:
+            n = sum(self.to_come.values())
+            runs = "1 run" if n == 1 else f"{n} runs"
+            said = f"{runs} of {forms[0].steps:,} steps: about {duration(self.left())} ({', '.join(parts)})"
+            self.console.print(f"[bold]time[/bold] {said}", highlight=False)
+
+    def title(self, settings: TrainSettings) -> str:
+        """The number and the name of the run that is next."""
+        return f"{self.number}/{self.total} {form_name(settings)}, seed {settings.seed}"
+
+    def finished(self, settings: TrainSettings, result: RunResult, seconds: float | None) -> None:
+        """One line about a run; `seconds` is what it took, None where it was finished before."""
+        title = self.title(settings)
+        self.next(settings, seconds)
+        took = "finished before" if seconds is None else f"in {duration(seconds)}"
+        remaining = self.left()
+        left = f"; about {duration(remaining)} left" if remaining else ""
+        lr = f", lr {result.lr:g}" if result.lr != TrainSettings().lr else ""
+        self.console.print(
+            f"{title}{lr}: validation loss {result.val_loss:.3f}, {took}{left}", highlight=False
+        )
+
+    def next(self, settings: TrainSettings, seconds: float | None = None, failed: bool = False) -> None:
+        """One run is behind us, which took `seconds`, or which failed."""
+        self.number += 1
+        if seconds is not None or failed:
+            self.to_come[form_name(settings)] = max(self.to_come[form_name(settings)] - 1, 0)
+        if seconds is not None:
+            self.measured.setdefault(form_name(settings), []).append(seconds)
+
+    def left(self) -> float:
+        """Seconds that the runs to come take."""
+        both = [name for name in self.measured if name in self.tried]
+        # what runs took over what their trials promised: a trial knows nothing of a machine's load later
+        ratio = mean(mean(self.measured[n]) / self.tried[n] for n in both) if both else 1.0
+        measured = [seconds for runs in self.measured.values() for seconds in runs]
+        total = 0.0
+        for name, runs in self.to_come.items():
+            if name in self.measured:
+                one = mean(self.measured[name])
+            elif name in self.tried:
+                one = ratio * self.tried[name]
+            else:
+                one = mean(measured) if measured else 0.0
+            total += runs * one
+        return total
+
+
+def form_name(settings: TrainSettings) -> str:
+    """As in the table."""
+    return f"{settings.attention} x {settings.score}"
+
+
+def seconds_per_step(settings: TrainSettings, data: Data, steps: int = TRIAL_STEPS) -> float:
+    """Seconds of an optimizer step of this form, from a model that is thrown away.
+
+    Args:
+        settings: of the run.
+        data: whose first rows are taken.
+        steps: how many are tried, the first of them to warm up.
+    """
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = found or torch.device("cpu")
+    accumulated = settings.trainer.get("gradient_accumulation_steps", 1)
+    rows = {name: tensor[: settings.batch_size].to(device) for name, tensor in data.train.tensors.items()}
+    seconds = []
+    with torch.random.fork_rng():  # a trial draws nothing that a run would have drawn
+        model = HeedfulForCausalLM(settings.to_config(data.vocab_size, data.context, data.bos_token_id))
+        model.to(device).train()  # type: ignore[arg-type]
+        optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr)
+        for _ in range(steps):
+            began = time.perf_counter()
+            with (
+                torch.autocast(device.type, torch.bfloat16) if settings.precision == "bf16" else nullcontext()
+            ):
+                loss = model(**rows, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            loss.item()  # waits for the device
+            seconds.append(time.perf_counter() - began)
+    return accumulated * mean(seconds[1:] or seconds)
+
+
+def _steps_of_a_run(settings: TrainSettings, data: Data) -> float:
+    """Steps of a run, its evaluations counted as a third of a step for as many rows."""
+    evaluated = len(data.validation) + settings.evaluations * len(curve_rows(data.validation))
+    rows = settings.batch_size * settings.trainer.get("gradient_accumulation_steps", 1)
+    return settings.steps + evaluated / (3 * rows)
+
+
+def duration(seconds: float) -> str:
+    """In words of two digits: 40 s, 14 min, 3.2 h."""
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
