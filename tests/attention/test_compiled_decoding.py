@@ -38,7 +38,7 @@ def compiled_equals_eager(form, backend):
 
 @pytest.mark.parametrize(
     "form",
-    [pytest.param(form, marks=[pytest.mark.slow] * (form not in (FORMS[1], FORMS[3]))) for form in FORMS],
+    [pytest.param(form, marks=[pytest.mark.slow] * (form != FORMS[1])) for form in FORMS],
     ids=lambda form: "-".join(form[:3]),
 )
 def test_compiled_step_equals_eager(form):

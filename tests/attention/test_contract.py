@@ -52,14 +52,13 @@ for score in available()["score"]:
     FORMS[f"mha-reference-{score}"] = ("mha", score, {"impl": "reference"})
 
 
-# Compiling takes as long as all other checks of a form together: every attention, score and path once, the
+# Compiling takes as long as all other checks of a form together: every attention and score once, the
 # other pairs among the slow tests.
 COMPILED = {
     "mha-plain-softmax",
     "mqa-softmax",
     "gqa-after-selective",
     "sas-compact-selective",
-    "sas-no-rope-softmax",
 }
 PROMISES = [
     pytest.param(
