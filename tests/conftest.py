@@ -1,7 +1,9 @@
 """What all tests share: few, always equal hypothesis examples, one thread, a small text to train on."""
 
+import gc
 import os
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,18 @@ torch.set_num_threads(1)
 # Without a GPU, kernels run in Triton's interpreter. It has to know before Triton is first imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+frozen_modules = 0
+
+
+def pytest_runtest_setup() -> None:
+    """Take what was imported out of the garbage collector's sight: each training run collects, over all of it."""
+    global frozen_modules
+    if len(sys.modules) > frozen_modules + 20 or not gc.get_freeze_count():  # benchmarks unfreeze
+        gc.collect()
+        gc.freeze()
+        frozen_modules = len(sys.modules)
 
 
 @pytest.fixture(scope="session")

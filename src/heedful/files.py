@@ -32,5 +32,6 @@ def write_bytes(path: str | Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, path)
-    finally:
+    except BaseException:
         new.unlink(missing_ok=True)
+        raise
