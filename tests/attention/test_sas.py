@@ -155,10 +155,18 @@ def test_core_sizes_are_checked():
 GRID = list(itertools.product(["before_rope", "after_rope"], [True, False], [True, False]))
 
 
-@pytest.mark.parametrize("score", ["softmax", "selective"])
+HOSTS = [case for case in GRID if case[1] or case[0] == "before_rope"]
+
+
 @pytest.mark.parametrize(
-    ("position", "qk_norm", "rope"),
-    [case for case in GRID if case[1] or case[0] == "before_rope"],
+    ("position", "qk_norm", "rope", "score"),
+    [
+        pytest.param(
+            *case, score, marks=[pytest.mark.slow] * (i % 2 != j)
+        )  # each case with one score is fast
+        for i, case in enumerate(HOSTS)
+        for j, score in enumerate(("softmax", "selective"))
+    ],
     ids=lambda value: str(value),
 )
 def test_identity_start_is_the_host(score: str, position: str, qk_norm: bool, rope: bool):
