@@ -6,7 +6,7 @@ PYTHON ?= $(shell for python in python3.11 python3; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 BIN := .venv/bin
 # A pipe fails where its first command fails.
-SHELL := /bin/bash
+SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 PINNED := .venv-transformers-5.17.0
 LATEST := .venv-transformers-latest
