@@ -192,6 +192,23 @@ def test_the_matched_form_stays_first(settings: Settings, quiet_compare: Compare
     assert "held equal: parameters" in (tmp_path / "summary.md").read_text()
 
 
+def test_a_folder_older_than_a_setting_goes_on(
+    settings: Settings, quiet_compare: Compare, tmp_path: Path, trained: list[tuple[str, str, int]]
+):
+    quiet_compare(settings(attention=("mha",)), tmp_path)
+    path = tmp_path / "compare.json"
+    before = json.loads(path.read_text())
+    for name in ("dropout", "text_column", "trainer"):
+        del before["train"][name]
+    path.write_text(json.dumps(before))
+    trained.clear()
+    quiet_compare(settings(attention=("mha",)), tmp_path)
+    assert not trained
+    path.write_text(json.dumps(before))
+    with pytest.raises(ValueError, match=r"other settings \(dropout was 0\.0, is 0\.5\)"):
+        quiet_compare(settings(attention=("mha",), dropout=0.5), tmp_path)
+
+
 def test_folders_are_never_overwritten(settings: Settings, quiet_compare: Compare, tmp_path: Path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(FileExistsError, match="file is a file, expected a folder"):

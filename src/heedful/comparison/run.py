@@ -175,6 +175,8 @@ def _read(path: Path) -> dict[str, Any]:
         before = json.loads(path.read_text(encoding="utf-8"))
         if not {"attention", "score", "train"} <= set(before):
             raise ValueError("settings are missing")
+        # a setting that is newer than the folder had its default
+        before["train"] = {**_plain(CompareSettings())["train"], **before["train"]}
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); use another --out") from None
     return before
