@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from heedful.ops.precision import no_autocast
+from heedful.ops.selective.triton.arguments import Counts, Scales, in_heads
 from heedful.ops.selective.triton.available import little_shared_memory, unavailable
 from heedful.ops.selective.triton.codes import token_codes
-from heedful.ops.selective.triton.tilings import Launch, Tiling, padded, tiling
+from heedful.ops.selective.triton.tilings import Launch, Tiling, tiling
 
 
 def selective_triton(
@@ -87,9 +88,7 @@ def _forward(
         launch,
         job.batch * job.selectors * job.n_blocks * spans,
         *(job.select_q, job.select_k, job.code, sums),
-        *(*_strides(job.select_q), *_strides(job.select_k)),
-        *(job.length, job.n_keys, job.n_blocks, spans, job.selectors, select_scale),
-        **job.select_sizes("SIZE", "PADDED"),
+        *(job.counts, job.scales, spans),
         SPAN=launch.span,
     )
     before, after = job.running_sum(sums, start, reverse=False)
@@ -100,9 +99,7 @@ def _forward(
         launch,
         job.batch * (job.heads // heads) * job.n_blocks,
         *(job.q, job.k, job.v, job.select_q, job.select_k, job.code, before, out, log_sum),
-        *job.strides(),
-        *(job.length, job.n_keys, job.n_blocks, job.heads, job.groups, job.selectors, scale, select_scale),
-        **job.sizes(),
+        *(job.counts, job.scales),
         HEADS=heads,
     )
     return out, after, before, log_sum
@@ -153,23 +150,19 @@ def _backward(
     _check_deterministic()
     job = Job(q, k, v, select_q, select_k, code, scale, select_scale)
     own = select_q is not None
-    d_out = torch.zeros_like(out) if grad_out is None else _rows(grad_out.to(v.dtype))
+    d_out = torch.zeros_like(out) if grad_out is None else grad_out.to(v.dtype)
     if code is not None:  # padded rows are 0 whatever comes, so that what comes may be NaN
         d_out = d_out.masked_fill((code < 0)[:, None, job.n_keys - job.length :, None], 0.0)
+    d_heads = in_heads(d_out)
     delta = torch.empty_like(log_sum)
     job.run(
         backward.dot_out,
         Launch(0),
         job.batch * job.heads * job.n_blocks,
-        *(out, d_out, delta, *_strides(d_out), job.length, job.n_blocks, job.heads),
-        V_SIZE=job.v.shape[-1],
-        V_PADDED=padded(job.v.shape[-1]),
+        *(out, d_heads, delta, job.counts),
     )
-    inputs = (job.q, job.k, job.v, job.select_q, job.select_k, job.code, before, d_out, log_sum, delta)
-    strides = (*job.strides(), *_strides(d_out))
-    counts = (job.length, job.n_keys, job.n_blocks)
-
-    select_size = job.select_q.shape[-1]
+    inputs = (job.q, job.k, job.v, job.select_q, job.select_k, job.code, before, d_heads, log_sum, delta)
+    select_size = job.select_q.data.shape[-1]
     d_select_q = job.new(job.batch, job.selectors, job.length, select_size).zero_()
     d_select_k = job.new(job.batch, job.selectors, job.n_keys, select_size).zero_()
     sums = torch.empty_like(before)
@@ -179,9 +172,7 @@ def _backward(
         selection.within_blocks,
         launch,
         job.batch * job.selectors * job.n_blocks * spans,
-        *(*inputs, sums, d_select_q, d_select_k, *strides, *counts, spans),
-        *(job.heads, job.groups, job.selectors, scale, select_scale),
-        **job.sizes(),
+        *(*inputs, sums, d_select_q, d_select_k, spans, job.counts, job.scales),
         SPAN=launch.span,
     )
     start = torch.zeros_like(before[:, :, 0]) if grad_after is None else -grad_after.float()
@@ -194,35 +185,30 @@ def _backward(
             kernel,
             job.tiling.later,
             job.batch * job.selectors * tiles,
-            *(job.select_q, job.select_k, job.code, later, gradient),
-            *(*_strides(job.select_q), *_strides(job.select_k), *counts, job.selectors, select_scale),
-            **job.select_sizes("S_SIZE", "S_PADDED"),
+            *(job.select_q, job.select_k, job.code, later, gradient, job.counts, job.scales),
         )
 
-    dq = torch.empty(job.q.shape, dtype=q.dtype, device=q.device)
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     launch = job.tiling.query
     heads = job.heads_per_program(launch)
     job.run(
         backward.query_gradient,
         launch,
         job.batch * (job.heads // heads) * job.n_blocks,
-        *(*inputs, dq, *strides, *counts, job.heads, job.groups, job.selectors, scale, select_scale),
-        **job.sizes(),
+        *(*inputs, dq, job.counts, job.scales),
         HEADS=heads,
     )
     # Query heads that share a key head but listen to different selection heads are summed afterwards.
     owners = job.groups if job.group_shares_selector else job.heads
     wide = k.dtype if owners == job.groups else torch.float32
-    dk = torch.empty(job.batch, owners, job.n_keys, job.k.shape[-1], dtype=wide, device=k.device)
-    dv = torch.empty(job.batch, owners, job.n_keys, job.v.shape[-1], dtype=wide, device=v.device)
+    dk = torch.empty(job.batch, owners, job.n_keys, k.shape[-1], dtype=wide, device=k.device)
+    dv = torch.empty(job.batch, owners, job.n_keys, v.shape[-1], dtype=wide, device=v.device)
     launch = job.tiling.key
     job.run(
         backward.key_gradient,
         launch,
         job.batch * owners * -(-job.n_keys // launch.keys),
-        *(*inputs, dk, dv, *strides, *counts, job.heads, job.groups, job.selectors, owners),
-        *(scale, select_scale),
-        **job.sizes(),
+        *(*inputs, dk, dv, owners, job.counts, job.scales),
         ROWS=launch.rows,
     )
     if owners != job.groups:
@@ -304,16 +290,26 @@ class Job:
         scale: float,
         select_scale: float,
     ) -> None:
-        self.q, self.k, self.v = _rows(q), _rows(k), _rows(v)
-        self.select_q = self.q if select_q is None else _rows(select_q)
-        self.select_k = self.k if select_k is None else _rows(select_k)
-        self.coded = code is not None
-        self.code = self.q if code is None else code  # not read without codes
-        self.batch, self.heads, self.length, _ = q.shape
+        self.device = q.device
+        self.q, self.k, self.v = in_heads(q), in_heads(k), in_heads(v)
+        self.select_q = self.q if select_q is None else in_heads(select_q)
+        self.select_k = self.k if select_k is None else in_heads(select_k)
+        self.code = q if code is None else code  # not read without codes
+        self.batch, self.heads, self.length, size = q.shape
         self.groups, self.n_keys = k.shape[1:3]
         self.selectors = 1 if select_q is None else select_q.shape[1]
         self.tiling = _tiling(q, v, select_q)
         self.n_blocks = -(-self.length // self.tiling.block)
+        self.counts = Counts(self.length, self.n_keys, self.n_blocks, self.heads, self.groups, self.selectors)
+        self.scales = Scales(scale, select_scale)
+        self.constants = {
+            "SIZE": size,
+            "V_SIZE": v.shape[-1],
+            "S_SIZE": self.select_q.data.shape[-1],
+            "BLOCK": self.tiling.block,
+            "CODED": code is not None,
+            "EXACT": q.dtype == torch.float32,
+        }
 
     @property
     def group_shares_selector(self) -> bool:
@@ -331,40 +327,18 @@ class Job:
         )
 
     def new(self, *shape: int) -> Tensor:
-        return torch.empty(*shape, dtype=torch.float32, device=self.q.device)
+        return torch.empty(*shape, dtype=torch.float32, device=self.device)
 
     def spans(self, launch: Launch) -> int:
         return -(-self.n_keys // (launch.keys * launch.span))
 
-    def strides(self) -> tuple[int, ...]:
-        tensors = (self.q, self.k, self.v, self.select_q, self.select_k)
-        return tuple(stride for x in tensors for stride in _strides(x))
-
-    def sizes(self) -> dict[str, int]:
-        size, v_size = self.q.shape[-1], self.v.shape[-1]
-        return {
-            "SIZE": size,
-            "PADDED": padded(size),
-            "V_SIZE": v_size,
-            "V_PADDED": padded(v_size),
-            **self.select_sizes("S_SIZE", "S_PADDED"),
-        }
-
-    def select_sizes(self, size: str, padded_size: str) -> dict[str, int]:
-        return {size: self.select_q.shape[-1], padded_size: padded(self.select_q.shape[-1])}
-
     def run(self, kernel: Any, launch: Launch, programs: int, *args: Any, **constants: Any) -> None:
         """Launch a kernel, with those of the common constants that it takes."""
-        common = {
-            "BLOCK": self.tiling.block,
-            "KEYS": launch.keys,
-            "CODED": self.coded,
-            "EXACT": self.q.dtype == torch.float32,
-        }
+        common = self.constants | {"KEYS": launch.keys}
         constants |= {name: value for name, value in common.items() if name in kernel.arg_names}
-        stages = 1 if little_shared_memory(self.q.device) else launch.stages
+        stages = 1 if little_shared_memory(self.device) else launch.stages
         if programs:
-            with torch.cuda.device_of(self.q):
+            with torch.cuda.device_of(self.code):
                 kernel[(programs,)](*args, **constants, num_warps=launch.warps, num_stages=stages)
 
     def running_sum(self, sums: Tensor, start: Tensor, *, reverse: bool) -> tuple[Tensor, Tensor]:
@@ -376,20 +350,11 @@ class Job:
             running_sum,
             launch,
             self.batch * self.selectors * -(-self.n_keys // launch.keys),
-            *(sums, start, before, after, self.length, self.n_keys, self.n_blocks),
+            *(sums, start, before, after, self.counts),
             STEP=16,
             REVERSE=reverse,
         )
         return before, after
-
-
-def _rows(x: Tensor) -> Tensor:
-    """The tensor with its last axis in one piece; batch, heads and tokens may lie anywhere."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _strides(x: Tensor) -> tuple[int, int, int]:
-    return x.stride(0), x.stride(1), x.stride(2)
 
 
 def _tiling(q: Tensor, v: Tensor, select_q: Tensor | None) -> Tiling:

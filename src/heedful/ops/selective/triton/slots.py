@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from heedful.ops.selective.triton.arguments import in_heads, in_slots
 from heedful.ops.selective.triton.available import unavailable
-from heedful.ops.selective.triton.tilings import DECODE, padded
+from heedful.ops.selective.triton.tilings import DECODE, padded_size
 
 
 def attend_slots_triton(
@@ -45,8 +46,6 @@ def _attend_slots(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from heedful.ops.selective.triton.kernels.slots import attend_and_vote
 
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    soft_mask, positions = (x if x.stride(-1) == 1 else x.contiguous() for x in (soft_mask, positions))
     batch, heads, _, size = q.shape
     groups, n_slots = k.shape[1:3]
     shared, v_size = heads // groups, v.shape[-1]
@@ -56,15 +55,13 @@ def _attend_slots(
     if batch:
         with torch.cuda.device_of(q):
             attend_and_vote[(batch * groups,)](
-                *(q, k, v, soft_mask, positions, newest, out, new_mask, next_slot),
-                *(*q.stride()[:2], *k.stride()[:3], *v.stride()[:3]),
-                *(soft_mask.stride(0), positions.stride(0), newest.stride(0), n_slots, groups, scale),
+                *(in_heads(x) for x in (q, k, v)),
+                *(in_slots(x) for x in (soft_mask, positions, newest)),
+                *(out, new_mask, next_slot, n_slots, groups, scale),
                 SHARED=shared,
-                ROWS=padded(shared),
+                ROWS=padded_size(shared),
                 SIZE=size,
-                PADDED=padded(size),
                 V_SIZE=v_size,
-                V_PADDED=padded(v_size),
                 KEYS=DECODE.keys,
                 EXACT=q.dtype == torch.float32,
                 num_warps=DECODE.warps,

@@ -48,7 +48,7 @@ _UP_TO_64 = Tiling(
     attend=Launch(32, stages=3, heads=2),
     query=Launch(32, stages=3, heads=2),
     key=Launch(64, rows=32),
-    selection=Launch(32, stages=1),
+    selection=Launch(32, stages=1, span=1),
     later=Launch(64),
 )
 _128 = Tiling(
@@ -74,11 +74,11 @@ SINGLE = dict.fromkeys((16, 32, 64, 128), _SINGLE)
 DECODE = Launch(64)
 
 
-def padded(size: int) -> int:
+def padded_size(size: int) -> int:
     """The power of two, 16 or more, that a head size is padded to inside a kernel."""
     return max(16, 1 << (size - 1).bit_length())
 
 
 def tiling(dtype: torch.dtype, *sizes: int) -> Tiling:
     """The tiling for inputs of some dtype and head sizes."""
-    return (SINGLE if dtype == torch.float32 else HALF)[padded(max(sizes))]
+    return (SINGLE if dtype == torch.float32 else HALF)[padded_size(max(sizes))]

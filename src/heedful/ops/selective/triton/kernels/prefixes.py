@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from heedful.ops.selective.triton.kernels.tiles import load_codes, load_rows, product, votes_of
+from heedful.ops.selective.triton.kernels.soft_mask import tokens, votes_on
+from heedful.ops.selective.triton.kernels.tiles import load_tile
 
 
 @triton.jit
@@ -12,20 +13,10 @@ def sum_votes(
     select_k,
     code,
     sums,
-    q_batch,
-    q_head,
-    q_row,
-    k_batch,
-    k_head,
-    k_row,
-    length,
-    n_keys,
-    n_blocks,
+    counts,
+    scales,
     n_spans,
-    selectors,
-    scale,
-    SIZE: tl.constexpr,
-    PADDED: tl.constexpr,
+    S_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     KEYS: tl.constexpr,
     SPAN: tl.constexpr,
@@ -36,31 +27,23 @@ def sum_votes(
 
     Not written where no key of the tile comes before the end of the block.
     """
+    length, n_keys, n_blocks = counts.length, counts.n_keys, counts.n_blocks
     span = tl.program_id(0) % n_spans
     block = tl.program_id(0) // n_spans % n_blocks
     row = (tl.program_id(0) // n_spans // n_blocks).to(tl.int64)
-    batch, selector = row // selectors, row % selectors
+    batch, selector = row // counts.selectors, row % counts.selectors
     earlier = n_keys - length
     end = tl.minimum(earlier + (block + 1) * BLOCK, n_keys)
-    rows = block * BLOCK + tl.arange(0, BLOCK)
-    at = earlier + rows
     code += batch * n_keys
-    at_code = load_codes(code, at, n_keys, CODED)
+    query = tokens(code, earlier + block * BLOCK + tl.arange(0, BLOCK), n_keys, CODED)
     if span * SPAN * KEYS < end:
-        q = load_rows(
-            select_q + batch * q_batch + selector * q_head, q_row, block * BLOCK, length, BLOCK, SIZE, PADDED
-        )
+        selecting = load_tile(select_q, batch, selector, block * BLOCK, length, BLOCK, S_SIZE)
         for start in range(span * SPAN * KEYS, tl.minimum((span + 1) * SPAN * KEYS, end), KEYS):
-            key = start + tl.arange(0, KEYS)
-            key_code = load_codes(code, key, n_keys, CODED)
-            k = load_rows(
-                select_k + batch * k_batch + selector * k_head, k_row, start, n_keys, KEYS, SIZE, PADDED
-            )
-            logits = product(q, tl.trans(k), EXACT) * scale
-            votes = votes_of(
-                logits, at[:, None], key[None, :], at_code[:, None], key_code[None, :], CODED, True
-            )
-            tl.store(sums + (row * n_blocks + block) * n_keys + key, tl.sum(votes, 0), mask=key < n_keys)
+            at = start + tl.arange(0, KEYS)
+            key = tokens(code, at, n_keys, CODED)
+            selected = load_tile(select_k, batch, selector, start, n_keys, KEYS, S_SIZE)
+            votes = votes_on(selecting, selected, query, key, scales.select, False, CODED, True, EXACT)
+            tl.store(sums + (row * n_blocks + block) * n_keys + at, tl.sum(votes, 0), mask=at < n_keys)
 
 
 @triton.jit
@@ -69,9 +52,7 @@ def running_sum(
     start,
     before,
     after,
-    length,
-    n_keys,
-    n_blocks,
+    counts,
     BLOCK: tl.constexpr,
     KEYS: tl.constexpr,
     STEP: tl.constexpr,
@@ -82,6 +63,7 @@ def running_sum(
     Reads sums and writes before, both (B, R, n_blocks, S), and the sum of everything to after (B, R, S).
     Sums of keys that only come after a block are taken as 0 and not read.
     """
+    length, n_keys, n_blocks = counts.length, counts.n_keys, counts.n_blocks
     tiles = tl.cdiv(n_keys, KEYS)
     key = tl.program_id(0) % tiles * KEYS + tl.arange(0, KEYS)
     row = (tl.program_id(0) // tiles).to(tl.int64)

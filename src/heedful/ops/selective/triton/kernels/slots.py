@@ -3,7 +3,15 @@
 import triton
 import triton.language as tl
 
-from heedful.ops.selective.triton.kernels.tiles import LOG2_E, load_rows, narrow, plus_product, product
+from heedful.ops.selective.triton.kernels.tiles import (
+    LOG2_E,
+    load_rows,
+    load_tile,
+    narrow,
+    padded,
+    plus_product,
+    product,
+)
 
 
 @triton.jit
@@ -17,26 +25,13 @@ def attend_and_vote(
     out,
     new_mask,
     next_slot,
-    q_batch,
-    q_head,
-    k_batch,
-    k_head,
-    k_row,
-    v_batch,
-    v_head,
-    v_row,
-    mask_batch,
-    positions_batch,
-    newest_batch,
     n_slots,
     groups,
     scale,
     SHARED: tl.constexpr,
     ROWS: tl.constexpr,
     SIZE: tl.constexpr,
-    PADDED: tl.constexpr,
     V_SIZE: tl.constexpr,
-    V_PADDED: tl.constexpr,
     KEYS: tl.constexpr,
     EXACT: tl.constexpr,
 ):
@@ -44,27 +39,23 @@ def attend_and_vote(
     batch = (tl.program_id(0) // groups).to(tl.int64)
     group = tl.program_id(0) % groups
     head = group * SHARED
-    k += batch * k_batch + group.to(tl.int64) * k_head
-    v += batch * v_batch + group.to(tl.int64) * v_head
-    soft_mask += batch * mask_batch
-    positions += batch * positions_batch
-    own = tl.load(newest + batch * newest_batch)
-    queries = load_rows(q + batch * q_batch + head * q_head, q_head, 0, SHARED, ROWS, SIZE, PADDED)
+    own = tl.load(newest.data + batch * newest.batch)
+    queries = load_rows(q.data + batch * q.batch + head * q.head, q.head, 0, SHARED, ROWS, SIZE)
     rows = tl.arange(0, ROWS)
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    sums = tl.zeros([ROWS, V_PADDED], tl.float32)
+    sums = tl.zeros([ROWS, padded(V_SIZE)], tl.float32)
     never: tl.constexpr = 0x7FFFFFFFFFFFFFFF
     best = tl.full([], float("-inf"), tl.float32)
     best_age = tl.full([], never, tl.int64)
     best_slot = tl.zeros([], tl.int64)
     for start in range(0, n_slots, KEYS):
         slot = start + tl.arange(0, KEYS).to(tl.int64)
-        position = tl.load(positions + slot, mask=slot < n_slots, other=-1)
-        votes = tl.load(soft_mask + slot, mask=slot < n_slots, other=0.0)
-        keys = load_rows(k, k_row, start, n_slots, KEYS, SIZE, PADDED)
-        values = load_rows(v, v_row, start, n_slots, KEYS, V_SIZE, V_PADDED)
-        values = tl.where((position >= 0)[:, None], values, 0.0).to(v.dtype.element_ty)  # 0 * NaN is NaN
+        position = tl.load(positions.data + batch * positions.batch + slot, mask=slot < n_slots, other=-1)
+        votes = tl.load(soft_mask.data + batch * soft_mask.batch + slot, mask=slot < n_slots, other=0.0)
+        keys = load_tile(k, batch, group, start, n_slots, KEYS, SIZE)
+        values = load_tile(v, batch, group, start, n_slots, KEYS, V_SIZE)
+        values = tl.where((position >= 0)[:, None], values, 0.0).to(v.data.dtype.element_ty)  # 0 * NaN is NaN
         raw = product(queries, tl.trans(keys), EXACT) * scale
         logits = tl.where((position >= 0)[None, :], raw - votes[None, :], float("-inf"))
         new = tl.maximum(largest, tl.max(logits, 1))
@@ -92,7 +83,7 @@ def attend_and_vote(
             best_slot = tl.where(better, found, best_slot)
     if group == 0:
         tl.store(next_slot + batch, best_slot)
-    columns = tl.arange(0, V_PADDED)
+    columns = tl.arange(0, padded(V_SIZE))
     sums = sums / tl.where(total > 0.0, total, 1.0)[:, None]
     at = out + (batch * groups * SHARED + head + rows)[:, None] * V_SIZE + columns[None, :]
     inside = (rows < SHARED)[:, None] & (columns < V_SIZE)[None, :]

@@ -1,51 +1,61 @@
-"""What the kernels share: loading rows, votes, F inside a block, and who sees whom."""
+"""What the kernels share: loading rows and products."""
 
 import triton
 import triton.language as tl
 
+from heedful.ops.selective.triton.tilings import padded_size
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+padded = triton.constexpr_function(padded_size)
 
 
 @triton.jit
-def load_rows(base, stride, first, n_rows, ROWS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr):
-    """ROWS rows from the first on of a (n_rows, SIZE) matrix, (ROWS, PADDED); 0 beyond its edges."""
-    offsets, inside = _places(stride, first, n_rows, ROWS, SIZE, PADDED)
+def load_tile(x, batch, head, first, n_rows, ROWS: tl.constexpr, SIZE: tl.constexpr):
+    """ROWS tokens from the first on of one head of x, `Heads`: (ROWS, SIZE padded), 0 beyond the edges."""
+    base = x.data + batch * x.batch + _wide(head) * x.head
+    return load_rows(base, x.row, first, n_rows, ROWS, SIZE)
+
+
+@triton.jit
+def load_rows(base, stride, first, n_rows, ROWS: tl.constexpr, SIZE: tl.constexpr):
+    """ROWS rows from the first on of a (n_rows, SIZE) matrix, (ROWS, SIZE padded); 0 beyond its edges."""
+    offsets, inside = _places(stride, first, n_rows, ROWS, SIZE)
     return tl.load(base + _wide(first) * stride + offsets, mask=inside, other=0.0)
 
 
 @triton.jit
-def store_rows(base, stride, first, n_rows, x, ROWS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr):
+def store_rows(base, stride, first, n_rows, x, ROWS: tl.constexpr, SIZE: tl.constexpr):
     """Write x to rows of a (n_rows, SIZE) matrix."""
-    offsets, inside = _places(stride, first, n_rows, ROWS, SIZE, PADDED)
+    offsets, inside = _places(stride, first, n_rows, ROWS, SIZE)
     tl.store(base + _wide(first) * stride + offsets, narrow(x, base.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def add_rows(base, first, n_rows, x, ROWS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr):
+def add_rows(base, first, n_rows, x, ROWS: tl.constexpr, SIZE: tl.constexpr):
     """Add x to rows of a contiguous (n_rows, SIZE) matrix that other programs add to as well."""
-    rows, columns = first + tl.arange(0, ROWS)[:, None], tl.arange(0, PADDED)[None, :]
+    rows, columns = first + tl.arange(0, ROWS)[:, None], tl.arange(0, padded(SIZE))[None, :]
     inside = rows < n_rows
-    if SIZE < PADDED:
+    if padded(SIZE) > SIZE:
         inside = inside & (columns < SIZE)
     tl.atomic_add(base + (rows * SIZE + columns), x, mask=inside, sem="relaxed")
 
 
 @triton.jit
-def add_columns(base, first, n_rows, x, ROWS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr):
-    """The same for x (PADDED, ROWS), transposed."""
-    rows, columns = first + tl.arange(0, ROWS)[None, :], tl.arange(0, PADDED)[:, None]
+def add_columns(base, first, n_rows, x, ROWS: tl.constexpr, SIZE: tl.constexpr):
+    """The same for x (SIZE padded, ROWS), transposed."""
+    rows, columns = first + tl.arange(0, ROWS)[None, :], tl.arange(0, padded(SIZE))[:, None]
     inside = rows < n_rows
-    if SIZE < PADDED:
+    if padded(SIZE) > SIZE:
         inside = inside & (columns < SIZE)
     tl.atomic_add(base + (rows * SIZE + columns), x, mask=inside, sem="relaxed")
 
 
 @triton.jit
-def _places(stride, first, n_rows, ROWS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr):
-    rows, columns = tl.arange(0, ROWS), tl.arange(0, PADDED)
+def _places(stride, first, n_rows, ROWS: tl.constexpr, SIZE: tl.constexpr):
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, padded(SIZE))
     inside = rows[:, None] < n_rows - first
-    if SIZE < PADDED:
+    if padded(SIZE) > SIZE:
         inside = inside & (columns[None, :] < SIZE)
     return rows[:, None] * stride + columns[None, :], inside
 
@@ -98,86 +108,3 @@ def wide_product_left(a, b, EXACT: tl.constexpr):
         return product(a.to(tl.float32), b, EXACT)
     else:
         return product(a, narrow(b, a.dtype), EXACT)
-
-
-@triton.jit
-def sum_before(x, BLOCK: tl.constexpr, EXACT: tl.constexpr):
-    """Row i: the sum of the rows u < i of x (BLOCK, n)."""
-    at = tl.arange(0, BLOCK)
-    return _sum_rows(at[:, None] > at[None, :], x, EXACT)
-
-
-@triton.jit
-def sum_after(x, BLOCK: tl.constexpr, EXACT: tl.constexpr):
-    """Row i: the sum of the rows u > i of x (BLOCK, n)."""
-    at = tl.arange(0, BLOCK)
-    return _sum_rows(at[:, None] < at[None, :], x, EXACT)
-
-
-@triton.jit
-def _sum_rows(taken, x, EXACT: tl.constexpr):
-    if EXACT:
-        return product(taken.to(tl.float32), x, EXACT)
-    else:
-        # Two bfloat16 hold 16 bits of x, and their products with 0 and 1 are exact.
-        high = narrow(x, tl.bfloat16)
-        low = narrow(x - high.to(tl.float32), tl.bfloat16)
-        ones = taken.to(tl.float32).to(tl.bfloat16)
-        return plus_product(product(ones, high, EXACT), ones, low, EXACT)
-
-
-@triton.jit
-def sum_before_columns(x, BLOCK: tl.constexpr, EXACT: tl.constexpr):
-    """Column i: the sum of the columns u < i of x (n, BLOCK)."""
-    at = tl.arange(0, BLOCK)
-    taken = at[:, None] < at[None, :]
-    if EXACT:
-        return product(x, taken.to(tl.float32), EXACT)
-    else:
-        high = narrow(x, tl.bfloat16)
-        low = narrow(x - high.to(tl.float32), tl.bfloat16)
-        ones = taken.to(tl.float32).to(tl.bfloat16)
-        return plus_product(product(high, ones, EXACT), low, ones, EXACT)
-
-
-@triton.jit
-def load_codes(code, at, n_keys, CODED: tl.constexpr):
-    """Codes of tokens (see `codes.py`), -1 beyond the last one; anything if there are none."""
-    if CODED:
-        return tl.load(code + at, mask=at < n_keys, other=-1)
-    else:
-        return at
-
-
-@triton.jit
-def votes_of(logits, at, key, at_code, key_code, CODED: tl.constexpr, NEAR: tl.constexpr):
-    """S from the logits of a selection head.
-
-    Args:
-        logits: a tile, in either orientation.
-        at: where the queries stand among the keys, with an axis of length 1 for the keys.
-        key: the keys, with an axis of length 1 for the queries.
-        at_code: codes of the queries, like `at`.
-        key_code: codes of the keys, like `key`.
-        CODED: there is padding or there are segments.
-        NEAR: some of the keys may not come before the queries.
-    """
-    if CODED:
-        voted = (key < at) & (at_code >= 0) & ((at_code >> 1) == (key_code >> 1)) & ((key_code & 1) == 0)
-    elif NEAR:
-        voted = (key < at) & (key > 0)
-    else:
-        voted = key > 0
-    return tl.where(voted & (logits > 0.0), logits, 0.0)
-
-
-@triton.jit
-def hide(logits, at, key, at_code, key_code, CODED: tl.constexpr, NEAR: tl.constexpr):
-    """-inf where a query does not see a key."""
-    if CODED:
-        seen = (key <= at) & (at_code >= 0) & ((at_code >> 1) == (key_code >> 1))
-        return tl.where(seen, logits, float("-inf"))
-    elif NEAR:
-        return tl.where(key <= at, logits, float("-inf"))
-    else:
-        return logits
