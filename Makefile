@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench test test-slow test-cov test-matrix check lint types layers dist-check format clean transformers-latest
+.PHONY: help setup demo bench gpu test test-slow test-cov test-matrix check lint types layers dist-check format clean transformers-latest
 
 # The first interpreter that is new enough; empty when there is none.
 PYTHON ?= $(shell for python in python3.11 python3; do \
@@ -49,6 +49,10 @@ bench: setup ## measure the speeds of the README again, about 15 minutes; result
 	$(BIN)/heedful bench decode --context 2048,8192,32768 --out results/decode
 	$(BIN)/python benchmarks/sas.py --threads 1,all --out results/sas
 	$(BIN)/python benchmarks/goals.py results/kernels results/train results/prefill results/decode results/sas
+
+# Installs nothing: it is for a machine with a GPU and no network.
+gpu: ## check, tune and time the kernels on a GPU, at most 9 minutes; results in $OUT or results/gpu
+	PYTHONPATH=src $(if $(wildcard $(BIN)/python),$(BIN)/python,python3) benchmarks/gpu.py
 
 test: setup ## run the tests, some minutes on two cores
 	$(BIN)/pytest -n 2 -m "not slow"

@@ -37,11 +37,11 @@ class SelectiveScore(Score):
         token, the votes against it; the logits of the selection head are those of attention head 0.
         """
 
-        implementations = ("auto", "reference", "sdpa", "blocked")
+        implementations = ("auto", "reference", "sdpa", "blocked", "triton")
 
         impl: str = option(
             "auto",
-            "how it is computed: auto, reference (readable, slow), sdpa, or blocked (memory grows with T only)",
+            "how it is computed: auto, reference (readable, slow), sdpa, blocked (memory grows with T), or triton",
         )
         memory_loss: float = option(
             0.0, "weight of the memory loss, which trains for small caches; paper: 0.1"

@@ -1,10 +1,9 @@
 """How the kernels cut their work: chosen from registers and spills of the code compiled for sm_90.
 
-`benchmarks/compile_triton.py` prints that report. Nothing here has been timed on a GPU yet; a run that has may
-replace the table, whose entries are all there is to choose. In half precision and with head sizes up to 64
-nothing spills, but 12 bytes per thread in the gradient of the selection heads with padding or segments. With 128
-that gradient spills about 700 bytes, outside its loop over the heads. Float32 with 128 spills nearly everywhere.
-With more than four warps, rows of a block of 64 would be computed twice.
+`benchmarks/compile_triton.py` prints that report. Nothing here has been timed on a GPU yet; `benchmarks/gpu.py`
+does it, and its summary holds the lines to replace here, whose entries are all there is to choose. In half
+precision nothing spills. In float32, products in three TF32 passes hold each factor twice, hence the small tiles;
+with a head size of 128 the gradient of the selection heads and a decoding step still spill (results/triton).
 """
 
 from dataclasses import dataclass
@@ -55,20 +54,20 @@ _128 = Tiling(
     block=64,
     votes=Launch(64),
     attend=Launch(32, stages=3),
-    query=Launch(32, stages=3),
+    query=Launch(16, stages=3),
     key=Launch(32, rows=32),
-    selection=Launch(32),
+    selection=Launch(32, warps=8, stages=1, span=1),
     later=Launch(32),
 )
 HALF = {16: _UP_TO_64, 32: _UP_TO_64, 64: _UP_TO_64, 128: _128}
 _SINGLE = Tiling(
-    block=32,
-    votes=Launch(32),
+    block=16,
+    votes=Launch(16),
     attend=Launch(16),
-    query=Launch(32, stages=1),
-    key=Launch(32, stages=1, rows=16),
-    selection=Launch(16, stages=1),
-    later=Launch(32),
+    query=Launch(16),
+    key=Launch(16, warps=8, stages=1, rows=16),
+    selection=Launch(16, stages=1, span=1),
+    later=Launch(16, stages=1),
 )
 SINGLE = dict.fromkeys((16, 32, 64, 128), _SINGLE)
 DECODE = Launch(64)
