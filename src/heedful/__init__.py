@@ -24,7 +24,11 @@ _HOME = {
     "heedful.attention": (
         "Attention",
         "AttentionConfig",
+        "EvictableScore",
+        "EvictingCache",
+        "Eviction",
         "GroupedQueryAttention",
+        "KVCache",
         "LayerCache",
         "SASAttention",
         "SASCore",

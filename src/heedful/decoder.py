@@ -5,7 +5,7 @@ so that a comparison of attention forms compares nothing else.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
@@ -13,24 +13,29 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from heedful.attention.base import Attention, LayerLoss
-from heedful.attention.cache import LayerCache
-from heedful.attention.config import AttentionConfig, option, own_fields, required
+from heedful.attention.base import Attention
+from heedful.attention.cache import KVCache, LayerCache
+from heedful.attention.config import (
+    AttentionConfig,
+    HeadOptions,
+    check_options,
+    inherit,
+    option,
+    own_fields,
+    required,
+)
 from heedful.attention.registry import ATTENTIONS, SCORES
+from heedful.attention.score import LayerLoss
 from heedful.ops.checks import check_choice, check_tensor
 from heedful.ops.masks import rank_in_segment
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
+class DecoderConfig(HeadOptions):
     """The whole model. `attention` and `score` are names, with options; or lists, one per layer."""
 
     vocab_size: int = required("number of tokens")
-    d_model: int = required("width, C")
     n_layers: int = required("number of blocks")
-    n_heads: int = required("number of query heads, H")
-    n_kv_heads: int | None = option(None, "number of key/value heads; the form's default if None")
-    head_dim: int | None = option(None, "size of a head; d_model / n_heads if None")
     d_ff: int | None = option(None, "width of the SwiGLU; 8/3 of d_model, rounded to 16s, if None")
     max_positions: int = option(2048, "longest sequence; learned positions need it")
     attention: str | list[str] = option("mha", "attention form, for all layers or one per layer")
@@ -42,14 +47,7 @@ class DecoderConfig:
         default_factory=dict, metadata={"help": "options of the score form, likewise"}
     )
     positions: Literal["rope", "learned", "none"] = option("rope", "rope, learned or none")
-    rope_theta: float = option(10000.0, "base of the rotary frequencies")
-    qk_norm: bool = option(True, "RMS-normalise queries and keys")
-    qk_norm_position: Literal["before_rope", "after_rope"] = option(
-        "before_rope", "where QK-norm sits: before_rope or after_rope"
-    )
-    norm_eps: float = option(1e-6, "epsilon of every norm")
-    attention_bias: bool = option(False, "bias in the q, k, v and output projections")
-    init_logit_std: float = option(0.2, "standard deviation of the attention logits at the start")
+    attention_bias: bool = inherit(AttentionConfig, "bias")
     tie_embeddings: bool = option(True, "the output projection is the token embedding")
     dropout: float = option(0.0, "part of each attention and SwiGLU output that is dropped in training")
 
@@ -100,18 +98,10 @@ class DecoderConfig:
         score_options = self._per_layer("score_options", layer)
         _check_own("score", score, score_options, score_class)
         return attention_class(
-            self.d_model,
-            self.n_heads,
-            n_kv_heads=self.n_kv_heads,
-            head_dim=self.head_dim,
+            **{f.name: getattr(self, f.name) for f in fields(HeadOptions)},
             score=score_class(**score_options),
             rope=self.positions == "rope",
-            rope_theta=self.rope_theta,
-            qk_norm=self.qk_norm,
-            qk_norm_position=self.qk_norm_position,
-            norm_eps=self.norm_eps,
             bias=self.attention_bias,
-            init_logit_std=self.init_logit_std,
             **options,
         )
 
@@ -126,8 +116,6 @@ class DecoderConfig:
 
 def _check_own(kind: str, name: str, options: dict[str, Any], config_class: type) -> None:
     """Raise for options that are not the form's own: the model sets the shared ones."""
-    from heedful.attention.config import check_options
-
     check_options(f"{kind} {name!r}", options, [f.name for f in own_fields(config_class)])
 
 
@@ -163,7 +151,7 @@ class Block(nn.Module):
         positions: Tensor,
         key_mask: Tensor | None = None,
         segment_ids: Tensor | None = None,
-        cache: LayerCache | None = None,
+        cache: KVCache | None = None,
         losses: list[LayerLoss] | None = None,
     ) -> Tensor:
         """(B, T, C) -> (B, T, C); the other arguments go to the attention."""
@@ -217,7 +205,7 @@ class DecoderParts(nn.Module):
         self.gradient_checkpointing = False
         self._gradient_checkpointing_func = _checkpoint
 
-    def new_cache(self) -> list[LayerCache]:
+    def new_cache(self) -> list[KVCache]:
         """An empty cache for each layer."""
         return [LayerCache() for _ in self.layers]
 
@@ -229,7 +217,7 @@ class DecoderParts(nn.Module):
         positions: Tensor | None = None,
         key_mask: Tensor | None = None,
         segment_ids: Tensor | None = None,
-        caches: list[LayerCache] | None = None,
+        caches: list[KVCache] | None = None,
         collect: list[Tensor] | None = None,
         losses: list[LayerLoss] | None = None,
     ) -> Tensor:
@@ -304,7 +292,7 @@ class DecoderParts(nn.Module):
         length: int,
         key_mask: Tensor | None,
         segment_ids: Tensor | None,
-        caches: list[LayerCache] | None,
+        caches: list[KVCache] | None,
         device: torch.device,
     ) -> Tensor:
         if caches:
@@ -334,7 +322,7 @@ class Decoder(DecoderParts):
         *,
         key_mask: Tensor | None = None,
         segment_ids: Tensor | None = None,
-        caches: list[LayerCache] | None = None,
+        caches: list[KVCache] | None = None,
     ) -> Tensor:
         """Logits of the next token.
 

@@ -209,7 +209,7 @@ class Miscounts(SoftmaxScore):
         def parameter_count(self, n_heads: int, d_model: int) -> int:
             return 7
 
-        def flops_per_token(self, context: int, n_heads: int, qk_dim: int, v_dim: int) -> int:
+        def flops_per_token(self, context: int, n_heads: int, qk_dim: int, v_dim: int, d_model: int) -> int:
             return context * n_heads * (qk_dim + v_dim)
 
 

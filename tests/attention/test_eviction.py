@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heedful.attention import LayerCache, Score, build, register_score
+from heedful.attention import EvictableScore, LayerCache, build, register_score
 from heedful.attention.eviction import POLICIES, EvictingCache, eviction_mask
 from heedful.attention.registry import SCORES
 from heedful.ops import selective_attention
@@ -134,6 +134,8 @@ FORMS = [
     ("mha", "selective", "streaming", {}),
     *(("mha", "softmax", policy, {}) for policy in POLICIES if policy != "selective"),
     ("sas", "softmax", "h2o", {"cache": "compact"}),
+    ("gqa", "gated", "streaming", {"n_kv_heads": 2}),
+    ("sas", "gated", "tova", {}),
 ]
 
 
@@ -350,7 +352,7 @@ def test_another_batch_is_refused(score, length, held, new, counted):
             layer(torch.randn(new, length, 16, dtype=torch.float64), positions=positions, cache=memory)
 
 
-class TwoSelectors(Score):
+class TwoSelectors(EvictableScore):
     """Two selection heads, as `selective_attention` takes them: the votes are (B, 2, S)."""
 
     state_names = ["soft_mask"]
@@ -366,7 +368,7 @@ class TwoSelectors(Score):
         out, soft_mask = selective_reference(q, k, v, select, state.get("soft_mask"), visible, voted, scale)
         return out, {"soft_mask": soft_mask}
 
-    def soft_mask_rows(self, q, k, state, voted, scale):
+    def running_state(self, q, k, state, voted, scale):
         return torch.zeros(voted.shape, dtype=q.dtype)
 
     def weights(self, q, k, state, visible, scale):

@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from heedful.attention import build
 from heedful.attention.eviction import EvictingCache, eviction_mask
-from heedful.attention.eviction.attend import BLOCK
-from heedful.attention.eviction.departures import departures
-from heedful.attention.eviction.rule import Rule
+from heedful.attention.eviction.cache import BLOCK
+from heedful.ops.eviction.rule import Rule
+from heedful.ops.eviction.selectors import departures
 from heedful.ops.selective.pruned import attend_pruned
 from heedful.ops.selective.reference import selective_reference
 
@@ -202,8 +202,8 @@ def test_a_long_piece_is_taken_back(rule, cut):
             layer(x[:, t : t + 1], cache=cache)
         cache.recording = True
         layer(x[:, 33:LENGTH], cache=cache)
-        kept = sum(t.numel() for _, _, t in cache._journal or [])
-        assert kept <= 2 * sum(t.numel() for t in cache.held().values())
+        kept = sum(t.numel() for _, _, t in cache.slots._journal or [])
+        assert kept <= 2 * sum(t.numel() for t in cache.slots.held().values())
         cache.crop(min(cut, LENGTH - 33))
         layer(x[:, : max(stays, 33)], cache=fresh)
         assert sorted(cache.positions[0].tolist()) == sorted(fresh.positions[0].tolist())[-cache.n_slots :]
@@ -236,7 +236,7 @@ def test_memory_grows_with_the_budget_not_with_the_prompt(policy, rule):
             layer(torch.randn(1, length, 16), cache=cache)
         assert largest.values <= max(4 * BLOCK * (cache.n_slots + BLOCK), length * 16 * 2)
         assert largest.values < length * length / 8
-        assert cache["k"].shape[2] == 0 or cache.held()["k"].shape[2] == cache.n_slots
+        assert cache.slots.tensors["k"].shape[2] == 0 or cache.slots.held()["k"].shape[2] == cache.n_slots
 
 
 @pytest.mark.parametrize("size", [1.0, 60.0], ids=["small logits", "large logits"])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from heedful.attention import Attention, LayerCache, build
 from heedful.attention.eviction import EvictingCache
-from heedful.ops.selective.slots import least_needed_slot
+from heedful.ops.eviction import least_needed_slot
 
 Make = Callable[[], LayerCache]
 
@@ -62,12 +62,12 @@ def held_tensors(cache: LayerCache) -> dict[str, Tensor]:
     if not isinstance(cache, EvictingCache):
         facts |= {f"storage {name}": cache[name] for name in cache._storage}
         return facts | {f"mask {n}": t for n, t in cache.masks.items()} | cache.state
-    facts["evicted"], facts["arrived"] = torch.tensor(cache.evicted), cache._book["arrived"]
+    facts["evicted"], facts["arrived"] = torch.tensor(cache.evicted), cache.slots.arrived
     if cache.rule.threshold is not None:
         facts["forgotten"] = cache.forgotten
     order = torch.where(cache.positions < 0, 10**6, cache.positions).argsort(dim=-1, stable=True)
-    by_slot = cache.held() | cache.state | {"positions": cache.positions}
-    if not cache.policy.selective:
+    by_slot = cache.slots.held() | cache.slots.state | {"positions": cache.positions}
+    if cache.policy.ranks_by is None:
         by_slot["scores"] = cache.scores
     for row, places in enumerate(order):
         n = int((cache.positions[row] >= 0).sum())
@@ -130,7 +130,7 @@ def test_a_cropped_cache_never_saw_the_tokens(name: str, rule: str | None, seed:
     for _ in range(3):
         text.extend(draw.randint(1, 9))
         text.read_pieces(cache)
-        recorded = sum(piece.length for piece in cache._pieces)
+        recorded = cache.recorded
         n = draw.choice([0, 1, recorded, draw.randint(0, recorded)])
         cache.crop(n)
         text.forget(n)
@@ -206,7 +206,7 @@ def test_the_record_is_dropped(rule: str | None):
         text.read(cache, 0, 2)
         text.read(cache, 2, 3)
         text.read(cache, 3, 6)
-        assert len(cache._pieces) == 3
+        assert cache.recorded == 6
         return text, cache
 
     def unrecorded(text: Text, cache: LayerCache) -> None:
@@ -226,11 +226,11 @@ def test_the_record_is_dropped(rule: str | None):
     for way, change in ways.items():
         text, cache = recorded()
         change(text, cache)
-        assert cache._pieces == [], way
+        assert cache.recorded == 0, way
         with pytest.raises(ValueError, match="cannot forget 1 tokens, 0 are recorded"):
             cache.crop(1)
         if isinstance(cache, EvictingCache):
-            assert cache._journal is None, way
+            assert cache.slots._journal is None, way
 
 
 @pytest.mark.parametrize("rule", [None, "selective"], ids=["all", "selective"])
@@ -253,9 +253,9 @@ def test_padding_that_is_taken_back_was_never_there():
         layer(x[:, :3], cache=cache)
         cache.recording = True
         layer(x[:, 3:6], key_mask=torch.tensor([[True] * 3, [False, True, True]]), cache=cache)
-        assert cache.ragged
+        assert cache.padded
         cache.crop(3)
-        assert not cache.ragged
+        assert not cache.padded
         fresh = EvictingCache(4)
         layer(x[:, :3], cache=fresh)
         for t in range(3, 8):
@@ -277,7 +277,7 @@ def test_a_crop_costs_no_more_than_its_tokens():
             layer(x[:, :3], cache=cache)
             cache.crop(2)
     assert cache["k"].data_ptr() == where
-    assert (cache.seen, len(cache._pieces)) == (220, 0)
+    assert (cache.seen, cache.recorded) == (220, 0)
 
 
 @pytest.mark.parametrize("name", ["mha-selective", "gqa-selective", "sas-compact"])
@@ -291,7 +291,7 @@ def test_the_slot_that_was_planned_is_the_one_to_go(name: str, seed: int):
         text.extend(draw.choice([1, 1, 2, 6]))
         cache.recording = draw.random() < 0.5
         text.read_pieces(cache)
-        recorded = sum(piece.length for piece in cache._pieces)
+        recorded = cache.recorded
         if draw.random() < 0.3:
             n = draw.randint(0, recorded)
             cache.crop(n)

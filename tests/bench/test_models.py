@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from heedful.attention.eviction import EvictingCache
+from heedful.attention.tokens import Tokens
 from heedful.bench.kernels import Sizes
 from heedful.bench.models import (
     FORMS,
@@ -62,7 +63,7 @@ def test_reading_under_a_budget_is_the_rule():
         for i in range(40):
             piece = [t[:, :, i : i + 1] for t in (q, k, v)]
             memory = {"k": piece[1], "v": piece[2]}
-            rows.append(attention._attend(x, piece[0], memory, None, None, cache))
+            rows.append(cache.attend(attention, Tokens(x, piece[0], memory, None, None)))
     torch.testing.assert_close(few, torch.cat(rows, dim=2))
     assert cache.kept == 6
 

@@ -81,7 +81,7 @@ class Watch:
         def watched_crop(cache: HeedfulCache, n: int) -> None:
             self.cropped.append(-n)
             crop(cache, n)
-            assert all(not memory._pieces for memory in cache.memories)
+            assert all(not memory.recorded for memory in cache.memories)
 
         monkeypatch.setattr(HeedfulForCausalLM, "forward", watched_forward)
         monkeypatch.setattr(HeedfulCache, "crop", watched_crop)
@@ -100,7 +100,7 @@ def check(result: Any, plain: Any) -> None:
                 memory.positions.sort().values.tolist()[0][-memory.kept :]
                 == (other.positions.sort().values.tolist()[0][-memory.kept :])
             )
-            assert memory._journal is None
+            assert memory.slots._journal is None
 
 
 @pytest.mark.parametrize(("form", "cache"), CASES, ids=["-".join(case) for case in CASES])
@@ -185,17 +185,17 @@ def test_no_more_is_held_than_the_budget_and_a_draft(
     model, draft = make_model(**FORMS["mha-selective"]), 3
     budgets = budget if isinstance(budget, list) else [budget] * 2
     pieces: list[int] = []
-    pack = EvictingCache.pack
+    pack = EvictingCache._pack
 
     def watched(cache: EvictingCache, memory: dict[str, Tensor], *rest: Any) -> None:
         pack(cache, memory, *rest)
         pieces.append(memory["k"].shape[2])
-        assert cache["k"].shape[2] == cache.rule.budget
+        assert cache.slots.tensors["k"].shape[2] == cache.rule.budget
         assert cache.kept <= (cache.rule.budget or 0)
-        remembered = sum(piece.length for piece in cache._pieces)
+        remembered = cache.recorded
         assert remembered == 0  # one piece at a time: the draft, noted when it has been read
 
-    monkeypatch.setattr(EvictingCache, "pack", watched)
+    monkeypatch.setattr(EvictingCache, "_pack", watched)
     short = prompt[:, :3]
     result = generate(model, short, kv_budget=budget, prompt_lookup_num_tokens=draft, max_new_tokens=40)
     assert max(pieces) > 1

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from heedful.ops import selective_attention
-from heedful.ops.selective.slots import least_needed_slot
+from heedful.ops.eviction import least_needed_slot
 from heedful.ops.selective.triton import attend_slots_triton, available, unavailable
 
 triton = pytest.importorskip("triton")

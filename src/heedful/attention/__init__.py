@@ -1,22 +1,30 @@
 """The forms, one file each, and what they share. A new form is a file and an import line here."""
 
-from heedful.attention.base import Attention, Score
+from heedful.attention.base import Attention
 from heedful.attention.build import build, configure
-from heedful.attention.cache import LayerCache
+from heedful.attention.cache import KVCache, LayerCache
 from heedful.attention.config import AttentionConfig, ScoreConfig, option
+from heedful.attention.eviction import EvictingCache, Eviction
 from heedful.attention.params import param_groups
 from heedful.attention.registry import available, register_attention, register_score
+from heedful.attention.score import EvictableScore, Score
 
 # The order here is the order of `heedful ls`.
 from heedful.attention.gqa import GroupedQueryAttention  # isort: skip
 from heedful.attention.sas import SASAttention, SASCore  # isort: skip
 from heedful.attention.softmax import SoftmaxScore  # isort: skip
 from heedful.attention.selective import SelectiveScore  # isort: skip
+from heedful.attention.gated import GatedScore  # isort: skip
 
 __all__ = [
     "Attention",
     "AttentionConfig",
+    "EvictableScore",
+    "EvictingCache",
+    "Eviction",
+    "GatedScore",
     "GroupedQueryAttention",
+    "KVCache",
     "LayerCache",
     "SASAttention",
     "SASCore",

@@ -1,27 +1,143 @@
 """What a layer remembers of the tokens it has seen."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from heedful.attention.tokens import Layer, Tokens, token_axis
+from heedful.attention.undo import Piece, UndoLog
 from heedful.ops.masks import rank_in_segment
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Some tokens that were read together, and how to take them back."""
+class KVCache(ABC):
+    """The protocol of all caches of one layer: `attend` remembers new tokens and lets them attend."""
 
-    length: int
-    undo: Callable[[], None]
-    """Makes the cache what it was before the piece."""
-    replay: Callable[[int], None]
-    """Reads the first n tokens of the piece again."""
+    seen: int
+    """Tokens read, padding included."""
+    recording: bool
+    """Keep what `crop` needs, until it is called."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+        self.recording = False
+        self._log = UndoLog()
+
+    def attend(self, layer: Layer, tokens: Tokens) -> Tensor:
+        """Remember T new tokens and let them attend: the outputs of the heads, (B, H, T, E).
+
+        Raises:
+            ValueError: if the tokens do not fit those before: another batch, other names.
+            TypeError: for another precision than that of the tokens held.
+        """
+        if not self.recording:
+            self._forget_record()  # tokens that are not recorded hide those before them
+            return self._attend(layer, tokens)
+        undo, grad = self._snapshot(), torch.is_grad_enabled()
+        out = self._attend(layer, tokens)
+
+        def replay(n: int) -> None:
+            with torch.set_grad_enabled(grad):
+                self._attend(layer, tokens.part(0, n))
+
+        self._log.add(Piece(tokens.length, undo, replay))
+        return out
+
+    def crop(self, n: int) -> None:
+        """Forget the last n tokens, as if they had never been read; what is recorded before them is dropped.
+
+        Raises:
+            ValueError: if fewer tokens were recorded; nothing is changed then.
+        """
+        self._log.take_back(n)
+        self._forget_record()
+
+    @property
+    def recorded(self) -> int:
+        """Tokens that `crop` can take back."""
+        return self._log.tokens
+
+    def reorder(self, rows: Tensor) -> None:
+        """Keep, repeat or permute the rows of the batch: row i becomes row `rows[i]` (beam search)."""
+        self._change_rows(lambda t: t.index_select(0, rows.to(t.device)))
+
+    def repeat(self, times: int) -> None:
+        """Repeat every row `times` times, copies next to each other."""
+        self._change_rows(lambda t: t.repeat_interleave(times, dim=0))
+
+    @property
+    @abstractmethod
+    def kept(self) -> int:
+        """Tokens held, the maximum over the rows."""
+
+    @property
+    def evicted(self) -> int:
+        """Real tokens that are gone, over all rows."""
+        return 0
+
+    @property
+    @abstractmethod
+    def padded(self) -> bool:
+        """Whether a row ever had padding."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of all storages, the room for tokens to come included."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes ever held at once."""
+        return self.nbytes
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes that the tokens held take for good."""
+        return self.nbytes
+
+    @property
+    def forgotten(self) -> Tensor:
+        """(B,) upper bound on the attention mass lost; only a cache with a threshold keeps one.
+
+        Raises:
+            ValueError: if the cache keeps none.
+        """
+        raise ValueError("the bound on what was forgotten is kept with a threshold; give one")
+
+    @abstractmethod
+    def next_positions(
+        self,
+        key_mask: Tensor | None,
+        segment_ids: Tensor | None,
+        batch: int,
+        length: int,
+        device: torch.device,
+    ) -> Tensor:
+        """Positions (1 or B, T) of T new tokens: counted over the real tokens of each row and segment."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget everything."""
+
+    @abstractmethod
+    def _attend(self, layer: Layer, tokens: Tokens) -> Tensor:
+        """`attend`, whatever is recorded."""
+
+    @abstractmethod
+    def _snapshot(self) -> Callable[[], None]:
+        """A function that makes the cache what it is now."""
+
+    @abstractmethod
+    def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply `change` to every tensor, (B, ...) each; what is recorded is dropped."""
+
+    def _forget_record(self) -> None:
+        self._log.clear()
 
 
-class LayerCache:
-    """Named per-token tensors of one layer, growing in blocks.
+class LayerCache(KVCache):
+    """Everything is kept: named per-token tensors, growing in blocks.
 
     Tensors are appended along the token axis: axis 2 of `(B, G, S, ·)`, the last of `(B, S)`. Beside
     them stand the optional `masks` (padding, segments) and the `state` that a score carries from query
@@ -32,14 +148,14 @@ class LayerCache:
     """
 
     def __init__(self, block: int = 128) -> None:
+        super().__init__()
         self.block = block
-        self.seen = 0
-        self.recording = False
-        """Keep what `crop` needs, until it is called."""
-        self._pieces: list[Piece] = []
         self.masks: dict[str, Tensor] = {}
         self.state: dict[str, Tensor] = {}
         self._storage: dict[str, Tensor] = {}
+
+    def __repr__(self) -> str:
+        return f"LayerCache({self.seen} tokens, {self.used_bytes:,} bytes)"
 
     @property
     def kept(self) -> int:
@@ -47,15 +163,15 @@ class LayerCache:
         return self.seen
 
     @property
+    def padded(self) -> bool:
+        """Whether a row ever had padding."""
+        return "key_mask" in self.masks
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all storages, the room for tokens to come included."""
         tensors = [t for group in self._groups() for t in group.values()]
         return sum(t.untyped_storage().nbytes() for t in tensors)
-
-    @property
-    def peak_bytes(self) -> int:
-        """The most bytes ever held at once."""
-        return self.nbytes
 
     @property
     def used_bytes(self) -> int:
@@ -67,7 +183,55 @@ class LayerCache:
         storage = self._storage[name]
         return storage.narrow(token_axis(storage), 0, self.seen)
 
-    def whole_mask(self, name: str, new: Tensor | None, shape: Sequence[int]) -> Tensor | None:
+    def next_positions(
+        self,
+        key_mask: Tensor | None,
+        segment_ids: Tensor | None,
+        batch: int,
+        length: int,
+        device: torch.device,
+    ) -> Tensor:
+        """Positions (1 or B, T) of T new tokens: counted over the real tokens of each row and segment."""
+        key_mask = self._whole_mask("key_mask", key_mask, (batch, length))
+        segment_ids = self._whole_mask("segment_ids", segment_ids, (batch, length))
+        return rank_in_segment(self.seen + length, key_mask, segment_ids, device)[:, self.seen :]
+
+    def append(self, **tensors: Tensor) -> dict[str, Tensor]:
+        """Add T tokens and return each named tensor for all tokens so far, `(B, G, S, ·)` or `(B, S)`.
+
+        Raises:
+            ValueError: if the tensors disagree on T, or the names or the batch size changed.
+        """
+        lengths = {n: t.shape[token_axis(t)] for n, t in tensors.items()}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"all tensors of one append must hold as many tokens, got {lengths}")
+        if self.seen and set(tensors) != set(self._storage):
+            raise ValueError(f"the cache holds {sorted(self._storage)}, got {sorted(tensors)}")
+        total = self.seen + next(iter(lengths.values()))
+        for name, tensor in tensors.items():
+            self._write(name, tensor, total)
+        self.seen = total
+        return {name: self[name] for name in tensors}
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.seen = 0
+        self._forget_record()
+        for tensors in self._groups():
+            tensors.clear()
+
+    def _attend(self, layer: Layer, tokens: Tokens) -> Tensor:
+        x, q, memory, key_mask, segment_ids = tokens
+        masks = {
+            name: self._whole_mask(name, mask, x.shape[:2])
+            for name, mask in (("key_mask", key_mask), ("segment_ids", segment_ids))
+        }
+        k, v = layer.keys_values(self.append(**memory))
+        self.masks |= {name: mask for name, mask in masks.items() if mask is not None}
+        out, self.state = layer.score(q, k, v, x=x, state=self.state, scale=layer.scale, **masks)
+        return out
+
+    def _whole_mask(self, name: str, new: Tensor | None, shape: Sequence[int]) -> Tensor | None:
         """An optional `(B, S)` mask for all tokens, the new ones included.
 
         Tokens without a key mask are real. Tokens without segment ids before any were given are segment 0,
@@ -90,70 +254,7 @@ class LayerCache:
             new = like.new_full(shape, True) if name == "key_mask" else old[:, -1:].expand(shape)
         return torch.cat((old, new), dim=1)
 
-    def remember_mask(self, name: str, mask: Tensor | None) -> None:
-        """Keep what `whole_mask` returned for the tokens that follow."""
-        if mask is not None:
-            self.masks[name] = mask
-
-    def next_positions(
-        self,
-        key_mask: Tensor | None,
-        segment_ids: Tensor | None,
-        batch: int,
-        length: int,
-        device: torch.device,
-    ) -> Tensor:
-        """Positions (1 or B, T) of T new tokens: counted over the real tokens of each row and segment."""
-        key_mask = self.whole_mask("key_mask", key_mask, (batch, length))
-        segment_ids = self.whole_mask("segment_ids", segment_ids, (batch, length))
-        return rank_in_segment(self.seen + length, key_mask, segment_ids, device)[:, self.seen :]
-
-    def append(self, **tensors: Tensor) -> dict[str, Tensor]:
-        """Add T tokens and return each named tensor for all tokens so far, `(B, G, S, ·)` or `(B, S)`.
-
-        Raises:
-            ValueError: if the tensors disagree on T, or the names or the batch size changed.
-        """
-        lengths = {n: t.shape[token_axis(t)] for n, t in tensors.items()}
-        if len(set(lengths.values())) != 1:
-            raise ValueError(f"all tensors of one append must hold as many tokens, got {lengths}")
-        if self.seen and set(tensors) != set(self._storage):
-            raise ValueError(f"the cache holds {sorted(self._storage)}, got {sorted(tensors)}")
-        total = self.seen + next(iter(lengths.values()))
-        for name, tensor in tensors.items():
-            self._write(name, tensor, total)
-        self.seen = total
-        return {name: self[name] for name in tensors}
-
-    def crop(self, n: int) -> None:
-        """Forget the last n tokens, as if they had never been read; what is recorded before them is dropped.
-
-        Raises:
-            ValueError: if fewer tokens were recorded; nothing is changed then.
-        """
-        recorded = sum(piece.length for piece in self._pieces)
-        if n > recorded:
-            raise ValueError(
-                f"cannot forget {n} tokens, {recorded} are recorded; set recording = True before they are read"
-            )
-        while n > 0:
-            piece = self._pieces.pop()
-            piece.undo()
-            if piece.length > n:
-                piece.replay(piece.length - n)
-            n -= piece.length
-        self.drop_record()
-
-    def drop_record(self) -> None:
-        """What was read so far can no longer be forgotten by `crop`."""
-        self._pieces.clear()
-
-    def record(self, length: int, undo: Callable[[], None], replay: Callable[[int], None]) -> None:
-        """Note a piece that was read, for `crop`."""
-        self._pieces.append(Piece(length, undo, replay))
-
-    def snapshot(self) -> Callable[[], None]:
-        """A function that makes the cache what it is now."""
+    def _snapshot(self) -> Callable[[], None]:
         seen, masks, state = self.seen, dict(self.masks), dict(self.state)
 
         def undo() -> None:
@@ -161,30 +262,15 @@ class LayerCache:
 
         return undo
 
-    def reorder(self, rows: Tensor) -> None:
-        """Keep, repeat or permute the rows of the batch: row i becomes row `rows[i]` (beam search)."""
-        self._each(lambda t: t.index_select(0, rows.to(t.device)))
-
-    def repeat(self, times: int) -> None:
-        """Repeat every row `times` times, copies next to each other."""
-        self._each(lambda t: t.repeat_interleave(times, dim=0))
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.seen = 0
-        self.drop_record()
+    def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        self._forget_record()
         for tensors in self._groups():
-            tensors.clear()
+            for name, tensor in tensors.items():
+                tensors[name] = change(tensor)
 
     def _groups(self) -> tuple[dict[str, Tensor], ...]:
         """All tensors that are held."""
         return self._storage, self.masks, self.state
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
-        self.drop_record()
-        for tensors in self._groups():
-            for name, tensor in tensors.items():
-                tensors[name] = change(tensor)
 
     def _write(self, name: str, new: Tensor, total: int) -> None:
         axis = token_axis(new)
@@ -210,11 +296,6 @@ class LayerCache:
         if name in self._storage:
             grown.narrow(axis, 0, self.seen).copy_(self[name])
         self._storage[name] = grown
-
-
-def token_axis(tensor: Tensor) -> int:
-    """Which axis of a per-token tensor counts tokens."""
-    return 2 if tensor.ndim == 4 else tensor.ndim - 1
 
 
 def another_batch(held: int, new: int) -> ValueError:

@@ -1,7 +1,7 @@
 """Configs of forms: frozen dataclasses that know parameters and FLOPs before anything is built."""
 
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass, field, fields
+from dataclasses import KW_ONLY, MISSING, dataclass, field, fields
 from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
@@ -18,6 +18,17 @@ def option(default: Any, help: str) -> Any:
 def required(help: str) -> Any:
     """A dataclass field without a default."""
     return field(metadata={"help": help})
+
+
+def inherit(config_class: Any, name: str, default: Any = MISSING) -> Any:
+    """The field `name` of another config under its default, or another, and with its documentation.
+
+    For a config of something larger that passes the value on: an option and its help are written once.
+    """
+    theirs = next(f for f in fields(config_class) if f.name == name)
+    if default is MISSING and theirs.default_factory is not MISSING:
+        return field(default_factory=theirs.default_factory, metadata=theirs.metadata)
+    return field(default=theirs.default if default is MISSING else default, metadata=theirs.metadata)
 
 
 def own_fields(config_class: Any) -> list:
@@ -68,7 +79,7 @@ class ScoreConfig:
         """The number of learned parameters, exactly."""
         return 0
 
-    def flops_per_token(self, context: int, n_heads: int, qk_dim: int, v_dim: int) -> int:
+    def flops_per_token(self, context: int, n_heads: int, qk_dim: int, v_dim: int, d_model: int) -> int:
         """FLOPs of the logits and of the weighted sum; a multiply-add is 2, the full square counts."""
         return 2 * context * n_heads * (qk_dim + v_dim)
 
@@ -78,28 +89,35 @@ class ScoreConfig:
 
 
 @dataclass(frozen=True)
-class AttentionConfig:
-    """How q, k, v and the output are made. Forms add their own options as fields."""
-
-    form: ClassVar[str | None] = None
+class HeadOptions:
+    """What the attention of every layer of a model has in common."""
 
     d_model: int = required("width of the model, C")
     n_heads: int = required("number of query heads, H")
     _: KW_ONLY
     n_kv_heads: int | None = option(None, "number of key/value heads, G; the form's default if None")
     head_dim: int | None = option(None, "size of a head, D; d_model / n_heads if None")
-    score: ScoreConfig | str = option("softmax", "what happens to the logits: a name or a config")
-    rope: bool = option(True, "rotate queries and keys by position, after any expansion")
     rope_theta: float = option(10000.0, "base of the rotary frequencies")
     qk_norm: bool = option(True, "RMS-normalise queries and keys, after any expansion")
     qk_norm_position: Literal["before_rope", "after_rope"] = option(
         "before_rope", "where QK-norm sits: before_rope or after_rope"
     )
-    norm_eps: float = option(1e-6, "epsilon of the QK-norm")
-    bias: bool = option(False, "bias in the q, k, v and output projections")
+    norm_eps: float = option(1e-6, "epsilon of every norm")
     init_logit_std: float = option(
         0.2, "standard deviation of the logits at the start; selective attention needs it small"
     )
+
+
+@dataclass(frozen=True)
+class AttentionConfig(HeadOptions):
+    """How q, k, v and the output are made. Forms add their own options as fields."""
+
+    form: ClassVar[str | None] = None
+
+    _: KW_ONLY
+    score: ScoreConfig | str = option("softmax", "what happens to the logits: a name or a config")
+    rope: bool = option(True, "rotate queries and keys by position, after any expansion")
+    bias: bool = option(False, "bias in the q, k, v and output projections")
 
     def __post_init__(self) -> None:
         for name in ("d_model", "n_heads", "n_kv_heads", "head_dim"):
@@ -198,13 +216,9 @@ class AttentionConfig:
 
         A form that does not override it is run on one token on the meta device and measured.
         """
-        from heedful.attention.cache import LayerCache
-
         dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[bytes_per_value]
-        cache = LayerCache()
-        with torch.device("meta"), torch.no_grad():
-            self.build().to(dtype)(torch.zeros(1, 1, self.d_model, dtype=dtype), cache=cache)
-        return cache.used_bytes
+        with torch.device("meta"):
+            return self.build().to(dtype).measured_cache_bytes()
 
     def shared_parameter_count(self) -> int:
         """The parameters that the base class holds: output projection, QK-norm, the score's own."""
@@ -214,7 +228,9 @@ class AttentionConfig:
 
     def shared_flops_per_token(self, context: int) -> int:
         """The FLOPs of the score and of the output projection."""
-        score = self.score_config.flops_per_token(context, self.score_heads, self.qk_dim, self.v_dim)
+        score = self.score_config.flops_per_token(
+            context, self.score_heads, self.qk_dim, self.v_dim, self.d_model
+        )
         return score + 2 * self.n_heads * self.v_dim * self.d_model
 
     def build(self) -> Any:

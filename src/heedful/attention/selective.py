@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from heedful.attention.base import LayerLoss, Score
 from heedful.attention.config import ScoreConfig, option
 from heedful.attention.registry import register_score
+from heedful.attention.score import EvictableScore, LayerLoss
 from heedful.ops.dot_product import masked_softmax, repeat_kv
 from heedful.ops.precision import wide_dtype
 from heedful.ops.selective import memory_share, selective_attention, unmasked_count
@@ -20,7 +20,7 @@ from heedful.ops.selective.slots import attend_slots
 
 
 @register_score("selective")
-class SelectiveScore(Score):
+class SelectiveScore(EvictableScore):
     """softmax(L - F) with F[i,j] = sum_{u<i} relu(L^0[u,j]): tokens vote earlier tokens away."""
 
     formula = """
@@ -170,7 +170,7 @@ class SelectiveScore(Score):
         out, soft_mask = attend_pruned(q, k, v, state.get("soft_mask"), positions, scale, evict)
         return out, {"soft_mask": soft_mask}
 
-    def soft_mask_rows(
+    def running_state(
         self, q: Tensor, k: Tensor, state: dict[str, Tensor], voted: Tensor, scale: float
     ) -> Tensor:
         """F before every query, (B, T, S): it depends on the votes only, not on what is evicted."""

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from heedful.attention.base import Score
 from heedful.attention.config import ScoreConfig
 from heedful.attention.registry import register_score
+from heedful.attention.score import EvictableScore
 from heedful.ops.causal import causal_attention
 from heedful.ops.dot_product import attention_reference, attention_sdpa, masked_softmax, repeat_kv
 from heedful.ops.masks import visible_keys
@@ -15,7 +15,7 @@ from heedful.ops.precision import no_autocast, wide_dtype
 
 
 @register_score("softmax")
-class SoftmaxScore(Score):
+class SoftmaxScore(EvictableScore):
     """softmax(q k^T / sqrt(D)) v: nothing else happens to the logits."""
 
     formula = "out[i] = sum_{j<=i} softmax_j(q_i . k_j / sqrt(D)) v_j"

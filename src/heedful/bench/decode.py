@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from heedful.attention.build import build
 from heedful.attention.cache import LayerCache
 from heedful.attention.eviction import EvictingCache
+from heedful.attention.tokens import Tokens
 from heedful.bench.timing import Timing, interleaved
+from heedful.ops.eviction import most_voted_slot
 from heedful.ops.selective import selective_attention
-from heedful.ops.selective.slots import attend_slots, most_voted_slot
 
 TOKENS = 64  # drawn once, used in turn
 
@@ -109,20 +111,6 @@ def bench_decode(
     return [(case, timings[case.name]) for case in cases]
 
 
-def _filled(draw: Callable[[int, int], Tensor], groups: int, cache: LayerCache, n: int) -> None:
-    """Fill a cache with n random tokens and few votes."""
-    keys, values = draw(groups, n), draw(groups, n)
-    votes = torch.rand(1, 1, n, device=keys.device)
-    votes[..., 0] = 0
-    if isinstance(cache, EvictingCache):
-        alive = torch.ones(1, n, dtype=torch.bool, device=keys.device)
-        positions = torch.arange(n, device=keys.device)[None]
-        cache.pack({"k": keys, "v": values}, positions, {"soft_mask": votes}, alive)
-    else:
-        cache.append(k=keys, v=values)
-        cache.state = {"soft_mask": votes}
-
-
 def _full_step(
     draw: Callable[[int, int], Tensor],
     token: Callable[[], tuple[Tensor, Tensor, Tensor]],
@@ -131,7 +119,8 @@ def _full_step(
 ) -> Callable[[], Tensor]:
     cache = LayerCache(block=4096)
     with torch.no_grad():
-        _filled(draw, groups, cache, context)
+        cache.append(k=draw(groups, context), v=draw(groups, context))
+        cache.state = {"soft_mask": _few_votes(context, token()[0].device)}
 
     def step() -> Tensor:
         q, k, v = token()
@@ -151,17 +140,27 @@ def _slot_step(
     compiled: bool = False,
 ) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
     """A whole step over slots, and the choice of the slot alone."""
-    cache = EvictingCache(kept)
+    q, k, _ = token()
+    n_heads, size = q.shape[1], q.shape[-1]
+    layer = build("gqa", "selective", d_model=n_heads * size, n_heads=n_heads, n_kv_heads=groups, rope=False)
+    x, cache = q.new_zeros(1, 1, n_heads * size), EvictingCache(kept)
     with torch.no_grad():
-        _filled(draw, groups, cache, kept)
+        memory = {"k": draw(groups, kept), "v": draw(groups, kept)}
+        positions = torch.arange(kept, device=k.device)[None]
+        cache.slots.allocate(memory, ["soft_mask"], kept, scored=False)
+        everything = torch.ones(1, kept, dtype=torch.bool, device=k.device)
+        cache.slots.pack(memory, positions, {"soft_mask": _few_votes(kept, k.device)}, everything, None)
+        cache.seen = kept
 
     def step(q: Tensor, k: Tensor, v: Tensor, cache: EvictingCache) -> Tensor:
-        slot = cache.put_next({"k": k, "v": v}, ["soft_mask"])
-        held, state, positions = cache.in_use()
-        votes, scale = state["soft_mask"][:, 0], q.shape[-1] ** -0.5
-        out, next_slot = attend_slots(q, held["k"], held["v"], votes, positions, slot, scale)
-        cache.plan(next_slot)
-        return out
+        return cache.attend(layer, Tokens(x, q, {"k": k, "v": v}, None, None))
 
     run = torch.compile(step, fullgraph=True) if compiled else step
     return lambda: run(*token(), cache), lambda: most_voted_slot(cache.scores, cache.positions)
+
+
+def _few_votes(n: int, device: torch.device) -> Tensor:
+    """(1, 1, n), F of n tokens."""
+    votes = torch.rand(1, 1, n, device=device)
+    votes[..., 0] = 0
+    return votes

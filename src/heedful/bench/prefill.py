@@ -7,7 +7,7 @@ from torch import Tensor
 
 from heedful.attention.build import build
 from heedful.attention.eviction import EvictingCache
-from heedful.attention.eviction.attend import attend_evicting
+from heedful.attention.tokens import Tokens
 from heedful.bench.forms import Form, available, best_plain, named, ours
 from heedful.bench.kernels import Sizes, read
 from heedful.bench.workload import Case, Workload
@@ -73,11 +73,11 @@ def pruned(q: Tensor, k: Tensor, v: Tensor, budget: int, evict_every: int) -> Ca
     attention = build(
         "gqa", score="selective", d_model=heads * size, n_heads=heads, n_kv_heads=k.shape[1], rope=False
     ).to(q.device)
-    x = q.new_zeros(batch, length, heads * size)
+    tokens = Tokens(q.new_zeros(batch, length, heads * size), q, {"k": k, "v": v}, None, None)
 
     def run() -> Tensor:
         cache = EvictingCache(budget, evict_every=evict_every)
         with torch.no_grad():
-            return attend_evicting(attention, x, q, {"k": k, "v": v}, None, cache)
+            return cache.attend(attention, tokens)
 
     return run

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from heedful.attention.eviction import EvictingCache
 from heedful.data import TokenDataset
 from heedful.evaluation.loss import Tally, batches, labelled_logits, measuring
 from heedful.evaluation.search import check_policy
@@ -204,7 +203,7 @@ def _divergence(full: Tensor, budgeted: Tensor) -> float:
 
 def held_bytes(cache: HeedfulCache) -> int:
     """Bytes held: slots count whole; the room that a full cache has for tokens to come does not."""
-    return sum(m.nbytes if isinstance(m, EvictingCache) else m.used_bytes for m in cache.memories)
+    return sum(memory.used_bytes for memory in cache.memories)
 
 
 def _longest_row(rows: TokenDataset) -> Tensor:

@@ -201,11 +201,12 @@ class BudgetedLoss:
 
 def check_policy(model: DecoderParts, policy: str) -> None:
     """Raise ValueError for an unknown policy, or one that needs selective layers where some are not."""
-    if not get_policy(policy).selective:
+    needed = get_policy(policy).ranks_by
+    if needed is None:
         return
     for number, layer in enumerate(model.layers):
         score = layer.attention.score  # type: ignore[union-attr]
-        if "soft_mask" not in score.state_names:  # type: ignore[union-attr, operator]
+        if needed not in getattr(score, "state_names", ()):
             raise ValueError(
                 f"the policy {policy!r} needs a model with score 'selective' in every layer, layer {number} has "
                 f"{score.config.form!r}; use another policy, e.g. 'streaming'"  # type: ignore[union-attr]

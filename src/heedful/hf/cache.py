@@ -8,9 +8,9 @@ from typing import Any, NoReturn
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from heedful.attention.cache import LayerCache
+from heedful.attention.cache import KVCache, LayerCache
 from heedful.attention.eviction import EvictingCache
-from heedful.attention.eviction.rule import check_budget, check_evict_every
+from heedful.ops.eviction.rule import check_budget, check_evict_every
 
 
 class _CacheLayer(CacheLayerMixin):
@@ -20,7 +20,7 @@ class _CacheLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, memory: LayerCache) -> None:
+    def __init__(self, memory: KVCache) -> None:
         super().__init__()
         self.memory = memory
 
@@ -130,7 +130,7 @@ class HeedfulCache(Cache):
         self._clock: list[tuple[int, float]] = []
 
     @property
-    def memories(self) -> list[LayerCache]:
+    def memories(self) -> list[KVCache]:
         """The cache of each layer."""
         return [layer.memory for layer in self.layers if isinstance(layer, _CacheLayer)]
 
@@ -156,15 +156,12 @@ class HeedfulCache(Cache):
         Raises:
             ValueError: if the cache has no threshold.
         """
-        memories = [memory for memory in self.memories if isinstance(memory, EvictingCache)]
-        if len(memories) < len(self.memories):
-            raise ValueError("the bound on what was forgotten is kept with a threshold; give one")
-        return [memory.forgotten for memory in memories]
+        return [memory.forgotten for memory in self.memories]
 
     @property
     def stats(self) -> CacheStats:
         """What the cache has been through."""
-        evictions = [m.evicted if isinstance(m, EvictingCache) else 0 for m in self.memories]
+        evictions = [memory.evicted for memory in self.memories]
         tokens_per_second = None
         if len(self._clock) > 1:
             (first, start), (last, end) = self._clock[0], self._clock[-1]

@@ -5,9 +5,9 @@ from typing import Any, Literal
 
 from transformers import PreTrainedConfig
 
-from heedful.attention.eviction.rule import check_budget
 from heedful.decoder import DecoderConfig
 from heedful.ops.checks import did_you_mean
+from heedful.ops.eviction.rule import check_budget
 
 
 class HeedfulConfig(PreTrainedConfig):

@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from heedful.attention.base import LayerLoss
 from heedful.attention.eviction import get_policy
+from heedful.attention.score import LayerLoss
 from heedful.decoder import DecoderParts
 from heedful.hf.cache import HeedfulCache, check_cache
 from heedful.hf.configuration import HeedfulConfig
@@ -337,7 +337,7 @@ class HeedfulForCausalLM(PreTrainedModel, DecoderParts, GenerationMixin):
                 f"got {tuple(attention_mask.shape)}"
             )
         mask = attention_mask[:, -length:].bool()
-        padded = cache is not None and "key_mask" in cache.memories[0].masks
+        padded = cache is not None and cache.memories[0].padded
         if padded or torch.compiler.is_compiling():
             return mask
         # Asking a device would make every decoding step wait for it; new tokens of generate() are real.

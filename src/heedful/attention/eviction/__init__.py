@@ -1,8 +1,9 @@
-"""Eviction: the stepwise rule, the cache of slots, and one file per policy."""
+"""Caches that evict: what is asked for, the cache of slots, and one file per policy."""
 
 from heedful.attention.eviction.cache import EvictingCache
 from heedful.attention.eviction.policy import POLICIES, Policy, get_policy, register_policy
-from heedful.attention.eviction.rule import eviction_mask
+from heedful.attention.eviction.settings import Eviction
+from heedful.ops.eviction import eviction_mask
 
 from heedful.attention.eviction.h2o import H2OPolicy  # isort: skip
 from heedful.attention.eviction.random import RandomPolicy  # isort: skip
@@ -13,6 +14,7 @@ from heedful.attention.eviction.tova import TOVAPolicy  # isort: skip
 __all__ = [
     "POLICIES",
     "EvictingCache",
+    "Eviction",
     "H2OPolicy",
     "Policy",
     "RandomPolicy",

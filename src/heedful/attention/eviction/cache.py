@@ -1,18 +1,25 @@
 """A cache of slots: it holds a budget of tokens, and a new token overwrites the one that is evicted."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
-from heedful.attention.cache import LayerCache, another_batch, another_dtype, token_axis
+from heedful.attention.cache import KVCache
+from heedful.attention.eviction.bound import LossBound
 from heedful.attention.eviction.policy import Policy, get_policy
-from heedful.attention.eviction.rule import Rule
-from heedful.ops.selective.slots import least_needed_slot
+from heedful.attention.eviction.slots import Slots
+from heedful.attention.score import EvictableScore, check_one_selector
+from heedful.attention.tokens import Layer, Tokens, token_axis
+from heedful.ops.eviction import Rule, departures, least_needed_slot
+from heedful.ops.precision import wide_dtype
+
+BLOCK = 192
+"""Tokens of a piece that attend together."""
 
 
-class EvictingCache(LayerCache):
+class EvictingCache(KVCache):
     """At most `budget` real tokens of one layer, in slots allocated once.
 
     Slots are unordered but for slot 0, which holds the first real token of its row; `positions` says what the
@@ -42,38 +49,54 @@ class EvictingCache(LayerCache):
         threshold: float | None = None,
         block: int = 128,
     ) -> None:
-        super().__init__(block)
+        super().__init__()
+        self.block = block
         self.rule = Rule(budget, evict_every, threshold)
         self.policy = get_policy(policy) if isinstance(policy, str) else policy
-        if threshold is not None and not self.policy.selective:
+        if threshold is not None and self.policy.ranks_by is None:
             raise ValueError(
                 f"a threshold is compared with the votes F and needs the policy 'selective', "
                 f"got {self.policy.name!r}; leave the threshold out"
             )
-        self.ragged = False
-        """Whether a row ever had padding, so that rows may hold different numbers of tokens."""
-        self._book: dict[str, Tensor] = {}
+        self.slots = Slots()
+        self._padded = False
+        self._bound: LossBound | None = None
         self._room = 0  # slots that are free for certain, where there is no budget
         self._peak = 0
         self._next_slot: Tensor | None = None  # (B, 1), the one that goes next, where the last step said so
-        self._extra = 0  # places behind the slots, while a long piece is read
-        self._journal: list[tuple[str, Tensor, Tensor]] | None = None
+
+    def __repr__(self) -> str:
+        rule = [f"budget={self.rule.budget}", f"policy={self.policy.name!r}"]
+        rule += [f"evict_every={self.rule.evict_every}"] if self.rule.evict_every > 1 else []
+        rule += [f"threshold={self.rule.threshold}"] if self.rule.threshold is not None else []
+        return f"EvictingCache({', '.join(rule)}: {self.seen} tokens seen, {self.kept} kept, {self.nbytes:,} bytes)"
 
     @property
     def n_slots(self) -> int:
         """Slots per row."""
         bound = self.rule.n_slots
-        return self.positions.shape[1] if bound is None else bound
+        return self.slots.count if bound is None else bound
 
     @property
     def kept(self) -> int:
         """The number of real tokens held, the maximum over the rows."""
-        return int((self.positions >= 0).sum(-1).max()) if self.filled else 0
+        return int((self.positions >= 0).sum(-1).max()) if self.slots.filled else 0
 
     @property
     def evicted(self) -> int:
         """The number of real tokens that are gone, over all rows."""
-        return int(self._book["arrived"].sum() - (self.positions >= 0).sum()) if self.filled else 0
+        return int(self.slots.arrived.sum() - (self.positions >= 0).sum()) if self.slots.filled else 0
+
+    @property
+    def padded(self) -> bool:
+        """Whether a row ever had padding, so that rows may hold different numbers of tokens."""
+        return self._padded
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the slots and their books."""
+        bound = 0 if self._bound is None else sum(t.untyped_storage().nbytes() for t in self._bound)
+        return self.slots.nbytes + bound
 
     @property
     def peak_bytes(self) -> int:
@@ -84,88 +107,26 @@ class EvictingCache(LayerCache):
     def forgotten(self) -> Tensor:
         """(B,) upper bound on the attention mass that evictions have cost any query of any head.
 
-        A key with F votes against it weighs at most exp(2m - F) for every later query, if no logit exceeds m in
-        size: the query itself has F = 0. With QK-norm m follows from the gains, and the bound holds for all
-        queries to come; without, it is measured, and the bound holds for the queries so far.
+        With QK-norm the sizes of logits follow from the gains, and the bound holds for all queries to come;
+        without, they are measured, and the bound holds for the queries so far (`LossBound`).
 
         Raises:
             ValueError: if the cache has no threshold.
         """
         if self.rule.threshold is None:
-            raise ValueError("the bound on what was forgotten is kept with a threshold; give one")
-        if not self.filled:
-            return torch.zeros(0)
-        reach = self._book["reach"].prod(-1, keepdim=True)
-        return (2 * reach + self._book["lost"]).clamp(max=0.0).exp()[:, 0]
-
-    @property
-    def filled(self) -> bool:
-        """Whether there are slots yet."""
-        return bool(self._book)
+            return super().forgotten
+        return torch.zeros(0) if self._bound is None else self._bound.mass()
 
     @property
     def positions(self) -> Tensor:
         """(B, C) position of the token in each slot, -1 = empty."""
-        return self._book["positions"]
+        return self.slots.positions
 
     @property
     def scores(self) -> Tensor:
-        """(B, C) what the policy thinks of each token; F for the selective policy."""
-        return self.state["soft_mask"][:, 0] if self.policy.selective else self._book["scores"]
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._storage[name]
-
-    def positions_of(self, real: Tensor) -> Tensor:
-        """(B, T) position of each new token in its row, -1 for padding; real is (B, T) bool."""
-        self.check_rows(real.shape[0])
-        arrived = self._book.get("arrived", real.new_zeros(real.shape[0], 1, dtype=torch.long))
-        return torch.where(real, arrived + real.long().cumsum(-1) - 1, -1)
-
-    def note_piece(self, memory: dict[str, Tensor]) -> None:
-        """Count what a piece of several tokens held beside the slots, for `peak_bytes`."""
-        piece = sum(t.numel() * t.element_size() for t in memory.values())
-        self._peak = max(self._peak, self.nbytes + piece)
-
-    @contextmanager
-    def long_piece(self, block: int) -> Iterator[None]:
-        """While a piece is read in several blocks: room behind the slots for the tokens of one block."""
-        if self._journal is not None:  # slots are overwritten time and again: keep them all, once
-            for name, storage in self._storage.items():
-                slot = torch.arange(self.positions.shape[1], device=storage.device).expand(
-                    storage.shape[0], -1
-                )
-                self._journal.append((name, slot, storage.clone()))
-            self._journal = None
-        self._resize_storage(block)
-        try:
-            yield
-        finally:
-            self._resize_storage(0)
-
-    def beside(self, memory: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-        """As `in_use`, with the tensors of new tokens behind those of the slots; nothing is remembered of them."""
-        held, state, positions = self.in_use()
-        if not self._extra:
-            held = {name: torch.cat((held[name], new), dim=token_axis(new)) for name, new in memory.items()}
-            return held, state, positions
-        used = positions.shape[1]
-        for name, new in memory.items():
-            storage, axis = self._storage[name], token_axis(new)
-            storage.narrow(axis, used, new.shape[axis]).copy_(new)
-            held[name] = storage.narrow(axis, 0, used + new.shape[axis])
-        return held, state, positions
-
-    def check_dtypes(self, memory: dict[str, Tensor]) -> None:
-        """Raise TypeError for tokens in another precision than those held."""
-        for name, new in memory.items():
-            if name in self._storage and self._storage[name].dtype != new.dtype:
-                raise another_dtype(name, self._storage[name].dtype, new.dtype)
-
-    def check_rows(self, batch: int) -> None:
-        """Raise unless the cache holds as many rows, or none yet."""
-        if self.filled and self.positions.shape[0] != batch:
-            raise another_batch(self.positions.shape[0], batch)
+        """(B, C) what the policy thinks of each token."""
+        ranks_by = self.policy.ranks_by
+        return self.slots.book["scores"] if ranks_by is None else self.slots.state[ranks_by][:, 0]
 
     def next_positions(
         self,
@@ -176,37 +137,179 @@ class EvictingCache(LayerCache):
         device: torch.device,
     ) -> Tensor:
         """Positions (B, T) of T new tokens, 0 at padding."""
-        return self.positions_of(real_tokens(key_mask, batch, length, device)).clamp(min=0)
+        self.slots.check({}, batch)
+        return self._positions_of(_real_tokens(key_mask, batch, length, device)).clamp(min=0)
 
-    def held(self) -> dict[str, Tensor]:
-        """The named tensors of the slots, (B, G, C, ·) or (B, C)."""
-        if not self._extra:
-            return dict(self._storage)
-        slots = self.positions.shape[1]
-        return {name: t.narrow(token_axis(t), 0, slots) for name, t in self._storage.items()}
+    def reset(self) -> None:
+        """Forget everything."""
+        self._forget_record()
+        self._clear()
+        self._peak = 0
 
-    def in_use(self) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+    def _attend(self, layer: Layer, tokens: Tokens) -> Tensor:
+        """The outputs of the heads under the stepwise rule.
+
+        Raises:
+            TypeError: for another precision than that of the tokens held.
+            ValueError: if the policy does not go with the score, or the score has several selection heads.
+            RuntimeError: while gradients are on: training never evicts.
+        """
+        score = self._check(layer, tokens)
+        batch, length = tokens.x.shape[:2]
+        if tokens.key_mask is not None:
+            self._padded = True
+        real = _real_tokens(tokens.key_mask, batch, length, tokens.x.device)
+        if length == 1:
+            return self._part(layer, score, tokens, real)
+        together = 1 if self.policy.needs_weights else BLOCK
+        with self.slots.spare(BLOCK) if 1 < together < length else nullcontext():
+            outputs = []
+            for start in range(0, length, together):
+                n = min(together, length - start)
+                outputs.append(self._part(layer, score, tokens.part(start, n), real[:, start : start + n]))
+            piece = sum(t.numel() * t.element_size() for t in tokens.memory.values())
+            self._peak = max(self._peak, self.nbytes + piece)
+        return torch.cat(outputs, dim=2)
+
+    def _check(self, layer: Layer, tokens: Tokens) -> EvictableScore:
+        """The layer's score, if it can do what is asked."""
+        score, name = layer.score, layer.score.config.form
+        if tokens.segment_ids is not None:
+            raise ValueError("packed segments and a cache that evicts do not go together")
+        if torch.is_grad_enabled() and tokens.q.requires_grad:
+            raise RuntimeError(
+                "a cache that evicts cannot be trained through; use torch.no_grad() or no budget"
+            )
+        if not isinstance(score, EvictableScore):
+            raise ValueError(
+                f"score {name!r} does not support caches that evict: it is no EvictableScore; use a cache "
+                f"without a budget"
+            )
+        if self.policy.ranks_by is not None and self.policy.ranks_by not in score.state_names:
+            raise ValueError(
+                f"the eviction policy {self.policy.name!r} needs score 'selective', this layer has {name!r}; "
+                f"use another policy, e.g. 'streaming'"
+            )
+        self.slots.check(tokens.memory, tokens.x.shape[0])
+        return score
+
+    def _part(self, layer: Layer, score: EvictableScore, tokens: Tokens, real: Tensor) -> Tensor:
+        """A block of tokens, or one, by the way that fits."""
+        if tokens.length > 1 or not self.slots.filled:
+            return self._block(layer, score, tokens, real)
+        if not self.padded and self.rule.evict_every == 1 and self.rule.threshold is None:
+            return self._next(layer, score, tokens)
+        return self._one(layer, score, tokens, real)
+
+    def _next(self, layer: Layer, score: EvictableScore, tokens: Tokens) -> Tensor:
+        """One real token in every row, under a plain budget: all slots in use are visible."""
+        slot = self._overwrite(tokens.memory)
+        held, state, positions = self._in_use()
+        k, v = layer.keys_values(held)
+        if self.policy.needs_weights:
+            visible = torch.ones_like(positions, dtype=torch.bool)[:, None]
+            weights = score.weights(tokens.q, k, state, visible, layer.scale)[:, :, 0]
+            scores = self.scores[:, : positions.shape[1]]
+            scores.copy_(self.policy.update(scores, weights))
+        out, next_slot = score.attend_slots(
+            tokens.q, k, v, x=tokens.x, state=state, positions=positions, newest=slot, scale=layer.scale
+        )
+        if self.policy.ranks_by is not None and type(self.policy).priority is Policy.priority:
+            self._next_slot = next_slot
+        return out
+
+    def _one(self, layer: Layer, score: EvictableScore, tokens: Tokens, real: Tensor) -> Tensor:
+        """One token per row, or padding, under any rule."""
+        newest = self._positions_of(real)
+        self._replace_one(tokens.memory, newest)
+        k, v = layer.keys_values(self.slots.held())
+        positions, state = self.positions, self.slots.state
+        if self._bound is not None:
+            self._bound = self._bound.met(layer.logit_sizes(tokens.q, k, real, positions >= 0))
+        visible = ((positions >= 0) & real)[:, None]
+        voted = visible & ((positions > 0) & (positions != newest))[:, None]
+        if self.policy.needs_weights:
+            weights = score.weights(tokens.q, k, state, visible, layer.scale)[:, :, 0]
+            updated = self.policy.update(self.scores, weights)
+            self.scores.copy_(torch.where(visible[:, 0], updated, self.scores))
+        out, after = score.attend(
+            tokens.q, k, v, x=tokens.x, state=state, visible=visible, voted=voted, scale=layer.scale
+        )
+        check_one_selector(after)
+        for name, value in after.items():
+            state[name].copy_(value)
+        return out
+
+    def _block(self, layer: Layer, score: EvictableScore, tokens: Tokens, real: Tensor) -> Tensor:
+        """Some tokens at once: votes do not depend on evictions, so they give those first, then all attend."""
+        length, memory = tokens.length, tokens.memory
+        newest = self._positions_of(real)
+        policy, rule = self.policy, self.rule
+        own_scores = policy.start(newest) if policy.ranks_by is None else None
+        positions, everything, rated = newest, memory, own_scores
+        state: dict[str, Tensor] = {}
+        if self.slots.filled:
+            _, state, held = self._in_use()
+            before = held.shape[1]
+            everything = self.slots.with_new(memory, before)
+            positions = torch.cat((held, newest), dim=1)
+            if own_scores is not None:
+                rated = torch.cat((self.scores[:, :before], own_scores), dim=1)
+            # what was just written is in the processor's cache
+            memory = {n: t.narrow(token_axis(t), before, length) for n, t in everything.items()}
+        k, v = layer.keys_values(everything)
+        gone_at: Tensor | None = None
+        lost: Tensor | None = None
+
+        def evict(rows: Tensor | None) -> Tensor | None:
+            nonlocal gone_at, lost
+            # alone at the start, a token stays: nothing to look at, and the step compiles
+            if length == 1 or (rule.threshold is None and self.seen + length <= (rule.budget or 0)):
+                return None
+            if rated is None:
+                assert rows is not None
+                priority = rows
+            else:
+                everywhere = rated[:, None].expand(-1, length, -1)
+                flat = everywhere.flatten(0, 1), positions[:, None].expand_as(everywhere).flatten(0, 1)
+                priority = policy.priority(*flat, newest.reshape(-1, 1), rule.budget or 0).view_as(everywhere)
+            gone_at = departures(rule, priority, positions)
+            if rule.threshold is not None:
+                lost = priority.gather(1, gone_at.clamp(max=length - 1)[:, None])[:, 0]
+            return gone_at
+
+        out, state = score.attend_pruned(
+            tokens.q, k, v, x=tokens.x, state=state, positions=positions, scale=layer.scale, evict=evict
+        )
+        check_one_selector(state)
+        alive = positions >= 0
+        if gone_at is not None:
+            alive &= gone_at == length
+        self._pack(memory, newest, state, alive, own_scores)
+        if lost is not None and gone_at is not None:
+            assert self._bound is not None
+            sizes = layer.logit_sizes(tokens.q, k, real, positions >= 0)
+            self._bound = self._bound.evicted(gone_at < length, lost).met(sizes)
+        return out
+
+    def _positions_of(self, real: Tensor) -> Tensor:
+        """(B, T) position of each new token in its row, -1 for padding; real is (B, T) bool."""
+        count = real.long().cumsum(-1)
+        arrived = self.slots.arrived + count if self.slots.filled else count
+        return torch.where(real, arrived - 1, -1)
+
+    def _in_use(self) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
         """Tensors, state and positions of the slots in use, for rows that hold equally many tokens."""
         if self.seen >= self.n_slots:  # a shape that the compiler can rely on
-            return self.held(), dict(self.state), self.positions
+            return self.slots.held(), dict(self.slots.state), self.positions
         n = self.seen
-        tensors = {name: t.narrow(token_axis(t), 0, n) for name, t in self._storage.items()}
-        return tensors, {name: t[..., :n] for name, t in self.state.items()}, self.positions[:, :n]
+        state = {name: t[..., :n] for name, t in self.slots.state.items()}
+        return self.slots.first(n), state, self.positions[:, :n]
 
-    def put_next(self, memory: dict[str, Tensor], state_names: Sequence[str]) -> Tensor:
-        """Write one real token per row in place of the least needed one; `rule` must be a plain budget.
-
-        The first token comes by `pack`.
-
-        Args:
-            memory: named tensors of one token, (B, G, 1, ·) or (B, 1).
-            state_names: names of the score's per-token state, which starts at 0.
-
-        Returns:
-            (B, 1), the slots it went to.
-        """
+    def _overwrite(self, memory: dict[str, Tensor]) -> Tensor:
+        """Write one real token per row in place of the least needed one, under a plain budget: the slots (B, 1)."""
         assert self.rule.budget is not None
-        arrived = self._book["arrived"]
+        arrived = self.slots.arrived
         if self.seen < self.rule.budget:
             slot = torch.full_like(arrived, self.seen)
         elif self._next_slot is not None:
@@ -215,288 +318,97 @@ class EvictingCache(LayerCache):
             priority = self.policy.priority(self.scores, self.positions, arrived, self.rule.budget)
             slot = least_needed_slot(priority, self.positions)
         self._next_slot = None
-        for name, value in memory.items():
-            self._keep_for_undo(name, slot)
-            _scatter(self._storage[name], slot, value.to(self._storage[name].dtype))
-        self.positions.scatter_(-1, slot, arrived)
-        if not self.policy.selective:
+        if self.policy.ranks_by is None:
             self.scores.scatter_(-1, slot, self.policy.start(arrived))
-        for name in state_names:
-            self.state[name].scatter_(-1, slot[:, None], 0.0)
-        arrived += 1
+        self.slots.overwrite(memory, slot)
         self.seen += 1
         return slot
 
-    def plan(self, most_voted: Tensor | None) -> None:
-        """Note the slot with the most votes, (B, 1), if it is the one that goes next."""
-        if self.policy.selective and type(self.policy).priority is Policy.priority:
-            self._next_slot = most_voted
-
-    def put_one(self, memory: dict[str, Tensor], positions: Tensor, state_names: Sequence[str]) -> None:
-        """Make room for one token per row and write it; a padded token leaves its row alone.
-
-        The first token comes by `pack`.
-
-        Args:
-            memory: named tensors of one token, (B, G, 1, ·) or (B, 1).
-            positions: (B, 1), -1 for padding.
-            state_names: names of the score's per-token state, which starts at 0.
-        """
+    def _replace_one(self, memory: dict[str, Tensor], positions: Tensor) -> None:
+        """Make room for one token per row and write it; a padded token, position -1, leaves its row alone."""
+        self._next_slot = None
         if self.rule.budget is None:
             self._make_room()
-        real = positions >= 0
-        before = self.positions >= 0
+        real, before = positions >= 0, self.positions >= 0
         priority = self.policy.priority(self.scores, self.positions, positions, self.rule.budget or 0)
         alive = self.rule.evict(before, priority, self.positions, positions, room=1)
-        if self.rule.threshold is not None:
-            self.forget(before & ~alive, self.scores)
+        if self._bound is not None:
+            self._bound = self._bound.evicted(before & ~alive, self.scores)
         self.positions.masked_fill_(~alive, -1)
         slot = (~alive).int().argmax(-1, keepdim=True)
-        self._write(memory, positions, slot, real, self._zeros(state_names, slot))
-        self._book["arrived"] += real.long()
+        scores = self.policy.start(positions) if self.policy.ranks_by is None else None
+        self.slots.write(memory, positions, slot, real, scores=scores)
+        self.slots.book["arrived"] += real.long()
         self.seen += 1
 
-    def pack(
+    def _pack(
         self,
         memory: dict[str, Tensor],
         positions: Tensor,
         state: dict[str, Tensor],
         alive: Tensor,
+        scores: Tensor | None,
     ) -> None:
-        """Write what survived a piece of several tokens into the slots.
-
-        Args:
-            memory: named tensors of the new tokens, (B, G, T, ·) or (B, T).
-            positions: (B, T) of the new tokens, -1 for padding.
-            state: the score's per-token state of held and new tokens, (B, 1, C + T).
-            alive: (B, C + T) bool, the survivors, at most as many as there are slots; C are the slots in use.
-        """
+        """Write what survived a piece of several tokens, as `Slots.pack`, in as many slots as that takes."""
         self._next_slot = None
-        length = positions.shape[1]
-        survives, arrives = alive.split([alive.shape[1] - length, length], dim=1)
-        stays, n, slots = 0, length, self.rule.n_slots
-        if slots is None:
-            stays = int(alive.sum(-1).max())
-        if length > 1:  # worth asking the device
-            n = int(arrives.sum(-1).max())
-        if not self.filled:
-            self._allocate(memory, list(state), self._blocks_for(stays) if slots is None else slots)
-        elif stays > self.positions.shape[1]:
-            self._grow_to(self.positions.shape[1] + self._blocks_for(stays - self.positions.shape[1]))
-        slots = self.positions.shape[1]
-        survives = _padded(survives, slots, 0)
-        self.positions.masked_fill_(~survives, -1)
-        for name, value in state.items():
-            held = _padded(value[..., : value.shape[-1] - length], slots, 0)
-            self.state[name].copy_(held.masked_fill(~survives[:, None], 0.0))
-        if n:
-            free, new = _first(~survives, n), _first(arrives, n)
-            # With one row, all n are real; with several, rows may get fewer.
-            real = None if length > 1 and alive.shape[0] == 1 else arrives.gather(-1, new)
-            chosen = {name: _gather(tensor, new) for name, tensor in memory.items()}
-            fresh = {name: value[..., -length:].gather(-1, new[:, None]) for name, value in state.items()}
-            self._write(chosen, positions.gather(-1, new), free, real, fresh)
-        self._book["arrived"] += (positions >= 0).sum(-1, keepdim=True)
-        self.seen += length
+        bounded = self.rule.n_slots
+        stays = int(alive.sum(-1).max()) if bounded is None else 0
+        if not self.slots.filled:
+            n = self._in_blocks(stays) if bounded is None else bounded
+            self.slots.allocate(memory, list(state), n, scored=scores is not None)
+            if self.rule.threshold is not None:
+                like = next(iter(memory.values()))
+                self._bound = LossBound.nothing_lost(like.shape[0], wide_dtype(like), like.device)
+        elif stays > self.slots.count:
+            self.slots.grow_to(self.slots.count + self._in_blocks(stays - self.slots.count))
+        self.slots.pack(memory, positions, state, alive, scores)
+        self.seen += positions.shape[1]
         self._room = 0
-
-    def forget(self, gone: Tensor, soft_mask: Tensor) -> None:
-        """Add evicted tokens to the bound on what was lost.
-
-        Args:
-            gone: (..., B, S) bool.
-            soft_mask: the same shape, F at their eviction.
-        """
-        cost = (-soft_mask).masked_fill(~gone, -torch.inf).logsumexp(-1, keepdim=True)
-        self._book["lost"] = torch.logaddexp(self._book["lost"], cost.to(self._book["lost"].dtype))
-
-    def reach(self, logit_sizes: Tensor) -> None:
-        """Note the sizes (B, 2) of queries and keys that occur; apart, as a query may meet any evicted key."""
-        self._book["reach"] = torch.maximum(self._book["reach"], logit_sizes.to(self._book["reach"].dtype))
-
-    def snapshot(self) -> Callable[[], None]:
-        """A function that makes the cache what it is now: what is overwritten from here on is kept."""
-        if not self.filled:
-            return self._clear
-        seen, ragged, next_slot = self.seen, self.ragged, self._next_slot
-        book = {name: tensor.clone() for name, tensor in self._book.items()}
-        state = {name: tensor.clone() for name, tensor in self.state.items()}
-        journal: list[tuple[str, Tensor, Tensor]] = []
-        self._journal = journal
-
-        def undo() -> None:
-            self._journal = None
-            for name, slot, old in reversed(journal):
-                _scatter(self._storage[name], slot, old)
-            slots = self.positions.shape[1]
-            book["positions"] = _padded(book["positions"], slots, -1)
-            self._book = {n: _padded(t, slots, 0) if n == "scores" else t for n, t in book.items()}
-            self.state = {name: _padded(tensor, slots, 0) for name, tensor in state.items()}
-            self.seen, self.ragged, self._room, self._next_slot = seen, ragged, 0, next_slot
-
-        return undo
-
-    def drop_record(self) -> None:
-        super().drop_record()
-        self._journal = None
-
-    def reset(self) -> None:
-        super().reset()
-        self._clear()
-        self._peak = 0
-
-    def _clear(self) -> None:
-        self.seen, self.ragged, self._room, self._journal, self._next_slot = 0, False, 0, None, None
-        for tensors in self._groups():
-            tensors.clear()
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
-        super()._each(change)
-        self._next_slot = None
-
-    def _groups(self) -> tuple[dict[str, Tensor], ...]:
-        return *super()._groups(), self._book
-
-    def _allocate(self, memory: dict[str, Tensor], state_names: Sequence[str], slots: int) -> None:
-        like = next(iter(memory.values()))
-        batch, device = like.shape[0], like.device
-        wide = torch.float64 if like.dtype == torch.float64 else torch.float32
-        for name, value in memory.items():
-            shape = list(value.shape)
-            shape[token_axis(value)] = slots + self._extra
-            self._storage[name] = value.new_zeros(shape)
-        self._book["positions"] = torch.full((batch, slots), -1, device=device)
-        self._book["arrived"] = torch.zeros(batch, 1, dtype=torch.long, device=device)
-        if not self.policy.selective:
-            self._book["scores"] = torch.zeros(batch, slots, device=device)
-        if self.rule.threshold is not None:
-            self._book["lost"] = torch.full((batch, 1), -torch.inf, dtype=wide, device=device)
-            self._book["reach"] = torch.zeros(batch, 2, dtype=wide, device=device)
-        for name in state_names:
-            self.state[name] = torch.zeros(batch, 1, slots, dtype=wide, device=device)
-        self._room = slots
 
     def _make_room(self) -> None:
         """A free slot in every row, where there is no budget; asks the device only once in many tokens."""
         if self._room < 1:
-            self._room = self.positions.shape[1] - self.kept
+            self._room = self.slots.count - self.kept
             if self._room < max(1, self.block // 2):
-                self._grow_to(self.positions.shape[1] + self.block)
+                self.slots.grow_to(self.slots.count + self.block)
                 self._room += self.block
         self._room -= 1
 
-    def _blocks_for(self, tokens: int) -> int:
+    def _in_blocks(self, tokens: int) -> int:
         """Slots for that many tokens, in whole blocks; one at least."""
         return -(-max(1, tokens) // self.block) * self.block
 
-    def _grow_to(self, slots: int) -> None:
-        for name, tensor in self._storage.items():
-            self._storage[name] = _padded(tensor, slots + self._extra, 0, token_axis(tensor))
-        self._book["positions"] = _padded(self.positions, slots, -1)
-        self.state = {name: _padded(tensor, slots, 0) for name, tensor in self.state.items()}
+    def _snapshot(self) -> Callable[[], None]:
+        if not self.slots.filled:
+            return self._clear
+        seen, padded, next_slot, bound = self.seen, self._padded, self._next_slot, self._bound
+        undo_slots = self.slots.snapshot()
 
-    def _resize_storage(self, extra: int) -> None:
-        """Have so many places behind the slots."""
-        self._extra = extra
-        if self.filled:
-            slots = self.positions.shape[1]
-            for name, tensor in self._storage.items():
-                axis = token_axis(tensor)
-                held = tensor.narrow(axis, 0, slots)
-                self._storage[name] = _padded(held, slots + extra, 0, axis) if extra else held.clone()
+        def undo() -> None:
+            undo_slots()
+            self.seen, self._padded, self._room, self._next_slot = seen, padded, 0, next_slot
+            self._bound = bound
 
-    def _zeros(self, state_names: Sequence[str], slot: Tensor) -> dict[str, Tensor]:
-        """What the per-token state of new tokens starts at."""
-        return {
-            name: slot.new_zeros(slot.shape, dtype=self.state[name].dtype)[:, None] for name in state_names
-        }
+        return undo
 
-    def _keep_for_undo(self, name: str, slot: Tensor) -> None:
-        if self._journal is not None:
-            self._journal.append((name, slot, _gather(self._storage[name], slot)))
-
-    def _write(  # type: ignore[override]
-        self,
-        memory: dict[str, Tensor],
-        positions: Tensor,
-        slot: Tensor,
-        real: Tensor | None,
-        state: dict[str, Tensor],
-    ) -> None:
-        """Put n tokens per row, (B, n), into slots (B, n) where they are real; `state` is (B, 1, n)."""
+    def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        self._forget_record()
         self._next_slot = None
+        for tensors in self.slots.groups:
+            for name, tensor in tensors.items():
+                tensors[name] = change(tensor)
+        if self._bound is not None:
+            self._bound = LossBound(*map(change, self._bound))
 
-        def where_real(new: Tensor, storage: Tensor) -> Tensor:
-            if real is None:
-                return new
-            return torch.where(_aligned(real, storage), new, _gather(storage, slot))
+    def _forget_record(self) -> None:
+        super()._forget_record()
+        self.slots.forget_record()
 
-        for name, value in memory.items():
-            storage = self._storage[name]
-            self._keep_for_undo(name, slot)
-            _scatter(storage, slot, where_real(value.to(storage.dtype), storage))
-        if not self.policy.selective:
-            _scatter(self.scores, slot, where_real(self.policy.start(positions), self.scores))
-        _scatter(self.positions, slot, where_real(positions, self.positions))
-        for name, value in state.items():
-            storage = self.state[name]
-            _scatter(storage, slot, where_real(value.to(storage.dtype), storage))
+    def _clear(self) -> None:
+        self.seen, self._padded, self._room, self._next_slot, self._bound = 0, False, 0, None, None
+        self.slots.clear()
 
 
-def real_tokens(key_mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
+def _real_tokens(key_mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
     """(B, T) bool: the key mask, or ones."""
     return key_mask if key_mask is not None else torch.ones(batch, length, dtype=torch.bool, device=device)
-
-
-def _first(where: Tensor, n: int) -> Tensor:
-    """(B, n), where the first n True of (B, S) are; what follows where a row has fewer does not matter."""
-    if n > 1 and where.shape[0] == 1:
-        return where[0].nonzero()[:n, 0][None]  # there are n: faster
-    return where.int().argsort(dim=-1, descending=True, stable=True)[:, :n]
-
-
-def _aligned(slot: Tensor, storage: Tensor) -> Tensor:
-    """(B, n) -> (B, 1, n, 1) for a storage of four axes, (B, n) for two, (B, 1, n) for three."""
-    return slot[:, None, :, None] if storage.ndim == 4 else slot[:, None] if storage.ndim == 3 else slot
-
-
-def _index(slot: Tensor, storage: Tensor) -> Tensor:
-    shape = list(storage.shape)
-    shape[token_axis(storage)] = slot.shape[-1]
-    return _aligned(slot, storage).expand(shape)
-
-
-def _gather(storage: Tensor, slot: Tensor) -> Tensor:
-    """The tokens in the slots (B, n)."""
-    if storage.ndim == 4 and storage.shape[0] == 1:
-        return storage.index_select(2, slot[0])
-    if storage.ndim == 4 and slot.shape[-1] > 1:
-        return storage[_rows_and_groups(slot, storage)]  # whole vectors: faster than gather
-    return storage.gather(token_axis(storage), _index(slot, storage))
-
-
-def _scatter(storage: Tensor, slot: Tensor, value: Tensor) -> None:
-    """Overwrite the slots (B, n)."""
-    if torch.compiler.is_compiling() and storage.ndim == 4:
-        # The compiler writes this one in place, where it copies the whole storage for the others.
-        storage.index_put_(_rows_and_groups(slot, storage), value)
-    elif storage.shape[0] == 1:
-        storage.index_copy_(token_axis(storage), slot[0], value)
-    elif storage.ndim == 4 and slot.shape[-1] > 1:
-        storage.index_put_(_rows_and_groups(slot, storage), value)
-    else:
-        storage.scatter_(token_axis(storage), _index(slot, storage), value)
-
-
-def _rows_and_groups(slot: Tensor, storage: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What indexes the first three axes of a storage (B, G, C, ·) by slots (B, n)."""
-    row = torch.arange(storage.shape[0], device=slot.device)[:, None, None]
-    group = torch.arange(storage.shape[1], device=slot.device)[None, :, None]
-    return row, group, slot[:, None]
-
-
-def _padded(tensor: Tensor, size: int, value: int, axis: int = -1) -> Tensor:
-    """Lengthened to `size` along `axis`."""
-    shape = list(tensor.shape)
-    shape[axis] = size - shape[axis]
-    return torch.cat((tensor, tensor.new_full(shape, value)), dim=axis) if shape[axis] else tensor

@@ -15,8 +15,8 @@ class Policy:
     """
 
     name: ClassVar[str]
-    selective: ClassVar[bool] = False
-    """Scores are the soft mask F of selective attention: the model must be selective."""
+    ranks_by: ClassVar[str | None] = None
+    """The score's per-token state that it ranks by, such as F; None: it keeps scores of its own."""
     needs_weights: ClassVar[bool] = False
     """Scores depend on attention weights after earlier evictions: queries run one by one."""
 

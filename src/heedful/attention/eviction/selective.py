@@ -8,4 +8,4 @@ class SelectivePolicy(Policy):
     """The score of a token is its F. Leviathan et al., arXiv 2410.02703, section 4."""
 
     name = "selective"
-    selective = True
+    ranks_by = "soft_mask"

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from heedful.ops.eviction.selectors import most_voted_slot
 from heedful.ops.precision import drop_denormals, no_autocast, to_autocast_dtype, wide_dtype
 from heedful.ops.selective.triton.available import unavailable
 from heedful.ops.selective.triton.slots import attend_slots_triton
@@ -50,33 +51,6 @@ def attend_slots(
     votes.scatter_(1, newest, 0.0)
     soft_mask[:, 1:].add_(votes[:, 1:])
     return out, most_voted_slot(soft_mask, positions)
-
-
-def least_needed_slot(priority: Tensor, positions: Tensor) -> Tensor:
-    """The slot that the next token may overwrite: the highest priority, the oldest among equals.
-
-    Slot 0 holds the first real token and is never chosen.
-
-    Args:
-        priority: (B, C), finite.
-        positions: (B, C) integers, from 0 on.
-
-    Returns:
-        (B, 1) int64.
-    """
-    rated, age = priority[:, 1:], positions[:, 1:]
-    # Ties are common, relu gives exact zeros.
-    oldest = age.masked_fill(rated != rated.amax(-1, keepdim=True), torch.iinfo(age.dtype).max)
-    return oldest.argmin(-1, keepdim=True) + 1
-
-
-def most_voted_slot(soft_mask: Tensor, positions: Tensor) -> Tensor:
-    """`least_needed_slot` for F, which is never negative; (B, C) both."""
-    if soft_mask.dtype != torch.float32:
-        return least_needed_slot(soft_mask, positions)
-    # The bits of such a number, read as an integer, grow with it: one minimum settles the ties too.
-    bits = soft_mask[:, 1:].view(torch.int32)
-    return positions[:, 1:].sub(bits, alpha=2**32).argmin(-1, keepdim=True) + 1
 
 
 def _two_products(q: Tensor, k: Tensor, v: Tensor, soft_mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:

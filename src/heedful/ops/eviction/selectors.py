@@ -1,4 +1,9 @@
-"""Who goes when, in a block of queries: the stepwise rule, for all of them in turn.
+"""Faster forms of `Rule.evict`: each chooses the tokens that it would, and is tested against it.
+
+- `departures`: a block of queries, as `Rule.evict` query after query; prefill and evaluation.
+- `least_needed_slot`: one query under a plain budget, all slots taken; a decoding step, any policy.
+- `most_voted_slot`: the same where priorities are F, in one reduction; selective decoding.
+- The decoding kernel for GPUs picks as `most_voted_slot` does (`heedful.ops.selective.triton.slots`).
 
 The rule is serial, each eviction changes what the next query may evict, but few tokens are ever in question. In
 some queries, take any m tokens that may go, m being how many have gone by the last of the queries. One of them is
@@ -13,7 +18,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from heedful.attention.eviction.rule import Rule
+from heedful.ops.eviction.rule import Rule
 
 TOGETHER = 16
 """Queries whose candidates are looked up at once."""
@@ -37,6 +42,33 @@ def departures(rule: Rule, priority: Tensor, positions: Tensor) -> Tensor:
         rule = replace(rule, threshold=torch.tensor(rule.threshold, dtype=priority.dtype).item())
     rows = zip(priority, positions, held, strict=True)
     return torch.stack([_of_row(rule, rated, where, alive) for rated, where, alive in rows])
+
+
+def least_needed_slot(priority: Tensor, positions: Tensor) -> Tensor:
+    """The slot that the next token may overwrite, as `Rule.evict` with all slots taken.
+
+    The highest priority goes, the oldest among equals. Slot 0 holds the first real token and is never chosen.
+
+    Args:
+        priority: (B, C), finite.
+        positions: (B, C) integers, from 0 on.
+
+    Returns:
+        (B, 1) int64.
+    """
+    rated, age = priority[:, 1:], positions[:, 1:]
+    # Ties are common, relu gives exact zeros.
+    oldest = age.masked_fill(rated != rated.amax(-1, keepdim=True), torch.iinfo(age.dtype).max)
+    return oldest.argmin(-1, keepdim=True) + 1
+
+
+def most_voted_slot(soft_mask: Tensor, positions: Tensor) -> Tensor:
+    """`least_needed_slot` for F, which is never negative; (B, C) both."""
+    if soft_mask.dtype != torch.float32:
+        return least_needed_slot(soft_mask, positions)
+    # The bits of such a number, read as an integer, grow with it: one minimum settles the ties too.
+    bits = soft_mask[:, 1:].view(torch.int32)
+    return positions[:, 1:].sub(bits, alpha=2**32).argmin(-1, keepdim=True) + 1
 
 
 def _of_row(rule: Rule, rated: Tensor, positions: Tensor, alive: int) -> Tensor:

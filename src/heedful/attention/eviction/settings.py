@@ -1,0 +1,123 @@
+"""What is asked of the caches of a whole model: one value, for every command and call that evicts."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from heedful.attention.cache import KVCache, LayerCache
+from heedful.attention.eviction.cache import EvictingCache
+from heedful.attention.eviction.policy import get_policy
+from heedful.ops.eviction.rule import check_budget, check_evict_every, check_threshold
+
+Budget = int | Sequence[int] | str
+"""Tokens held per layer: a number, a list with one per layer, or "full"."""
+
+
+@dataclass(frozen=True)
+class Eviction:
+    """How many tokens each layer holds, and who goes.
+
+    Raises:
+        ValueError: for a budget below 2, an `evict_every` below 1 or one with nothing to evict, a threshold that is
+            not a finite number above 0, or an unknown policy.
+    """
+
+    budget: int | tuple[int, ...] | None = None
+    """Tokens held while a query attends, the first and the newest included: for all layers, or one per layer.
+    None: no bound."""
+    policy: str = "selective"
+    """Which token goes (`heedful.attention.eviction.POLICIES`)."""
+    evict_every: int = 1
+    """Evict only at positions divisible by it; up to evict_every - 1 more tokens are held in between."""
+    threshold: float | None = None
+    """Votes F above which a token goes, whatever the budget; needs the policy "selective"."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.budget, list | tuple):
+            object.__setattr__(self, "budget", tuple(self.budget))
+        budgets = self.budget if isinstance(self.budget, tuple) else (self.budget,)
+        for budget in budgets:
+            if budget is not None and not isinstance(budget, int):
+                raise ValueError(
+                    f'kv_budget must be "full", a whole number or a list with one per layer, got {self.budget!r}'
+                )
+            if budget is not None:
+                check_budget(budget)
+        if not budgets or (isinstance(self.budget, tuple) and None in self.budget):
+            raise ValueError(
+                f"a list of budgets holds a whole number for every layer, got {list(budgets)}; "
+                f"a number of at least the longest text keeps all of it"
+            )
+        get_policy(self.policy)
+        check_evict_every(self.evict_every)
+        check_threshold(self.threshold)
+        if self.evict_every != 1 and not self.evicts:
+            raise ValueError(
+                f"evict_every={self.evict_every} needs a budget or a threshold; nothing is evicted without"
+            )
+
+    @classmethod
+    def of(
+        cls,
+        kv_budget: "Budget | Eviction | Mapping[str, Any] | None" = None,
+        kv_policy: str | None = None,
+        kv_evict_every: int | None = None,
+        kv_threshold: float | None = None,
+    ) -> "Eviction":
+        """One value from what callers write.
+
+        Args:
+            kv_budget: tokens per layer: a number, a list with one per layer, "full" or None for no bound; or an
+                `Eviction`, or what its `to_dict` gave.
+            kv_policy: which token goes; default "selective", or that of the `Eviction` given.
+            kv_evict_every: likewise, default 1.
+            kv_threshold: likewise, default none.
+
+        Raises:
+            ValueError: for what is unsound.
+        """
+        given = {"policy": kv_policy, "evict_every": kv_evict_every, "threshold": kv_threshold}
+        fields = {name: value for name, value in given.items() if value is not None}
+        if isinstance(kv_budget, Eviction):
+            return cls(**{**asdict(kv_budget), **fields})
+        if isinstance(kv_budget, Mapping):
+            if unknown := sorted(set(kv_budget) - {"budget", *given}):
+                raise ValueError(
+                    f"unknown settings of an eviction: {unknown}; expected budget, {', '.join(given)}"
+                )
+            return cls(**{**kv_budget, **fields})
+        return cls(None if kv_budget == "full" else kv_budget, **fields)  # type: ignore[arg-type]
+
+    @property
+    def evicts(self) -> bool:
+        """Whether there is a bound at all."""
+        return self.budget is not None or self.threshold is not None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, for `of`."""
+        budget = list(self.budget) if isinstance(self.budget, tuple) else self.budget
+        return {**asdict(self), "budget": budget}
+
+    def budgets(self, n_layers: int) -> list[int | None]:
+        """One budget per layer; None = no bound.
+
+        Raises:
+            ValueError: for a list of another length.
+        """
+        if not isinstance(self.budget, tuple):
+            return [self.budget] * n_layers
+        if len(self.budget) != n_layers:
+            raise ValueError(f"kv_budget must have one entry per layer ({n_layers}), got {len(self.budget)}")
+        return list(self.budget)
+
+    def layer_caches(self, n_layers: int) -> list[KVCache]:
+        """An empty cache for each layer.
+
+        Raises:
+            ValueError: for a list of budgets of another length, or a threshold with a policy that has no votes.
+        """
+        rest = self.policy, self.evict_every, self.threshold
+        return [
+            LayerCache() if budget is None and self.threshold is None else EvictingCache(budget, *rest)
+            for budget in self.budgets(n_layers)
+        ]

@@ -1,0 +1,232 @@
+"""The base classes of scores: what happens to the logits."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from heedful.attention.config import ScoreConfig
+from heedful.ops.masks import visible_keys
+
+
+@dataclass(frozen=True)
+class LayerLoss:
+    """What a layer adds to the training loss."""
+
+    loss: Tensor
+    """(B,), per row, weighted."""
+    kept: Tensor
+    """(B, T), the tokens that each query still holds, softly counted; 0 at padding. Detached."""
+
+
+class Score(nn.Module):
+    """What happens to the logits; write `forward`, and make it an `EvictableScore` if a cache may evict.
+
+    Args:
+        config: the form's own options.
+        n_heads: the number of heads that attend.
+        d_model: C, the width of `x`, for scores that compute something from it.
+    """
+
+    Config: ClassVar[type[ScoreConfig]] = ScoreConfig
+    formula: ClassVar[str] = ""
+    """What it computes, for `heedful show`."""
+
+    @property
+    def causal_to_the_bit(self) -> bool:
+        """Whether a later token leaves every bit of an earlier output; else it may change how it is rounded."""
+        return True
+
+    def __init__(self, config: ScoreConfig, n_heads: int, d_model: int) -> None:
+        super().__init__()
+        self.config = config
+        self.n_heads = n_heads
+        self.d_model = d_model
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        x: Tensor,
+        state: dict[str, Tensor],
+        key_mask: Tensor | None,
+        segment_ids: Tensor | None,
+        scale: float,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Attend.
+
+        Args:
+            q: (B, H, T, D).
+            k: (B, G, S, D), S >= T; the last T keys belong to the queries.
+            v: (B, G, S, E).
+            x: (B, T, C), what the layer was given.
+            state: what an earlier call returned, for the S - T earlier keys; empty at the start.
+            key_mask: (B, S) bool, False = padding, or None.
+            segment_ids: (B, S) integers, or None.
+            scale: multiplies the logits.
+
+        Returns:
+            out (B, H, T, E), zeros at padded queries, and the state to hand to the next call.
+        """
+        raise NotImplementedError
+
+    def layer_loss(
+        self,
+        q: Tensor,
+        k: Tensor,
+        *,
+        key_mask: Tensor | None,
+        segment_ids: Tensor | None,
+        scale: float,
+    ) -> LayerLoss | None:
+        """A loss of this layer's own, for scores that train one; None where there is none.
+
+        Args:
+            q: (B, H, T, D).
+            k: (B, G, T, D).
+            key_mask: (B, T) bool, False = padding, or None.
+            segment_ids: (B, T) integers, or None.
+            scale: multiplies the logits.
+        """
+        return None
+
+
+class EvictableScore(Score):
+    """A score that also attends to keys in any order, some of them gone: what a cache that evicts needs.
+
+    Write `attend`, and `weights` for the policies that evict by attention weights. All of it has to agree with
+    `forward`: `heedful.testing.check_form` compares.
+    """
+
+    state_names: ClassVar[list[str]] = []
+    """Names of the per-token tensors (B, R, S) in `state`."""
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        x: Tensor,
+        state: dict[str, Tensor],
+        visible: Tensor,
+        voted: Tensor,
+        scale: float,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`forward` over keys in any order, with ready masks.
+
+        Args:
+            q: (B, H, T, D).
+            k: (B, G, S, D).
+            v: (B, G, S, E).
+            x: (B, T, C).
+            state: per-token state of the first keys; keys beyond it start at 0.
+            visible: (B, T, S) bool, the keys each query attends to.
+            voted: (B, T, S) bool, the keys each query may vote on.
+            scale: multiplies the logits.
+
+        Returns:
+            out (B, H, T, E) and the state for all S keys.
+        """
+        raise NotImplementedError
+
+    def attend_slots(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        x: Tensor,
+        state: dict[str, Tensor],
+        positions: Tensor,
+        newest: Tensor,
+        scale: float,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`attend` for one token per row that sees every key; the state is updated in place.
+
+        Args:
+            q: (B, H, 1, D).
+            k: (B, G, C, D), in any order but for the first real token, which comes first.
+            v: (B, G, C, E).
+            x: (B, 1, C).
+            state: per-token state of all keys, the query's own included.
+            positions: (B, C) position of each key in its row.
+            newest: (B, 1), where the query's own key is.
+            scale: multiplies the logits.
+
+        Returns:
+            out (B, H, 1, E), and the slot with the most votes against it, (B, 1), the oldest among equals, never
+            slot 0; None where nobody votes or it was not looked for.
+        """
+        visible = torch.ones_like(positions, dtype=torch.bool)
+        voted = (positions > 0).scatter(-1, newest, False)
+        out, after = self.attend(
+            q, k, v, x=x, state=state, visible=visible[:, None], voted=voted[:, None], scale=scale
+        )
+        check_one_selector(after)
+        for name, value in after.items():
+            state[name].copy_(value)
+        return out, None
+
+    def attend_pruned(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        x: Tensor,
+        state: dict[str, Tensor],
+        positions: Tensor,
+        scale: float,
+        evict: Callable[[Tensor | None], Tensor | None],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`attend` where keys are evicted as the votes go.
+
+        Args:
+            q: (B, H, T, D).
+            k: (B, G, S, D); the last T keys belong to the queries.
+            v: (B, G, S, E).
+            x: (B, T, C).
+            state: per-token state of the first S - T keys; the others start at 0.
+            positions: (B, S) position of each key in its row, -1 = padding or nothing.
+            scale: multiplies the logits.
+            evict: from what `running_state` gives, (B, T, S) or None, to the index of the first query that no
+                longer sees each key, (B, S) integers; None = all stay.
+
+        Returns:
+            out (B, H, T, E) and the state for all S keys.
+        """
+        length, n_keys = q.shape[2], k.shape[2]
+        real = (positions >= 0)[:, None] & (positions[:, n_keys - length :, None] >= 0)
+        visible = visible_keys(length, n_keys, None, None, q.device) & real
+        voted = visible.tril(n_keys - length - 1) & (positions > 0)[:, None]
+        gone_at = evict(self.running_state(q, k, state, voted, scale))
+        if gone_at is not None:
+            visible = visible & (torch.arange(length, device=q.device)[:, None] < gone_at[:, None])
+        return self.attend(q, k, v, x=x, state=state, visible=visible, voted=voted, scale=scale)
+
+    def running_state(
+        self, q: Tensor, k: Tensor, state: dict[str, Tensor], voted: Tensor, scale: float
+    ) -> Tensor | None:
+        """The per-token state before every query, (B, T, S), for policies that rank by it; None: there is none."""
+        return None
+
+    def weights(
+        self, q: Tensor, k: Tensor, state: dict[str, Tensor], visible: Tensor, scale: float
+    ) -> Tensor:
+        """The attention weights (B, H, T, S) of `attend`, for policies that evict by them."""
+        raise NotImplementedError(f"score {self.config.form!r} does not show its attention weights")
+
+
+def check_one_selector(state: dict[str, Tensor]) -> None:
+    """Raise for state of several selection heads: a slot is free only if all heads let its token go."""
+    for name, value in state.items():
+        if value.shape[1] != 1:
+            raise ValueError(
+                f"a cache that evicts needs one selection head (R = 1), the score's {name!r} has {value.shape[1]}; "
+                f"use a cache without a budget"
+            )
