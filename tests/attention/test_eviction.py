@@ -291,9 +291,8 @@ def test_bytes_are_the_slots_times_the_bytes_of_a_token(case, single):
             layer(torch.randn(3, 1 if single else 5, 16), cache=memory)
             slots = memory.positions.shape[1]
             assert memory.nbytes == 3 * (slots * per_token + per_row)
-            assert memory.nbytes == sum(
-                t.untyped_storage().nbytes() for g in memory._groups() for t in g.values()
-            )
+            held = [t for group in memory.slots.groups for t in group.values()] + [*(memory._bound or ())]
+            assert memory.nbytes == sum(t.untyped_storage().nbytes() for t in held)
             peak = max(peak, memory.nbytes)
             assert memory.peak_bytes >= peak
             if bound is None:
