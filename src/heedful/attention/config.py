@@ -1,7 +1,7 @@
 """Configs of forms: frozen dataclasses that know parameters and FLOPs before anything is built."""
 
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, MISSING, dataclass, field, fields
+from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
@@ -20,15 +20,21 @@ def required(help: str) -> Any:
     return field(metadata={"help": help})
 
 
-def inherit(config_class: Any, name: str, default: Any = MISSING) -> Any:
-    """The field `name` of another config under its default, or another, and with its documentation.
+def inherit(config_class: Any, name: str, **change: Any) -> Any:
+    """The field `name` of another config, with its default and its help, so that both are written once.
 
-    For a config of something larger that passes the value on: an option and its help are written once.
+    For a config of something larger that passes the value on.
+
+    Args:
+        config_class: the dataclass that has the option.
+        name: the option.
+        **change: `default` or `help`, where this place needs its own.
     """
-    theirs = next(f for f in fields(config_class) if f.name == name)
-    if default is MISSING and theirs.default_factory is not MISSING:
-        return field(default_factory=theirs.default_factory, metadata=theirs.metadata)
-    return field(default=theirs.default if default is MISSING else default, metadata=theirs.metadata)
+    there = {f.name: f for f in fields(config_class)}[name]
+    metadata = {"help": change.get("help", there.metadata["help"])}
+    if "default" in change:
+        return field(default=change["default"], metadata=metadata)
+    return field(default=there.default, default_factory=there.default_factory, metadata=metadata)
 
 
 def own_fields(config_class: Any) -> list:

@@ -3,11 +3,11 @@
 import dataclasses
 import json
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from heedful.attention.config import option
+from heedful.attention.config import inherit, option
 from heedful.data.reading import TEXT_COLUMN
 from heedful.decoder import DecoderConfig
 from heedful.files import write_json
@@ -15,21 +15,6 @@ from heedful.training.trainer_options import trainer_options
 
 if TYPE_CHECKING:
     from heedful.hf.configuration import HeedfulConfig
-
-
-def inherit(config_class: Any, name: str, **change: Any) -> Any:
-    """A field with the help and the default of `config_class.name`, so that both stand once.
-
-    Args:
-        config_class: the dataclass that has the option.
-        name: the option.
-        **change: `default` or `help`, where this place needs its own.
-    """
-    there = {f.name: f for f in fields(config_class)}[name]
-    metadata = {"help": change.get("help", there.metadata["help"])}
-    if "default" in change:
-        return field(default=change["default"], metadata=metadata)
-    return field(default=there.default, default_factory=there.default_factory, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
