@@ -22,7 +22,7 @@ from heedful.evaluation import evaluate
 from heedful.evaluation.kv_budget import evaluate_budgets
 from heedful.evaluation.search import BudgetSearch, split_rows
 from heedful.hf.load import load_model, load_tokenizer
-from heedful.plotting import PALETTE, label_ends, new_figure, save, titled
+from heedful.plotting import COLORS, label_ends, new_figure, save, titled
 from heedful.training import TrainSettings, held_out, train
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -160,7 +160,7 @@ def plot(results: Path) -> None:
     rows = read(results / "curves.jsonl")
     contexts = sorted({row["context"] for row in rows})
     figure, axes = new_figure(len(contexts), (6.6 * len(contexts), 5.2), sharey=True)
-    colors = dict(zip(LINES, (PALETTE[0], PALETTE[2], PALETTE[3], PALETTE[1], PALETTE[4]), strict=True))
+    looks = dict(zip(LINES, ("-", ":", ":", "--", "-"), strict=True))  # the colour is the form's
     for panel, context in zip(axes if len(contexts) > 1 else [axes], contexts, strict=True):
         of_context = [row for row in rows if row["context"] == context]
         ends = []
@@ -171,26 +171,33 @@ def plot(results: Path) -> None:
                     points.setdefault(row["kv_budget"], []).append(row["loss"])
             if not points:
                 continue
-            color, xs = colors[form, policy], sorted(points)
+            color, xs = COLORS[form.removesuffix("-memory")], sorted(points)
             panel.plot(
-                xs, [mean(points[x]) for x in xs], color=color, linewidth=2, marker="o", markersize=3.5
+                xs,
+                [mean(points[x]) for x in xs],
+                looks[form, policy],
+                color=color,
+                linewidth=2,
+                marker="o",
+                markersize=3.5,
             )
             low, high = [min(points[x]) for x in xs], [max(points[x]) for x in xs]
             panel.fill_between(xs, low, high, color=color, alpha=0.15, linewidth=0)
-            ends.append((mean(points[xs[-1]]), label, color))
-        for form, name, above in (("softmax", "softmax", True), ("selective", "selective", False)):
+            style = {"-": "", "--": " (dashed)", ":": " (dotted)"}[looks[form, policy]]
+            ends.append((mean(points[xs[-1]]), label + style, color))
+        for form, x, side in (("softmax", BUDGETS[-1], "right"), ("selective", BUDGETS[0], "left")):
             full = [row["loss"] for row in of_context if row["form"] == form and row["policy"] is None]
             if full:
                 panel.axhline(mean(full), color="#999999", linewidth=1, linestyle=(0, (4, 3)))
                 panel.annotate(
-                    f"{name}, full cache of {context}",
-                    (2, mean(full)),
-                    xytext=(0, 3 if above else -3),
+                    f"{form}, full cache of {context}",
+                    (x, mean(full)),
+                    xytext=(0, -4),
                     textcoords="offset points",
-                    va="bottom" if above else "top",
+                    ha=side,
+                    va="top",
                     color="#777777",
                     fontsize=8.5,
-                    bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1},
                 )
         panel.set_xscale("log", base=2)
         shown = [b for b in BUDGETS if b not in (3, 6, 12, 24, 48, 96)]

@@ -8,7 +8,26 @@ from typing import Any
 
 from heedful.files import write_bytes
 
-PALETTE = ("#4C6A92", "#C8553D", "#588B8B", "#B8860B", "#7B4B94", "#2E8B57", "#8C5E58", "#444444")
+COLORS = {
+    "softmax": "#4C6A92",
+    "selective": "#C8553D",
+    "sas x softmax": "#3F9C8F",
+    "sas x selective": "#DB8F1F",
+    "streaming": "#7B4B94",
+    "h2o": "#7A5C3E",
+    "tova": "#C2678F",
+    "random": "#8A8A8A",
+}
+"""One colour per form and per policy, in every figure. A score alone is that score in standard attention."""
+OTHERS = ("#5B8C2A", "#2F7FC1", "#444444", "#A14D00", "#9A8FC4", "#B0A030")
+"""For what has no colour of its own: other forms, baselines."""
+
+
+def colors(names: Sequence[str]) -> list[str]:
+    """A colour for each name: its own, or else one of `OTHERS`, in order of appearance."""
+    own = [COLORS.get(name.removeprefix("mha x ")) for name in names]
+    others = [name for name, color in zip(names, own, strict=True) if color is None]
+    return [color or OTHERS[others.index(n) % len(OTHERS)] for n, color in zip(names, own, strict=True)]
 
 
 def new_figure(panels: int = 1, size: tuple[float, float] = (8.0, 4.6), **layout: Any) -> tuple[Any, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from heedful.bench.workload import Figures
-from heedful.plotting import PALETTE, label_ends, new_figure, save
+from heedful.plotting import COLORS, colors, label_ends, new_figure, save
 
 
 def plot_ratios(
@@ -32,8 +32,8 @@ def plot_ratios(
     cases = list(dict.fromkeys(row.case for row in rows if row.workload in workloads))
     plain, others = cases[0], cases[1:]
     others.sort(key=lambda case: case == highlight)  # drawn last, on top
-    rest = PALETTE[2:]
-    colors = {case: PALETTE[1] if case == highlight else rest[i % len(rest)] for i, case in enumerate(others)}
+    names = ["selective" if case == highlight else case for case in others]
+    of_case = dict(zip(others, colors(names), strict=True))
     heights, labels = [0.0], []
     for panel, workload in zip(panels, workloads, strict=True):
         ends = []
@@ -49,11 +49,11 @@ def plot_ratios(
             xs, ys = zip(*points, strict=True)
             width = 3 if case == highlight else 1.5
             logs = [math.log2(x) for x in xs]
-            panel.plot(logs, ys, color=colors[case], linewidth=width, marker="o", markersize=width + 2)
+            panel.plot(logs, ys, color=of_case[case], linewidth=width, marker="o", markersize=width + 2)
             heights += ys
-            ends.append((ys[-1], case, colors[case]))
-        panel.axhline(0, color=PALETTE[0], linewidth=1.2, linestyle=(0, (4, 3)), zorder=1.5)
-        ends.append((0.0, plain, PALETTE[0]))
+            ends.append((ys[-1], case, of_case[case]))
+        panel.axhline(0, color=COLORS["softmax"], linewidth=1.2, linestyle=(0, (4, 3)), zorder=1.5)
+        ends.append((0.0, plain, COLORS["softmax"]))
         panel.set_xticks([math.log2(x) for x in lengths], [f"{x:,}" for x in lengths])
         panel.margins(x=0.06)
         panel.set_xlabel("tokens")
@@ -86,8 +86,8 @@ def plot_bars(rows: Sequence[Figures], path: Path, title: str, subtitle: str) ->
     for panel, length in zip(figure.axes, lengths, strict=True):
         values = [ratios[length, case] for case in cases]
         panel.grid(visible=False)
-        panel.barh(cases, values, color=[PALETTE[0], *PALETTE[1:2] * (len(cases) - 1)], height=0.62)
-        panel.axvline(1, color=PALETTE[0], linewidth=1.2, linestyle=(0, (4, 3)))
+        panel.barh(cases, values, color=colors([_form(case) for case in cases]), height=0.62)
+        panel.axvline(1, color=COLORS["softmax"], linewidth=1.2, linestyle=(0, (4, 3)))
         for case, value in zip(cases, values, strict=True):
             panel.annotate(
                 f"{value:.2f}",
@@ -104,6 +104,12 @@ def plot_bars(rows: Sequence[Figures], path: Path, title: str, subtitle: str) ->
     figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color="#222222")
     figure.supxlabel(subtitle, x=0.01, ha="left", fontsize=9.5, color="#666666")
     save(figure, path)
+
+
+def _form(case: str) -> str:
+    """The form that a case is a way to compute."""
+    known = {"MHA softmax": "softmax", "SAS x selective": "sas x selective", "SAS": "sas x softmax"}
+    return known.get(case, "selective" if case.startswith("selective") else case)
 
 
 def _log_axis(axes: Any, low: float, high: float) -> None:

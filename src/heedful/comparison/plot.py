@@ -5,14 +5,14 @@ from pathlib import Path
 from statistics import mean
 
 from heedful.comparison.table import FormSummary
-from heedful.plotting import PALETTE, new_figure, save, spread_labels, titled
+from heedful.plotting import colors, new_figure, save, spread_labels, titled
 
 
 def plot_curves(summaries: Sequence[FormSummary], path: Path, title: str, subtitle: str) -> None:
     """Draw the curves; the label at the end of each line names the form."""
     figure, axes = new_figure()
     ends, names = [], []
-    for color, s in zip(_colors(len(summaries)), summaries, strict=True):
+    for color, s in zip(colors([s.name for s in summaries]), summaries, strict=True):
         n = min(len(run.curve) for run in s.runs)
         tokens = [s.runs[0].curve[i][0] / 1e6 for i in range(n)]
         losses = [[run.curve[i][1] for run in s.runs] for i in range(n)]
@@ -35,7 +35,3 @@ def plot_curves(summaries: Sequence[FormSummary], path: Path, title: str, subtit
     axes.margins(x=0.02)
     titled(axes, title, subtitle)
     save(figure, path)
-
-
-def _colors(n: int) -> list[str]:
-    return [PALETTE[i % len(PALETTE)] for i in range(n)]

@@ -47,8 +47,7 @@ def compare(
     _check_folder(settings, out)
     data = data or load_settings_data(settings.train)
     forms = settings.forms(data.vocab_size, data.context)
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "compare.json", json.dumps(_plain(settings), indent=2) + "\n")
+    prepare(settings, out)
     console.print(f"[bold]data[/bold] {data.description}")
     runs = _Runs(out / "runs", data, console, _timetable(settings, forms, out, console))
     runs.times.announce(forms, data)
@@ -76,6 +75,13 @@ def compare(
             f"are in {out}. Run the same command again to try the failed ones again"
         )
     return results
+
+
+def prepare(settings: CompareSettings, out: Path) -> None:
+    """Make the folder of a comparison, or check that it holds this one; `compare` raises as this does."""
+    _check_folder(settings, out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "compare.json", json.dumps(_plain(settings), indent=2) + "\n")
 
 
 class _Runs:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from heedful.evaluation.kv_budget import BudgetResult
-from heedful.plotting import PALETTE, label_ends, new_figure, save, titled
+from heedful.plotting import colors, label_ends, new_figure, save, titled
 
 
 def plot_budgets(
@@ -40,7 +40,7 @@ def plot_budgets(
     kept = sorted({x for points in lines.values() for x, _ in points})
     _ticks(axes, kept)
     ends = []
-    for color, (policy, points) in zip(_colors(len(lines)), lines.items(), strict=True):
+    for color, (policy, points) in zip(colors(list(lines)), lines.items(), strict=True):
         xs, ys = zip(*sorted(points), strict=True)
         axes.plot(xs, ys, color=color, linewidth=2, marker="o", markersize=4)
         ends.append((ys[-1], policy, color))
@@ -73,11 +73,6 @@ def plot_budgets(
         axes.set_ylabel("loss (nats per token)")
     titled(axes, title, subtitle)
     save(figure, path)
-
-
-def _colors(n: int) -> list[str]:
-    """The first colour of the palette is left to standard attention, as in every figure."""
-    return [PALETTE[1 + i % (len(PALETTE) - 1)] for i in range(n)]
 
 
 def _ticks(axes: Any, kept: Sequence[float]) -> None:

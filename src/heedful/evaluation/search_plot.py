@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from heedful.plotting import PALETTE, new_figure, save, titled
+from heedful.plotting import COLORS, new_figure, save, titled
 
 
 def plot_search(
@@ -29,7 +29,7 @@ def plot_search(
         subtitle: how it was measured.
     """
     figure, axes = new_figure()
-    line, goal = PALETTE[0], PALETTE[1]
+    line, goal = COLORS["selective"], "#666666"
     axes.axhline(target, color=goal, linewidth=1.4, linestyle=(0, (5, 3)))
     axes.plot(kept, losses, color=line, linewidth=2, marker="o", markersize=3.5)
     axes.plot(kept[0], losses[0], "o", markersize=8, markerfacecolor="white", markeredgecolor=line)

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,7 @@ def train(
     data: Data | None = None,
     console: Console | None = None,
     title: str | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> RunResult:
     """Train a model and leave it, with its settings and figures, in a folder.
 
@@ -120,6 +122,7 @@ def train(
         data: loaded data, to share it between runs; default: what the settings name.
         console: where to show progress.
         title: what the progress of one run among many is called; then it takes little room.
+        callbacks: more of Trainer's callbacks.
 
     Returns:
         The figures, also in `out/result.json`; `out/log.jsonl` has the losses while training.
@@ -160,7 +163,7 @@ def train(
             train_dataset=data.train,
             eval_dataset=curve_rows(data.validation),
             data_collator=default_data_collator,
-            callbacks=[timer, progress, stop, LogFile(out / LOG)],
+            callbacks=[timer, progress, stop, LogFile(out / LOG), *callbacks],
         )
         if settings.track == "tensorboard":
             trainer.add_callback(_tensorboard(out))
