@@ -78,7 +78,8 @@ def _attend(
     last = torch.full_like(positions, length) if gone_at is None else gone_at
     last = last.masked_fill(positions < 0, 0)
 
-    grouped = q.view(batch, groups, -1, size)  # heads that share a key head become rows of one product
+    # heads that share a key head become rows of one product; a projection gives them apart from each other
+    grouped = q.reshape(batch, groups, -1, size)
     limits = Limits.of(q, k, start)
     needed = (~(start >= limits.largest_mask) & (last > 0)).any(0)  # a NaN leaves nothing out
     needed[own] = True
