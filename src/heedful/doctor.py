@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import heedful
-from heedful.ops.selective.choice import choose
+from heedful.ops.selective.auto_rule import choose
 from heedful.ops.selective.triton import unavailable
 
 OTHERS = ("triton", "numpy", "peft", "trl")  # installed or not, they matter
@@ -103,7 +103,7 @@ def _kernels() -> Report:
     lengths = (64, 256, 1024, 4096)
     tiny = torch.zeros(1, 1, 1, 32, device=device)
     return {
-        "auto": {f"T = {n:,}": choose(device, torch.float32, n, n) for n in lengths},
+        "auto": {f"T = {n:,}": choose(device, n, n) for n in lengths},
         "auto on": f"{device}, float32",
         "native": _native(),
         "triton": unavailable(tiny, tiny) or "available",

@@ -36,7 +36,7 @@ from heedful.bench.timing import timing
 from heedful.bench.workload import Case, Figures, Workload, measure
 from heedful.cli import main
 from heedful.ops.selective import limits
-from heedful.ops.selective.choice import choose
+from heedful.ops.selective.auto_rule import choose
 
 CPU = torch.device("cpu")
 SMALL = Sizes(n_heads=4, n_kv_heads=2, head_dim=8, value_dim=8)
@@ -209,7 +209,7 @@ def test_command(tmp_path, capfd, monkeypatch):
             for name, ratio in row["ratios"].items():
                 assert ratio == pytest.approx(row["seconds"] / seconds[name])
     picked = {row["case"] for row in rows if row["picked"]}
-    assert picked == {named(choose("cpu", torch.float32, t, t)) for t in (16, 32)}
+    assert picked == {named(choose("cpu", t, t)) for t in (16, 32)}
     assert (tmp_path / "kernels.png").stat().st_size > 10_000
     out, err = capfd.readouterr()
     assert "vs SDPA" in out

@@ -28,8 +28,8 @@ from heedful.bench.forms import (
 )
 from heedful.bench.workload import Case, Workload
 from heedful.ops.selective import limits
+from heedful.ops.selective.auto_rule import choose
 from heedful.ops.selective.blocked import plain_blocked
-from heedful.ops.selective.choice import choose
 
 Work = Literal["prefill", "train"]
 
@@ -132,7 +132,7 @@ class Kernels:
 
     def picked(self, length: int) -> str:
         """The case that `impl="auto"` picks."""
-        return named(choose(self.device.type, self.dtype, length, length))
+        return named(choose(self.device.type, length, length))
 
     def workload(self, work: Work, length: int, dense_up_to: int) -> Workload:
         """Every form at one length.

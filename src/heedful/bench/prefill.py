@@ -11,7 +11,7 @@ from heedful.attention.tokens import Tokens
 from heedful.bench.forms import Form, available, best_plain, named, ours
 from heedful.bench.kernels import Sizes, read
 from heedful.bench.workload import Case, Workload
-from heedful.ops.selective.choice import choose
+from heedful.ops.selective.auto_rule import choose
 
 BUDGET = 512
 
@@ -37,7 +37,7 @@ def prefill_workload(
     q, k, v = sizes.draw(length, device, dtype)
     name, plain = best_plain(lambda form: read(form, q, k, v), device)
     usable, left_out = available(device, dtype)
-    picked = choose(device.type, dtype, length, length)
+    picked = choose(device.type, length, length)
     forms: dict[str, Form] = {name: plain}
     if picked in usable:
         forms[named(picked)] = ours(picked)

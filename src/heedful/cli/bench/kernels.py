@@ -16,20 +16,17 @@ from heedful.cli.bench.common import (
     check_run,
     counted,
     dtype_flag,
-    machine,
     memory_flag,
     numbers,
     run_ceilings,
     run_flags,
     run_workload,
     seconds_flag,
-    shown_time,
     thread_counts,
     threads_flag,
 )
 from heedful.cli.errors import UsageError
 from heedful.cli.parsing import flag, parse
-from heedful.ops.selective import choice
 
 DESCRIPTION = """Measure attention alone: forward ("prefill"), and forward and backward ("train").
 
@@ -43,10 +40,7 @@ flash-linear-attention where installed. Each is first checked to compute what
 it should. The star marks what impl="auto" picks. GFLOP/s count what causal attention needs; GEMM and copy are
 shares of the fastest matrix product and copy that were measured; ± is half the distance between the quartiles.
 With several --threads, of the forms that keep T*T values only x-transformers is measured with all numbers.
-Writes kernels.jsonl, kernels.txt and kernels.png. Ctrl-C keeps the rows measured so far.
-
---write-table measures something else: all implementations at T = 16 ... 8,192, and writes for this device and
-precision the table by which impl="auto" picks."""
+Writes kernels.jsonl, kernels.txt and kernels.png. Ctrl-C keeps the rows measured so far."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -77,7 +71,6 @@ def run(arguments: Sequence[str]) -> int:
                 "measure torch.compile of the naive form; needs a C++ compiler on the CPU",
             ),
             memory_flag(),
-            flag("write_table", bool, False, 'measure and write the table of impl="auto" instead'),
             *run_flags("kernels"),
         ],
         arguments,
@@ -106,9 +99,6 @@ def run(arguments: Sequence[str]) -> int:
     settings |= {"kv_heads": groups, "value_dim": sizes.value_dim}
     report = Report("kernels", values["out"], arguments, device, settings)
     with report.interruptible():
-        if values["write_table"]:
-            _write_table(report, device, dtype, sizes, threads[0], values)
-            return 0
         report.start()
         torch.set_num_threads(threads[0])
         with report.watch("checking that the forms agree"):
@@ -158,30 +148,3 @@ def _plot(report: Report, rows: Sequence[Figures], kernels: Kernels, threads: in
         kernels.picked(max(row.length for row in rows)),
     )
     return path
-
-
-def _write_table(
-    report: Report,
-    device: torch.device,
-    dtype: torch.dtype,
-    sizes: Sizes,
-    threads: int,
-    values: dict[str, Any],
-) -> None:
-    from heedful.bench.table import measure_implementations, write_entry
-
-    torch.set_num_threads(threads)
-
-    def show(length: int, took: dict[str, float]) -> None:
-        ranked = sorted(took, key=took.__getitem__)
-        report.console.print(f"T = {length:>5,}  " + "  ".join(f"{n} {shown_time(took[n])}" for n in ranked))
-
-    with report.watch("every implementation, forward and backward"):
-        seconds = measure_implementations(
-            device, dtype, sizes=sizes, seconds=values["seconds"], progress=show
-        )
-    here = machine(device)
-    about = {name: here[name] for name in ("cpu", "gpu", "torch", "commit", "day")}
-    about |= {"threads": threads, "command": report.command}
-    write_entry(choice.PATH, device, dtype, seconds, about)
-    report.console.print(f"written: {choice.PATH}", soft_wrap=True)

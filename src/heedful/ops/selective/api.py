@@ -18,13 +18,13 @@ from heedful.ops.checks import (
 )
 from heedful.ops.masks import rank_in_segment, visible_keys, voted_keys
 from heedful.ops.precision import no_autocast, to_autocast_dtype
+from heedful.ops.selective.auto_rule import choose
 from heedful.ops.selective.blocked import selective_blocked
-from heedful.ops.selective.choice import choose
-from heedful.ops.selective.count import blocked_count
-from heedful.ops.selective.newest import selective_newest
+from heedful.ops.selective.count_blocked import blocked_count
+from heedful.ops.selective.one_query import selective_one_query
 from heedful.ops.selective.reference import selective_reference
 from heedful.ops.selective.sdpa import selective_sdpa
-from heedful.ops.selective.triton import selective_triton, unavailable
+from heedful.ops.selective.triton import selective_triton
 
 
 class DenseImplementation(Protocol):
@@ -89,8 +89,8 @@ def selective_attention(
         impl: "reference" (the formula, all logits in memory), "sdpa" (F as a bias of PyTorch's fused
             attention), "blocked" (blocks of queries, memory grows with T; keys that are certain to weigh less than
             1e-13 of a row are left out; no double backward), "triton" (kernels for NVIDIA GPUs: float16,
-            bfloat16 and float32, head sizes up to 128), or "auto": the fastest for device, dtype and shape by
-            a table of measurements (`ops/selective/choice.py`).
+            bfloat16 and float32, head sizes up to 128), or "auto": chosen by the rule in
+            `ops/selective/auto_rule.py`.
 
     Returns:
         out: (B, H, T, E) in the dtype of v.
@@ -124,17 +124,16 @@ def selective_attention(
     scale = size**-0.5 if scale is None else scale
     one = impl == "auto" and length == 1
     if impl == "auto" and not one:
-        without = () if q.device.type == "cpu" or unavailable(q, v, select_q) is None else ("triton",)
-        impl = choose(q.device.type, q.dtype, length, n_keys, without)
+        impl = choose(q.device.type, length, n_keys)
     with no_autocast(q.device):
         if impl in BLOCKED:
             check_no_tangent(f"impl={impl!r}", q, k, v, select_q, select_k, soft_mask)
             return BLOCKED[impl](q, k, v, select, soft_mask, key_mask, segment_ids, scale)
         if one and key_mask is None and segment_ids is None:
-            return selective_newest(q, k, v, select, soft_mask, None, None, scale)
+            return selective_one_query(q, k, v, select, soft_mask, None, None, scale)
         visible = visible_keys(length, n_keys, key_mask, segment_ids, q.device)
         voted = voted_keys(visible, rank_in_segment(n_keys, key_mask, segment_ids, q.device))
-        attend = selective_newest if one else DENSE[impl]
+        attend = selective_one_query if one else DENSE[impl]
         return attend(q, k, v, select, soft_mask, visible, voted, scale)
 
 

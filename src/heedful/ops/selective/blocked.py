@@ -17,10 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from heedful.ops.gemm import add_product
 from heedful.ops.precision import no_autocast, wide_dtype
 from heedful.ops.selective.limits import Limits, few
-from heedful.ops.selective.tiles import Tile, Tiles, blocks_of, exclusive_sum
+from heedful.ops.selective.tiles import Tile, Tiles, add_product, blocks_of, exclusive_sum
 
 
 class Needed(NamedTuple):

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from heedful.ops.gemm import product
 from heedful.ops.masks import rank_in_segment
 from heedful.ops.precision import wide_dtype
 
@@ -226,7 +225,7 @@ class Tiles:
 
     def product(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         """The flat product x y^T, in the scratch memory `name`."""
-        return product(x, y, self.scratch(name, *x.shape[:-1], y.shape[-2]))
+        return torch.matmul(x, y.mT, out=self.scratch(name, *x.shape[:-1], y.shape[-2]))
 
     def select_logits(self, tile: Tile) -> Tensor:
         """Scaled logits of selection heads of their own, (B, R, n, w)."""
@@ -313,6 +312,19 @@ class Unit(NamedTuple):
         if isinstance(self.planes, int):
             return x.reshape(-1, x.shape[-1])
         return x.reshape(self.planes.stop - self.planes.start, -1, x.shape[-1])
+
+
+def add_product(total: Tensor, x: Tensor, y: Tensor, *, fresh: bool = False) -> None:
+    """Add `x y` to the total, or put it there.
+
+    Args:
+        total: (m, n), or (planes, m, n).
+        x: (m, d), or (planes, m, d).
+        y: (d, n), or (planes, d, n).
+        fresh: whether to overwrite what is in `total`.
+    """
+    add = total.baddbmm_ if x.ndim == 3 else total.addmm_
+    add(x, y, beta=0 if fresh else 1)
 
 
 def blocks_of(length: int) -> int:

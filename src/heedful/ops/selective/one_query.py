@@ -8,7 +8,7 @@ from heedful.ops.precision import drop_denormals, wide_dtype
 from heedful.ops.selective.reference import per_head
 
 
-def selective_newest(
+def selective_one_query(
     q: Tensor,
     k: Tensor,
     v: Tensor,
