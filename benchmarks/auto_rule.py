@@ -3,8 +3,8 @@
     python benchmarks/auto_rule.py --threads 1 --head-dims 16,32    # some minutes; once per pair and thread count
     python benchmarks/auto_rule.py --table                          # all rows so far
 
-No key is left out, so that times do not depend on the inputs. A form that took more than 2.5 times as long as the fastest
-is not measured at longer T. Rows are appended to auto.jsonl of the folder, and auto.txt is their table.
+No key is left out, so that times do not depend on the inputs. A form that took more than 2.5 times as long as the
+fastest is not measured at longer T. Rows are appended to auto.jsonl of the folder, and auto.txt is their table.
 """
 
 import argparse
