@@ -40,7 +40,7 @@ def test_the_slot_with_most_votes_the_oldest_among_equals(votes, draw, spread):
         assert least_needed_slot(held, slots).item() == expected
 
 
-@pytest.mark.parametrize("impl", ["auto", "sdpa", pytest.param("triton", marks=WITH_TRITON)])
+@pytest.mark.parametrize("impl", ["auto", "products", pytest.param("triton", marks=WITH_TRITON)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(st.integers(0, 10**6), st.sampled_from([(1, 4, 4), (2, 4, 2), (3, 2, 1)]), st.integers(2, 40))
 def test_attend_slots(impl, dtype, seed, sizes, n):
@@ -90,3 +90,12 @@ def test_triton_says_why_it_cannot_run(monkeypatch):
         attend_slots(
             q, k, v, torch.zeros(1, 9), torch.arange(9)[None], torch.tensor([[8]]), 0.3, impl="triton"
         )
+
+
+@pytest.mark.parametrize("impl", ["sdpa", "blocked", "reference", "fast"])
+def test_what_it_does_not_have_raises(impl: str) -> None:
+    q, k, v = drawn(0, (1, 2, 1, 8), (1, 2, 9, 8), (1, 2, 9, 8), dtype=torch.float32)
+    mask = torch.zeros(1, 9)
+    with pytest.raises(ValueError, match=f"impl must be 'auto' or 'products' or 'triton', got {impl!r}"):
+        attend_slots(q, k, v, mask, torch.arange(9)[None], torch.tensor([[8]]), 0.3, impl)
+    assert not mask.any()

@@ -13,7 +13,7 @@ from heedful.attention.score import EvictableScore, LayerLoss
 from heedful.ops.dot_product import masked_softmax, repeat_kv
 from heedful.ops.precision import wide_dtype
 from heedful.ops.selective import memory_share, selective_attention, unmasked_count
-from heedful.ops.selective.api import DENSE, attend_visible
+from heedful.ops.selective.api import attend_visible
 from heedful.ops.selective.pruned import attend_pruned
 from heedful.ops.selective.reference import soft_masks
 from heedful.ops.selective.slots import attend_slots
@@ -41,7 +41,8 @@ class SelectiveScore(EvictableScore):
 
         impl: str = option(
             "auto",
-            "how it is computed: auto, reference (readable, slow), sdpa, blocked (memory grows with T), or triton",
+            "how it is computed: auto, reference (readable, slow), sdpa, blocked (memory grows with T only), or "
+            "triton (NVIDIA GPUs); blocked raises under a budget",
         )
         memory_loss: float = option(
             0.0, "weight of the memory loss, which trains for small caches; paper: 0.1"
@@ -143,7 +144,7 @@ class SelectiveScore(EvictableScore):
         scale: float,
     ) -> tuple[Tensor, Tensor | None]:
         """`softmax(L - F) v` over slots, the votes in place, and who has most of them."""
-        if self.config.impl == "reference":
+        if self.config.impl not in ("auto", "triton"):
             return super().attend_slots(
                 q, k, v, x=x, state=state, positions=positions, newest=newest, scale=scale
             )
@@ -163,7 +164,7 @@ class SelectiveScore(EvictableScore):
         evict: Callable[[Tensor | None], Tensor | None],
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """`softmax(L - F) v` over what is left; F is computed once, for the evictions and the attention."""
-        if self.config.impl in DENSE or q.shape[2] == 1:
+        if self.config.impl != "auto" or q.shape[2] == 1:
             return super().attend_pruned(
                 q, k, v, x=x, state=state, positions=positions, scale=scale, evict=evict
             )

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from heedful.ops.checks import check_choice
 from heedful.ops.dot_product import attention_sdpa
 from heedful.ops.selective.blocked import plain_blocked
 
@@ -27,6 +28,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, *, impl: str
     Returns:
         (B, H, T, E).
     """
+    check_choice("impl", impl, ("auto", "sdpa"))
     kind = q.device.type
     narrow = impl != "sdpa" and v.shape[-1] < q.shape[-1] and q.shape[2] >= LONG
     if narrow and kind == "cpu" and q.dtype.itemsize >= 4 and not torch.is_autocast_enabled(kind):

@@ -157,15 +157,24 @@ def attend_visible(
         visible: (B, T, S) bool, the keys each query attends to.
         voted: (B, T, S) bool, the keys each query may vote on.
         scale: multiplies the logits.
-        impl: "reference", or "sdpa", which also stands in for those that take no ready masks.
+        impl: "reference", "sdpa", or "auto", which is "sdpa".
 
     Returns:
         out (B, H, T, E) and soft_mask (B, 1, S).
+
+    Raises:
+        ValueError: for an `impl` that takes no ready masks.
     """
     _check_impl(impl)
+    impl = "sdpa" if impl == "auto" else impl
+    if impl not in DENSE:
+        raise ValueError(
+            f"impl={impl!r} takes whole sequences only, got keys with ready masks (a cache that evicts); use "
+            f"impl='auto', 'sdpa' or 'reference'"
+        )
     q, k, v = to_autocast_dtype(q, k, v)  # type: ignore[assignment]
     with no_autocast(q.device):
-        return DENSE.get(impl, selective_sdpa)(q, k, v, None, soft_mask, visible, voted, scale)
+        return DENSE[impl](q, k, v, None, soft_mask, visible, voted, scale)
 
 
 def unmasked_count(

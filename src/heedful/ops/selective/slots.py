@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from heedful.ops.checks import check_choice
 from heedful.ops.eviction.selectors import most_voted_slot
 from heedful.ops.precision import drop_denormals, no_autocast, to_autocast_dtype, wide_dtype
-from heedful.ops.selective.triton.available import unavailable
 from heedful.ops.selective.triton.slots import attend_slots_triton
 
 
@@ -31,19 +31,21 @@ def attend_slots(
         positions: (B, C) int64 position of the token in each slot; 0 in slot 0 alone, no slot empty.
         newest: (B, 1) int64, the slot of the query's own token.
         scale: multiplies the logits.
-        impl: "triton" (one launch), another name (two products), or "auto": triton where it can run on CUDA.
+        impl: "triton" (one launch), "products" (two of them), or "auto", which is "products": no GPU run stands in
+            results/ yet that shows the launch faster.
 
     Returns:
         out (B, H, 1, E) in the dtype of v, and as `least_needed_slot` the slot the next token may take, (B, 1).
 
     Raises:
-        ValueError: if `impl` is "triton" and it cannot run these tensors.
+        ValueError: for an unknown `impl`, or if it is "triton" and that cannot run these tensors.
     """
+    check_choice("impl", impl, ("auto", "products", "triton"))
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = to_autocast_dtype(q, k, v)  # type: ignore[assignment]
         with no_autocast(q.device):
             return attend_slots(q, k, v, soft_mask, positions, newest, scale, impl)
-    if impl == "triton" or (impl == "auto" and q.is_cuda and unavailable(q, v) is None):
+    if impl == "triton":
         out, voted, next_slot = attend_slots_triton(q, k, v, soft_mask, positions, newest, scale)
         soft_mask.copy_(voted)
         return out, next_slot
