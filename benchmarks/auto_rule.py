@@ -4,7 +4,8 @@
     python benchmarks/auto_rule.py --table                          # all rows so far
 
 No key is left out, so that times do not depend on the inputs. A form that took more than 2.5 times as long as the
-fastest is not measured at longer T. Rows are appended to auto.jsonl of the folder, and auto.txt is their table.
+fastest at T >= 512 is not measured at longer T. Rows are appended to auto.jsonl of the folder; auto.txt is their
+table.
 """
 
 import argparse
@@ -48,7 +49,8 @@ def measure(
                     **{"low": timing.low, "high": timing.high, "turns": timing.turns},
                     **{"samples": [round(s, 7) for s in timing.samples], "disturbed": timing.disturbed},
                 }
-            left = {n: form for n, form in left.items() if n not in FORMS or took[n] <= HOPELESS * best}
+            if length >= 512:
+                left = {n: form for n, form in left.items() if n not in FORMS or took[n] <= HOPELESS * best}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
