@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
+from heedful.ops.selective.newest import selective_newest
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from heedful.ops.selective.newest import selective_newest
 from heedful.ops.selective.pruned import attend_pruned
 from heedful.ops.selective.slots import attend_slots
 
