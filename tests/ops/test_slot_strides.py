@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from heedful.ops.selective.newest import selective_newest
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from heedful.ops.selective.one_query import selective_one_query
 from heedful.ops.selective.pruned import attend_pruned
 from heedful.ops.selective.slots import attend_slots
 
@@ -107,7 +107,7 @@ def test_attend_slots(seed, sizes, dtype, layouts, others):
 
 
 @given(st.integers(0, 10**6), SIZES, DTYPES, st.tuples(LAYOUT, LAYOUT, LAYOUT), st.booleans(), st.booleans())
-def test_selective_newest(seed, sizes, dtype, layouts, masked, earlier):
+def test_selective_one_query(seed, sizes, dtype, layouts, masked, earlier):
     (q, k, v), generator = draw(seed, sizes, 1, dtype, layouts)
     batch, n = k.shape[0], k.shape[2]
     soft_mask = torch.rand(batch, n - 1, 1, generator=generator, dtype=torch.float64).to(dtype).mT
@@ -118,7 +118,7 @@ def test_selective_newest(seed, sizes, dtype, layouts, masked, earlier):
     voted[..., 0] = voted[..., -1] = False
     expected, after = loop(q, k, v, before if earlier else 0 * before, visible, voted, 0.4)
     masks = (visible, voted) if masked else (None, None)
-    out, got = selective_newest(q, k, v, None, soft_mask if earlier else None, *masks, 0.4)
+    out, got = selective_one_query(q, k, v, None, soft_mask if earlier else None, *masks, 0.4)
     close(out, expected, dtype)
     close(got[:, 0], after, dtype)
 
