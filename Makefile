@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench gpu test test-slow test-cov test-matrix check lint types layers dist-check format clean transformers-latest
+.PHONY: help setup demo bench gpu test test-slow test-cov test-matrix check lint types layers dist-check format clean
 
 # The first interpreter that is new enough; empty when there is none.
 PYTHON ?= $(shell for python in python3.11 python3; do \
@@ -8,8 +8,8 @@ BIN := .venv/bin
 # A pipe fails where its first command fails.
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
-PINNED := .venv-transformers-5.17.0
-LATEST := .venv-transformers-latest
+# The oldest supported transformers, two between, and the newest: the range in pyproject.toml.
+MATRIX := 5.14.0 5.17.0 5.19.0 5.24.0
 
 test test-slow test-cov test-matrix: export HF_HUB_OFFLINE = 1
 test test-slow test-cov test-matrix: export TOKENIZERS_PARALLELISM = false
@@ -63,23 +63,20 @@ test-slow: setup ## run the slow tests
 test-cov: setup ## run the tests of `make test` and report which lines they reach
 	$(BIN)/pytest -n 2 -m "not slow" --cov --cov-report=term:skip-covered --cov-report=xml:build/coverage.xml
 
-test-matrix: $(PINNED)/.installed transformers-latest ## run tests/hf with transformers 5.17.0 and the newest 5.x
-	@for env in $(PINNED) $(LATEST); do \
-		$$env/bin/python -c 'import transformers; print("transformers", transformers.__version__)' && \
-		$$env/bin/pytest -n 2 tests/hf || exit 1; \
+test-matrix: $(MATRIX:%=.venv-transformers-%/.installed) ## run tests/hf with each supported transformers
+	@for version in $(MATRIX); do \
+		python=.venv-transformers-$$version/bin/python; \
+		$$python -c 'import transformers; print("transformers", transformers.__version__)' && \
+		$$python -m pytest -n 2 -m "not slow" tests/hf || exit 1; \
 	done
 
-$(PINNED)/.installed: pyproject.toml constraints-torch.txt
-	$(call venv,$(PINNED))
-	$(PINNED)/bin/python -m pip install --quiet --editable '.[test]' transformers==5.17.0 \
-		--constraint constraints-torch.txt
+# These environments see the packages of .venv: pip adds transformers and what it needs otherwise, not torch again.
+.venv-transformers-%/.installed: .venv/.installed constraints-torch.txt
+	$(call venv,$(@D))
+	@echo "import site; site.addsitedir('$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')')" \
+		> $$(echo $(@D)/lib/python3*/site-packages)/packages.pth
+	$(@D)/bin/python -m pip install --quiet transformers==$* --constraint constraints-torch.txt
 	@touch $@
-
-# No stamp: "newest" is asked again every time.
-transformers-latest:
-	$(call venv,$(LATEST))
-	$(LATEST)/bin/python -m pip install --quiet --upgrade --editable '.[test]' 'transformers<6' \
-		--constraint constraints-torch.txt
 
 DIST := build/dist
 
@@ -110,6 +107,6 @@ format: setup ## fix style and formatting
 	$(BIN)/ruff format
 
 clean: ## remove the environments, caches and build outputs; runs/ stays
-	rm -rf .venv $(PINNED) $(LATEST) build dist
+	rm -rf .venv .venv-transformers-* build dist
 	rm -rf .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

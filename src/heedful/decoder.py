@@ -178,17 +178,16 @@ class Block(nn.Module):
 
 
 class DecoderParts(nn.Module):
-    """The layers of the model and the way through them, shared by every face it has.
+    """The layers below the output projection and the way through them, shared by every face of the model.
 
-    `Decoder` is this with a constructor; the Hugging Face model is this with that library's constructor,
-    so that both have the same parameter names.
+    `Decoder` is this with a constructor and the projection; `heedful.hf.HeedfulModel` is this with
+    transformers' constructor.
     """
 
     embed_tokens: nn.Embedding
     embed_positions: nn.Embedding | None
     layers: nn.ModuleList
     norm: nn.RMSNorm
-    lm_head: nn.Linear
     gradient_checkpointing: bool
     _gradient_checkpointing_func: Callable[..., Any]
 
@@ -199,9 +198,6 @@ class DecoderParts(nn.Module):
         self.embed_positions = nn.Embedding(config.max_positions, config.d_model) if learned else None
         self.layers = nn.ModuleList(Block(config, c) for c in config.attention_configs())
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        if config.tie_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight
         self.gradient_checkpointing = False
         self._gradient_checkpointing_func = _checkpoint
 
@@ -283,8 +279,6 @@ class DecoderParts(nn.Module):
             module.reset_parameters()
         elif isinstance(module, DecoderParts):
             nn.init.ones_(module.norm.weight)
-            if module.lm_head.weight is not module.embed_tokens.weight:
-                nn.init.normal_(module.lm_head.weight, std=module.lm_head.in_features**-0.5)
 
     def _positions(
         self,
@@ -314,7 +308,12 @@ class Decoder(DecoderParts):
             raise TypeError(f"Decoder takes a config or its fields, not both; got {sorted(fields)} as well")
         self.config = config if config is not None else DecoderConfig(**fields)
         self.add_parts(self.config)
+        self.lm_head = nn.Linear(self.config.d_model, self.config.vocab_size, bias=False)
+        if self.config.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
         self.apply(self.reset_module)
+        if not self.config.tie_embeddings:
+            reset_head(self.lm_head)
 
     def forward(
         self,
@@ -337,6 +336,11 @@ class Decoder(DecoderParts):
         """
         hidden = self.hidden_states(input_ids, key_mask=key_mask, segment_ids=segment_ids, caches=caches)
         return self.lm_head(hidden)
+
+
+def reset_head(head: nn.Linear) -> None:
+    """Fresh weights for a projection from the last hidden states: outputs of unit variance."""
+    nn.init.normal_(head.weight, std=head.in_features**-0.5)
 
 
 def _checkpoint(layer: nn.Module, *args: Any) -> Any:

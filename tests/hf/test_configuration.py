@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from heedful import Decoder
 from heedful.hf import HeedfulConfig, HeedfulForCausalLM
+from heedful.hf.convert import decoder_names
 
 
 def test_import_registers(make_config: Callable[..., HeedfulConfig]):
@@ -32,7 +33,7 @@ def test_heedful_alone_is_light():
 def test_parameters_of_the_decoder(make_config: Callable[..., HeedfulConfig], attention: Any, tie: bool):
     config = make_config(attention, "selective", tie_word_embeddings=tie)
     model, plain = HeedfulForCausalLM(config), Decoder(config.to_decoder_config())
-    ours, theirs = model.state_dict(), plain.state_dict()
+    ours, theirs = decoder_names(model.state_dict()), plain.state_dict()
     assert {n: w.shape for n, w in ours.items()} == {n: w.shape for n, w in theirs.items()}
     plain.load_state_dict(ours)
     ids = torch.arange(8)[None]
@@ -48,7 +49,7 @@ def test_starts_as_the_decoder_does(make_config: Callable[..., HeedfulConfig], a
     starts = []
     for make in (HeedfulForCausalLM, lambda c: Decoder(c.to_decoder_config())):
         torch.manual_seed(0)
-        starts.append(make(config).state_dict())
+        starts.append(decoder_names(make(config).state_dict()))
     for name, weight in starts[0].items():
         assert torch.equal(weight, starts[1][name]), name
 

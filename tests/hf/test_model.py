@@ -10,6 +10,7 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache, Trainer, TrainingArguments
+from transformers.generation.continuous_batching import PagedAttentionCache
 
 from heedful.hf import HeedfulCache, HeedfulConfig, HeedfulForCausalLM
 
@@ -157,7 +158,16 @@ def test_trainer_keeps_the_columns(make_config: Callable[..., Any], tmp_path: Pa
 
 
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "paged-cache": ({"cache": 1}, TypeError, r"unknown arguments \['cache'\]; paged caches and continuous"),
+    "paged-cache": (
+        {"cache": PagedAttentionCache.__new__(PagedAttentionCache)},
+        TypeError,
+        "must be a heedful.hf.HeedfulCache, got PagedAttentionCache.*paged",
+    ),
+    "two-caches": (
+        {"cache": HeedfulCache(2), "past_key_values": HeedfulCache(2)},
+        ValueError,
+        "give the cache once",
+    ),
     "typo": ({"attention_maks": 1}, TypeError, r"unknown arguments \['attention_maks'\]"),
     "weights": ({"output_attentions": True}, ValueError, "output_attentions is not supported"),
     "dynamic-cache": (

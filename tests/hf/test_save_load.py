@@ -66,7 +66,13 @@ def test_round_trip_in_a_fresh_process(make_config: Callable[..., Any], ids: Ten
                 parameter.add_(0.01 * torch.randn_like(parameter))  # nothing is at its start any more
         model.save_pretrained(tmp_path / name)
         files = {p.name for p in (tmp_path / name).iterdir()}
-        assert files == {"config.json", "generation_config.json", "model.safetensors"}
+        assert files == {
+            "config.json",
+            "generation_config.json",
+            "model.safetensors",
+            "modeling_heedful.py",
+            "README.md",
+        }
         expected = {
             "state": model.state_dict(),
             "ids": ids,
@@ -145,7 +151,7 @@ def test_no_weights(saved: Path):
 
 def test_weights_that_do_not_fit(saved: Path):
     weights = load_file(saved / "model.safetensors")
-    name = "layers.0.attention.q_expand.conv1.weight"
+    name = "model.layers.0.attention.q_expand.conv1.weight"
     lost = {n: w for n, w in weights.items() if n != name}
     save_file(lost, saved / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"do not fit its config\.json: .*missing_keys.*q_expand") as error:

@@ -134,14 +134,16 @@ def test_weight_decay_groups(
     monkeypatch.setattr(run_module, "LanguageModelTrainer", Spy)
     s = settings(attention="sas", attention_options={"init": "identity"}, weight_decay=0.3, steps=1)
     quiet_train(s, tmp_path / "run")
-    attention = "layers.0.attention."
+    attention = "model.layers.0.attention."
     expands = [f"{attention}{part}_expand." for part in "qkv"]
     taps = {f"{e}conv1.weight" for e in expands} | {f"{e}lin1.weight" for e in expands[:2]}
     assert set(groups) == {0.3, 0.0}
     assert taps <= groups[0.0]
     assert all("norm" in name or "bias" in name or name in taps for name in groups[0.0])
     assert {f"{e}conv2.weight" for e in expands} <= groups[0.3]
-    assert {"embed_tokens.weight", f"{attention}q_proj.weight", f"{attention}o_proj.weight"} <= groups[0.3]
+    assert {"model.embed_tokens.weight", f"{attention}q_proj.weight", f"{attention}o_proj.weight"} <= groups[
+        0.3
+    ]
     named = {name for name, _ in load_model(tmp_path / "run").named_parameters()}
     assert groups[0.3] | groups[0.0] == named
 

@@ -27,8 +27,8 @@ from torch.nn import functional as F
 
 from heedful.attention.eviction import EvictingCache, get_policy
 from heedful.data import TokenDataset
-from heedful.decoder import DecoderParts
 from heedful.hf.cache import layer_budgets
+from heedful.hf.modeling import HeedfulForCausalLM
 from heedful.ops.masks import rank_in_segment
 
 
@@ -121,7 +121,7 @@ class BudgetedLoss:
     """
 
     def __init__(
-        self, model: DecoderParts, rows: TokenDataset, policy: str = "selective", batch_size: int = 32
+        self, model: HeedfulForCausalLM, rows: TokenDataset, policy: str = "selective", batch_size: int = 32
     ) -> None:
         check_policy(model, policy)
         if "segment_ids" in rows.tensors:
@@ -199,7 +199,7 @@ class BudgetedLoss:
         return F.cross_entropy(logits, targets[labelled], reduction="none").double().sum().item()
 
 
-def check_policy(model: DecoderParts, policy: str) -> None:
+def check_policy(model: HeedfulForCausalLM, policy: str) -> None:
     """Raise ValueError for an unknown policy, or one that needs selective layers where some are not."""
     needed = get_policy(policy).ranks_by
     if needed is None:
@@ -272,7 +272,7 @@ class BudgetSearch:
 
     def __init__(
         self,
-        model: DecoderParts,
+        model: HeedfulForCausalLM,
         rows: TokenDataset,
         target: float,
         *,

@@ -97,26 +97,27 @@ class HeedfulConfig(PreTrainedConfig):
 
     def to_decoder_config(self) -> DecoderConfig:
         """The same model in the decoder's terms."""
-        return DecoderConfig(
-            vocab_size=self.vocab_size,
-            d_model=self.hidden_size,
-            n_layers=self.num_hidden_layers,
-            n_heads=self.num_attention_heads,
-            n_kv_heads=self.num_key_value_heads,
-            head_dim=self.head_dim,
-            d_ff=self.intermediate_size,
-            max_positions=self.max_position_embeddings,
-            attention=self.attention,
-            attention_options=self.attention_options or {},
-            score=self.score,
-            score_options=self.score_options or {},
-            positions=self.positions,
-            rope_theta=self.rope_theta,
-            qk_norm=self.qk_norm,
-            qk_norm_position=self.qk_norm_position,
-            norm_eps=self.rms_norm_eps,
-            attention_bias=self.attention_bias,
-            init_logit_std=self.init_logit_std,
-            tie_embeddings=self.tie_word_embeddings,
-            dropout=self.dropout,
-        )
+        return DecoderConfig(**{theirs: getattr(self, ours) for theirs, ours in _NAMES.items()})
+
+    @classmethod
+    def from_decoder_config(cls, config: DecoderConfig) -> "HeedfulConfig":
+        """The config of the same model, from the decoder's terms."""
+        return cls(**{ours: getattr(config, theirs) for theirs, ours in _NAMES.items()})
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing to do: transformers would copy the source of this class into every saved folder."""
+
+
+_OTHER_NAMES = {
+    "d_model": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "d_ff": "intermediate_size",
+    "max_positions": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+}
+_NAMES = {f.name: _OTHER_NAMES.get(f.name, f.name) for f in fields(DecoderConfig)}
+"""A field of `DecoderConfig` -> its name here."""

@@ -6,6 +6,7 @@ import torch
 
 from heedful.hf.cache import HeedfulCache
 from heedful.hf.modeling import HeedfulForCausalLM
+from heedful.hf.names import output_cache
 
 
 def continue_text(
@@ -54,4 +55,4 @@ def continue_text(
         streamer=streamer,
         **sampling,
     )
-    return tokenizer.decode(output.sequences[0], skip_special_tokens=True), output.past_key_values
+    return tokenizer.decode(output.sequences[0], skip_special_tokens=True), output_cache(output)

@@ -5,17 +5,18 @@ from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from heedful.attention.eviction import get_policy
 from heedful.attention.score import LayerLoss
-from heedful.decoder import DecoderParts
+from heedful.decoder import reset_head
+from heedful.hf.backbone import HeedfulModel, HeedfulPreTrainedModel, returns_dict
 from heedful.hf.cache import HeedfulCache, check_cache
 from heedful.hf.configuration import HeedfulConfig
+from heedful.hf.names import CACHE, one_cache, output_cache
 
-# What Trainer and generate pass along and this model may ignore or hands to the loss.
-_PASSED_ALONG = {"num_items_in_batch", "return_dict", "cache_position", "output_attentions"}
+PREFIX = "model."
 
 
 @dataclass
@@ -28,39 +29,49 @@ class HeedfulOutput(CausalLMOutputWithPast):
     """(B, T) per layer that trains a memory loss: the tokens each query still holds, softly counted."""
 
 
-class HeedfulForCausalLM(PreTrainedModel, DecoderParts, GenerationMixin):
+class HeedfulForCausalLM(HeedfulPreTrainedModel, GenerationMixin):
     """A causal language model with any registered attention and score.
 
-    The parameter names are those of `heedful.Decoder`. Trains with `Trainer`, samples with `generate`,
-    saves as config.json and safetensors.
+    Trains with `Trainer`, samples with `generate`, saves as config.json and safetensors. Weights under the
+    names of `heedful.Decoder`, as they were saved before there was a backbone, load as well.
     """
 
-    config_class = HeedfulConfig
-    base_model_prefix = ""
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["Block"]
-    _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: HeedfulConfig) -> None:
         super().__init__(config)
-        self.add_parts(config.to_decoder_config())
+        # The projection is drawn first, so that a seed gives the weights that it gives a Decoder.
+        lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.model = HeedfulModel(config)
+        self.lm_head = lm_head
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.register_load_state_dict_pre_hook(_rename_decoder_weights)
         self.post_init()
 
-    def _init_weights(self, module: torch.nn.Module) -> None:
-        self.reset_module(module)
+    def reset_own(self) -> None:
+        """Fresh weights for the output projection, unless it is the embedding."""
+        if self.lm_head.weight is not self.model.embed_tokens.weight:
+            reset_head(self.lm_head)
 
-    def _initialize_weights(self, module: torch.nn.Module, is_custom_code: bool = False) -> None:
-        # For code outside transformers this skips every module without parameters of its own, Block among
-        # them. Ours resets through torch.nn.init, where loaded parameters are marked and left alone.
-        super()._initialize_weights(module, False)
+    @property
+    def layers(self) -> torch.nn.ModuleList:
+        """The blocks of the backbone."""
+        return self.model.layers
 
-    def get_input_embeddings(self) -> torch.nn.Embedding:
-        """The token embedding."""
-        return self.embed_tokens
+    @property
+    def embed_tokens(self) -> torch.nn.Embedding:
+        """The token embedding of the backbone."""
+        return self.model.embed_tokens
 
-    def set_input_embeddings(self, value: torch.nn.Module) -> None:
-        """Replace the token embedding."""
-        self.embed_tokens = value  # type: ignore[assignment]
+    @property
+    def norm(self) -> torch.nn.RMSNorm:
+        """The last norm of the backbone."""
+        return self.model.norm
+
+    def hidden_states(self, *args: Any, **kwargs: Any) -> Tensor:
+        """`DecoderParts.hidden_states` of the backbone."""
+        return self.model.hidden_states(*args, **kwargs)
 
     def get_output_embeddings(self) -> torch.nn.Linear:
         """The projection to logits."""
@@ -82,6 +93,7 @@ class HeedfulForCausalLM(PreTrainedModel, DecoderParts, GenerationMixin):
         segment_ids: Tensor | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: HeedfulCache | None = None,
         **kwargs: Any,
     ) -> HeedfulOutput | tuple:
         """Next-token logits, and the loss where labels are given.
@@ -96,62 +108,50 @@ class HeedfulForCausalLM(PreTrainedModel, DecoderParts, GenerationMixin):
             attention_mask: (B, S) of 1 = real and 0 = padding, over cached and new tokens.
             position_ids: (B, T); default: counted over the real tokens of each row and segment. Without a
                 mask or a cache, positions that start over mark packed documents, as `segment_ids` do.
-            past_key_values: what an earlier call returned.
+            past_key_values: what an earlier call returned; `cache` is its name from transformers 5.24 on, and
+                either works with any.
             inputs_embeds: (B, T, C) embeddings instead of ids.
             labels: (B, T) token ids, -100 = ignored; shifted inside, as in every causal LM here.
             use_cache: return a cache; default the config's, and never while gradients are on.
             segment_ids: (B, T) integers for packed documents: attention stays inside each.
             output_hidden_states: return the input of every layer and the last hidden state.
             logits_to_keep: compute logits for the last n positions only (0 = all), or for an index.
-            **kwargs: `num_items_in_batch` for the loss; anything unknown raises.
+            cache: see `past_key_values`.
+            **kwargs: `num_items_in_batch` for the loss; what collators say of packed documents
+                (`HeedfulModel.forward`); anything unknown raises.
 
         Raises:
-            TypeError: for an unknown argument or a foreign cache.
-            ValueError: if a shape does not fit.
+            TypeError: for an unknown argument or a foreign cache, paged ones among them.
+            ValueError: if a shape does not fit, or for `output_attentions`.
         """
-        self._check_kwargs(kwargs)
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds, one of them")
-        if use_cache is None:
-            trains = self.training and labels is not None
-            use_cache = self.config.use_cache and not torch.is_grad_enabled() and not trains
-        cache = None
-        if past_key_values is not None:
-            cache = check_cache(past_key_values, len(self.layers))
-        elif use_cache:
-            cache = HeedfulCache(len(self.layers))
-        given = input_ids if input_ids is not None else inputs_embeds
-        assert given is not None
-        batch, length = given.shape[:2]
-        if position_ids is not None and segment_ids is None and attention_mask is None and cache is None:
-            segment_ids = segments_of(position_ids, batch)
-        if segment_ids is not None and cache is None and one_segment_each(segment_ids, (batch, length)):
-            segment_ids = None  # attention without masks is faster
-        if output_hidden_states is None:
-            output_hidden_states = getattr(self.config, "output_hidden_states", False)
-        collected: list[Tensor] | None = [] if output_hidden_states else None
-        losses: list[LayerLoss] | None = [] if self.training and labels is not None else None
-        if losses is not None and cache is not None and self._trains_memory():
+        items = kwargs.pop("num_items_in_batch", None)
+        with_tuple = not returns_dict(self, kwargs)
+        cache = one_cache(past_key_values, cache)
+        trains = self.training and labels is not None
+        losses: list[LayerLoss] | None = [] if trains else None
+        if use_cache is None and trains:
+            use_cache = False
+        if trains and (use_cache or cache is not None) and self._trains_memory():
             raise ValueError(
                 "the memory loss cannot be computed with a cache; leave out use_cache and the cache"
             )
-        hidden = self.hidden_states(
+        below: Any = self.model(
             input_ids,
-            embeds=inputs_embeds,
-            positions=position_ids,
-            key_mask=self._key_mask(attention_mask, batch, length, cache),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
             segment_ids=segment_ids,
-            caches=cache.memories if cache is not None else None,
-            collect=collected,
+            output_hidden_states=output_hidden_states,
+            cache=cache,
             losses=losses,
+            **{**kwargs, "return_dict": True},
         )
-        if cache is not None:
-            cache.tick()
+        hidden = below.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden[:, kept])
         loss = memory_loss = None
         if labels is not None:
-            items = kwargs.get("num_items_in_batch")
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, num_items_in_batch=items
             )
@@ -162,15 +162,12 @@ class HeedfulForCausalLM(PreTrainedModel, DecoderParts, GenerationMixin):
         output = HeedfulOutput(
             loss=loss,
             logits=logits,
-            past_key_values=cache if use_cache or past_key_values is not None else None,
-            hidden_states=tuple(collected) if collected is not None else None,
+            hidden_states=below.hidden_states,
             memory_loss=None if memory_loss is None else memory_loss.detach(),
             kept_tokens=tuple(own.kept for own in losses) if losses else None,
+            **{CACHE: output_cache(below)},
         )
-        return_dict = kwargs.get("return_dict")
-        if return_dict is None:
-            return_dict = getattr(self.config, "return_dict", True)
-        return output if return_dict else output.to_tuple()
+        return output.to_tuple() if with_tuple else output
 
     @torch.no_grad()
     def generate(
@@ -206,9 +203,11 @@ class HeedfulForCausalLM(PreTrainedModel, DecoderParts, GenerationMixin):
         get_policy(kv_policy)
         if kwargs.get("segment_ids") is not None:
             raise ValueError("generate() continues one text per row: leave out segment_ids")
+        if (cache := one_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))) is not None:
+            kwargs[CACHE] = cache
         given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
         use_cache = kwargs.get("use_cache", getattr(given, "use_cache", None))
-        own_cache = kwargs.get("past_key_values") is not None or use_cache is False
+        own_cache = cache is not None or use_cache is False
         asked = kv_budget not in (None, "full") or kv_threshold is not None or kv_evict_every != 1
         if asked and own_cache:
             raise ValueError(
@@ -217,9 +216,7 @@ class HeedfulForCausalLM(PreTrainedModel, DecoderParts, GenerationMixin):
             )
         budget = self._budget(kv_budget)
         if (budget != "full" or asked) and not own_cache:
-            kwargs["past_key_values"] = HeedfulCache(
-                len(self.layers), budget, kv_policy, kv_evict_every, kv_threshold
-            )
+            kwargs[CACHE] = HeedfulCache(len(self.layers), budget, kv_policy, kv_evict_every, kv_threshold)
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     @torch.no_grad()
@@ -255,7 +252,7 @@ class HeedfulForCausalLM(PreTrainedModel, DecoderParts, GenerationMixin):
         if reduction not in ("mean", "none"):
             raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
         cache = HeedfulCache(len(self.layers), self._budget(kv_budget), policy, evict_every, threshold)
-        logits = self(ids, attention_mask=attention_mask, past_key_values=cache).logits[:, :-1].float()
+        logits = self(ids, attention_mask=attention_mask, cache=cache).logits[:, :-1].float()
         nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
         if attention_mask is not None:
             counted = (attention_mask[:, 1:] * attention_mask[:, :-1]).bool()
@@ -272,7 +269,7 @@ class HeedfulForCausalLM(PreTrainedModel, DecoderParts, GenerationMixin):
         rows = torch.stack([own.loss for own in losses]).sum(0) / len(self.layers)
         counted = (labels[:, 1:] != -100).sum(-1)
         loss = rows.mean() if items is None else (rows * counted).sum() / items
-        if torch.is_grad_enabled() and self.gradient_checkpointing and not loss.requires_grad:
+        if torch.is_grad_enabled() and self.model.gradient_checkpointing and not loss.requires_grad:
             raise ValueError(
                 "the memory loss has no gradient under reentrant gradient checkpointing; use "
                 'gradient_checkpointing_kwargs={"use_reentrant": False}'
@@ -304,59 +301,23 @@ class HeedfulForCausalLM(PreTrainedModel, DecoderParts, GenerationMixin):
                 f"cache_implementation={implementation!r} is not supported: heedful has its own cache; "
                 f"leave it out"
             )
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         if cache is not None:
             check_cache(cache, len(self.layers))
         elif generation_config.use_cache:
-            cache = model_kwargs["past_key_values"] = HeedfulCache(len(self.layers))
+            cache = model_kwargs[CACHE] = HeedfulCache(len(self.layers))
         for memory in cache.memories if cache is not None else []:
             # Assisted decoding turns it on; a cache that comes from there must not go on recording.
             memory.recording = bool(generation_config.is_assistant)
 
-    def _check_kwargs(self, kwargs: dict[str, Any]) -> None:
-        unknown = set(kwargs) - _PASSED_ALONG
-        if unknown:
-            # Continuous batching, for one, passes `cache=` and expects paged attention.
-            raise TypeError(
-                f"HeedfulForCausalLM.forward got unknown arguments {sorted(unknown)}; paged caches and "
-                f"continuous batching are not supported"
-            )
-        if kwargs.get("output_attentions"):
-            raise ValueError("output_attentions is not supported: attention weights are never kept")
 
-    def _key_mask(
-        self, attention_mask: Tensor | None, batch: int, length: int, cache: HeedfulCache | None
-    ) -> Tensor | None:
-        """The new tokens' part of the mask; None where nothing was ever padded, which is faster."""
-        if attention_mask is None:
-            return None
-        expected = (batch, length + (cache.seen if cache is not None else 0))
-        if tuple(attention_mask.shape) != expected:
-            raise ValueError(
-                f"attention_mask must cover cached and new tokens, shape {expected}, "
-                f"got {tuple(attention_mask.shape)}"
-            )
-        mask = attention_mask[:, -length:].bool()
-        padded = cache is not None and cache.memories[0].padded
-        if padded or torch.compiler.is_compiling():
-            return mask
-        # Asking a device would make every decoding step wait for it; new tokens of generate() are real.
-        waits = mask.device.type != "cpu" and length == 1 and cache is not None and cache.seen
-        return mask if waits or not bool(mask.all()) else None
+def hugging_face_name(name: str) -> str:
+    """The name of a weight of `Decoder` in `HeedfulForCausalLM`; a name that is one already stays."""
+    return name if name.startswith((PREFIX, "lm_head.")) else PREFIX + name
 
 
-def one_segment_each(segment_ids: Tensor, shape: tuple[int, int]) -> bool:
-    """Whether sound segment ids, (B, T) integers, say nothing: every row is one document."""
-    sound = tuple(segment_ids.shape) == shape and segment_ids.dtype in (torch.int32, torch.int64)
-    if not sound or torch.compiler.is_compiling():
-        return False
-    return bool((segment_ids == segment_ids[:, :1]).all())
-
-
-def segments_of(position_ids: Tensor, batch: int) -> Tensor | None:
-    """Segment ids (B, T) of packed documents, whose positions start over; None where none do."""
-    breaks = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    if not torch.compiler.is_compiling() and not bool(breaks.any()):
-        return None
-    segments = torch.nn.functional.pad(breaks.long().cumsum(-1), (1, 0))
-    return segments.expand(batch, -1)
+def _rename_decoder_weights(model: torch.nn.Module, weights: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Let `load_state_dict` take the weights of a `Decoder`."""
+    flat = "layers.", "embed_tokens.", "embed_positions.", "norm."
+    for name in [name for name in weights if name.removeprefix(prefix).startswith(flat)]:
+        weights[prefix + hugging_face_name(name.removeprefix(prefix))] = weights.pop(name)

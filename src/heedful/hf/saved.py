@@ -1,0 +1,102 @@
+"""What a saved model's folder holds beside config and weights: a module that loads it, and its card."""
+
+import textwrap
+from pathlib import Path
+from typing import Any
+
+MODULE = "modeling_heedful"
+CARD = "README.md"
+AUTO_MAP = {
+    "AutoConfig": f"{MODULE}.HeedfulConfig",
+    "AutoModel": f"{MODULE}.HeedfulModel",
+    "AutoModelForCausalLM": f"{MODULE}.HeedfulForCausalLM",
+    "AutoModelForSequenceClassification": f"{MODULE}.HeedfulForSequenceClassification",
+}
+_SOURCE = '''\
+"""By this file transformers loads the model with trust_remote_code=True; the code is the package heedful."""
+
+try:
+    from heedful.hf import (
+        HeedfulConfig,
+        HeedfulForCausalLM,
+        HeedfulForSequenceClassification,
+        HeedfulModel,
+    )
+except ModuleNotFoundError as error:
+    if error.name != "heedful":
+        raise
+    raise ImportError('this model needs heedful; install it with: pip install "heedful[lm]"') from error
+'''
+
+
+def write_beside(model: Any, folder: Path, facts: dict[str, str] | None = None) -> None:
+    """Write the module, and a card unless there is one; name the module in the model's config.
+
+    Args:
+        model: a heedful model, about to be saved in `folder`.
+        folder: made if missing.
+        facts: lines for the card that the model does not know, such as its data and its loss.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config.auto_map = dict(AUTO_MAP)
+    (folder / f"{MODULE}.py").write_text(_SOURCE, encoding="utf-8")
+    if facts or not (folder / CARD).exists():
+        (folder / CARD).write_text(card(model, facts or {}), encoding="utf-8")
+
+
+def card(model: Any, facts: dict[str, str]) -> str:
+    """A model card in Markdown: what the model is, and how to load it."""
+    config = model.config
+    budgets = kept_words(model)
+    lines = {
+        "form": f"attention {words(config.attention)}, score {words(config.score)}",
+        "size": f"{model.num_parameters() / 1e6:.3g} M parameters, {config.num_hidden_layers} layers of width "
+        f"{config.hidden_size}, vocabulary of {config.vocab_size}",
+        **facts,
+        "cache": budgets,
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in lines.items())
+    causal = type(model).__name__ == "HeedfulForCausalLM"
+    auto = "AutoModelForCausalLM" if causal else AUTO_BY_CLASS.get(type(model).__name__, "AutoModel")
+    head = textwrap.dedent(
+        f"""\
+        ---
+        library_name: transformers
+        {"pipeline_tag: text-generation" if causal else "tags: [heedful]"}
+        ---
+
+        # A heedful model
+
+        | | |
+        |---|---|
+        """
+    )
+    usage = textwrap.dedent(
+        f"""\
+
+        ```python
+        from transformers import {auto}  # pip install "heedful[lm]"
+
+        model = {auto}.from_pretrained("path/to/this/folder", trust_remote_code=True)
+        ```
+
+        After `import heedful.hf` it loads without `trust_remote_code`.
+        """
+    )
+    return f"{head}{table}\n{usage}"
+
+
+AUTO_BY_CLASS = {value.partition(".")[2]: name for name, value in AUTO_MAP.items()}
+
+
+def words(form: str | list[str]) -> str:
+    """A form's name, or the names by layer."""
+    return form if isinstance(form, str) else ", ".join(form)
+
+
+def kept_words(model: Any) -> str:
+    """How much the cache holds by default."""
+    budgets = model.config.kv_budgets
+    if budgets is None:
+        return "holds every token, unless generate is given a kv_budget"
+    return f"holds {', '.join(map(str, budgets))} tokens, by layer"
