@@ -37,6 +37,8 @@ def test_files(settings: Settings, quiet_train: Train, tmp_path: Path):
         "log.jsonl",
         "model.safetensors",
         "result.json",
+        "README.md",
+        "modeling_heedful.py",
         "tokenizer.json",
         "tokenizer_config.json",
         "train.json",
