@@ -21,6 +21,9 @@ class SharedKV(heedful.Attention):
         self.kv_proj = nn.Linear(self.config.d_model, width, bias=False)
         self.reset_parameters()
 
+    def logit_projections(self):
+        return [self.q_proj]  # a smaller kv_proj would make the values smaller, too
+
     def project(self, x, positions):
         q = self.split_heads(self.q_proj(x), self.config.n_heads)
         kv = self.split_heads(self.kv_proj(x), self.config.n_heads)

@@ -326,6 +326,9 @@ class SharedKeyValue(Attention):
         self.kv_proj = nn.Linear(config.d_model, config.kv_heads * config.size, bias=config.bias)
         self.reset_parameters()
 
+    def logit_projections(self) -> list[nn.Linear]:
+        return [self.q_proj]
+
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         q = self.split_heads(self.q_proj(x), self.config.n_heads)
         v = self.split_heads(self.kv_proj(x), self.config.kv_heads)

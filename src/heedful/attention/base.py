@@ -181,10 +181,24 @@ class Attention(nn.Module):
             for norm in (self.q_norm, self.k_norm):
                 nn.init.constant_(norm.weight, self.config.init_logit_std**0.5)
         else:
-            for name in ("q_proj", "k_proj"):
-                if isinstance(projection := getattr(self, name, None), nn.Linear):
-                    gain = self.config.init_logit_std**0.5
-                    nn.init.normal_(projection.weight, std=gain * projection.in_features**-0.5)
+            projections = self.logit_projections()
+            gain = self.config.init_logit_std ** (1 / len(projections))
+            for projection in projections:
+                nn.init.normal_(projection.weight, std=gain * projection.in_features**-0.5)
+
+    def logit_projections(self) -> list[nn.Linear]:
+        """The projections that make the logits and nothing else; asked where there is no QK-norm.
+
+        They share `init_logit_std` evenly: two of them, as q and k, get its square root each. A form whose keys are
+        its values, too, names the queries' alone.
+
+        Raises:
+            NotImplementedError: if the form does not say.
+        """
+        raise NotImplementedError(
+            f"without QK-norm {type(self).__name__} must say which projections start smaller, so that its logits "
+            f"start at init_logit_std: write logit_projections(), e.g. return [self.q_proj, self.k_proj]"
+        )
 
     @torch.no_grad()
     def measured_cache_bytes(self) -> int:

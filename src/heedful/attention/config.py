@@ -1,7 +1,7 @@
 """Configs of forms: frozen dataclasses that know parameters and FLOPs before anything is built."""
 
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass, field, fields
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
@@ -193,6 +193,10 @@ class AttentionConfig(HeadOptions):
         """The size of v and of a head's output."""
         return self.size
 
+    def reference(self) -> Self:
+        """The same, computed by the readable steps that define it."""
+        return replace(self, score=replace(self.score_config, impl="reference"))
+
     # What it costs.
 
     def parameter_count(self) -> int:
@@ -206,15 +210,12 @@ class AttentionConfig(HeadOptions):
     def flops_per_token(self, context: int) -> int:
         """Forward FLOPs per token at a full `context` (T x S square); a multiply-add is 2.
 
-        A form that does not override it is traced on the meta device, with `impl="reference"`.
+        A form that does not override it is traced on the meta device, as `reference`.
         """
-        import dataclasses
-
         from torch.utils.flop_counter import FlopCounterMode
 
-        plain = dataclasses.replace(self, score=dataclasses.replace(self.score_config, impl="reference"))
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
-            plain.build()(torch.zeros(1, context, self.d_model))
+            self.reference().build()(torch.zeros(1, context, self.d_model))
         return counter.get_total_flops() // context
 
     def cache_bytes_per_token(self, bytes_per_value: int = 4) -> int:

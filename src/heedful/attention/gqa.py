@@ -96,6 +96,10 @@ class GroupedQueryAttention(Attention):
         self.v_proj = nn.Linear(config.d_model, kv_size, bias=config.bias)
         self.reset_parameters()
 
+    def logit_projections(self) -> list[nn.Linear]:
+        """Of queries and of keys."""
+        return [self.q_proj, self.k_proj]
+
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Q (B, H, T, D); k and v (B, G, T, D)."""
         q = self.split_heads(self.q_proj(x), self.config.n_heads)

@@ -1,5 +1,6 @@
 """SAS, Simulated Attention Score: many wide heads from few narrow ones."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -39,6 +40,10 @@ class SASConfig(AttentionConfig):
         "expanded", "what is cached: expanded keys (fast) or compact ones (small, expanded when read)"
     )
 
+    expand_impl: Literal["auto", "reference", "blocked"] = option(
+        "auto", "how the expansions are computed: auto, reference (readable, slow) or blocked (in pieces)"
+    )
+
     qk_dim_name: ClassVar[str] = "sim_head_dim"
 
     def check(self) -> None:
@@ -63,6 +68,10 @@ class SASConfig(AttentionConfig):
                 f"kernel_size must be odd, so that it has a centre, got {self.kernel_size}; "
                 f"use {self.kernel_size - 1} or {self.kernel_size + 1}"
             )
+
+    def reference(self) -> "SASConfig":
+        """Readable expansions and a readable score."""
+        return dataclasses.replace(super().reference(), expand_impl="reference")
 
     @property
     def score_heads(self) -> int:
@@ -221,7 +230,7 @@ class SASAttention(Attention):
         self.k_proj = nn.Linear(config.d_model, groups * size, bias=config.bias)
         self.v_proj = nn.Linear(config.d_model, groups * size, bias=config.bias)
         wide, width = config.score_heads, config.kernel_size
-        impl = "reference" if config.score_config.impl == "reference" else "auto"
+        impl = config.expand_impl
         self.q_expand = Expansion(heads, wide, width, size, config.qk_dim, impl)
         self.k_expand = Expansion(groups, wide, width, size, config.qk_dim, impl)
         self.v_expand = Expansion(groups, wide, width, size, impl=impl)
@@ -230,6 +239,10 @@ class SASAttention(Attention):
             for norm in (self.q_norm, self.k_norm):
                 norm.eps = config.norm_eps * size / config.qk_dim
         self.reset_parameters()
+
+    def logit_projections(self) -> list[nn.Linear]:
+        """Of queries and of keys, before their expansion."""
+        return [self.q_proj, self.k_proj]
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Q (B, Ĥ, T, D̂); k (B, Ĥ, T, D̂) and v (B, Ĥ, T, D), or both unexpanded with their positions."""

@@ -1,7 +1,5 @@
 """Promises about names and predictions: checkpoints, parameters, FLOPs, cache bytes, optimizer groups."""
 
-import dataclasses
-
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -33,9 +31,8 @@ def parameter_count_is_exact(case: Case) -> None:
 @promise
 def flops_are_exact(case: Case) -> None:
     """config.flops_per_token(context) is what torch counts in a forward pass of the reference."""
-    plain = dataclasses.replace(case.config.score_config, impl="reference")
     # float64: torch's counter misses the float32 CPU kernels of oneDNN.
-    module = case.module(config=dataclasses.replace(case.config, score=plain))
+    module = case.module(config=case.config.reference())
     for length in (case.length, 2 * case.length):
         x = case.tokens(length=length)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
