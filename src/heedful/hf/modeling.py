@@ -217,7 +217,7 @@ class HeedfulForCausalLM(HeedfulPreTrainedModel, GenerationMixin):
         budget = self._budget(kv_budget)
         if (budget != "full" or asked) and not own_cache:
             kwargs[CACHE] = HeedfulCache(len(self.layers), budget, kv_policy, kv_evict_every, kv_threshold)
-        return super().generate(*args, **kwargs)  # type: ignore[misc]
+        return super().generate(*args, **kwargs)
 
     @torch.no_grad()
     def evaluate_nll(
