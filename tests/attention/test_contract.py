@@ -213,6 +213,35 @@ class Miscounts(SoftmaxScore):
             return context * n_heads * (qk_dim + v_dim)
 
 
+class OverridesForwardAlone(SoftmaxScore):
+    def forward(self, q, k, v, **rest):
+        return super().forward(q / (1 + q.norm(dim=-1, keepdim=True)), k, v, **rest)
+
+
+class SlotsAtAnotherScale(SelectiveScore):
+    def attend_slots(self, q, *kv, **rest):
+        return super().attend_slots(0.5 * q, *kv, **rest)
+
+
+class SeesTheEvicted(SoftmaxScore):
+    def attend_pruned(self, *qkv, evict, **rest):
+        return super().attend_pruned(*qkv, evict=lambda rows: (evict(rows), None)[1], **rest)
+
+
+class VotesTwice(SelectiveScore):
+    def attend_slots(self, *qkv, state, **rest):
+        out, slot = super().attend_slots(*qkv, state=state, **rest)
+        state["soft_mask"] *= 2
+        return out, slot
+
+
+class SeesEmptySlots(SoftmaxScore):
+    def attend(self, q, k, v, *, visible, **rest):
+        if q.shape[2] == 1:
+            visible = torch.ones_like(visible)
+        return super().attend(q, k, v, visible=visible, **rest)
+
+
 @pytest.fixture
 def registries() -> Iterator[None]:
     """Forget what a test registers."""
@@ -239,6 +268,11 @@ BROKEN: list[tuple[type[Score], list[str]]] = [
     (HoldsABuffer, ["state_dict_is_stable"]),
     (UncountedState, ["cache_bytes_are_exact"]),
     (Miscounts, ["parameter_count_is_exact", "flops_are_exact"]),
+    (OverridesForwardAlone, ["roomy_budget_changes_nothing"]),
+    (SlotsAtAnotherScale, ["roomy_budget_changes_nothing", "evictions_are_stepwise"]),
+    (SeesTheEvicted, ["evictions_are_stepwise"]),
+    (VotesTwice, ["evictions_are_stepwise"]),
+    (SeesEmptySlots, ["evictions_ignore_padding"]),
 ]
 CASES = [(form, check) for form, checks in BROKEN for check in checks]
 
@@ -297,6 +331,20 @@ def test_check_form_reports_all_that_is_broken(registries: None):
     assert "parameter_count_is_exact: config.parameter_count() is the number of parameters." in message
     assert "expected 4112, got 4119" in message
     assert "flops_are_exact" in message
+
+
+def test_a_score_that_never_evicts_is_not_asked(registries: None):
+    class NeverEvicts(Score):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.broken_when_evicting = OverridesForwardAlone(*args)
+
+        def forward(self, *qkv: Tensor, **rest: Any) -> tuple[Tensor, dict[str, Tensor]]:
+            return self.broken_when_evicting(*qkv, **rest)
+
+    register_score("plain")(NeverEvicts)
+    for check in ("roomy_budget_changes_nothing", "evictions_are_stepwise", "evictions_ignore_padding"):
+        CHECKS[check]("mha", "plain")
 
 
 def test_checks_leave_the_global_seed_alone():

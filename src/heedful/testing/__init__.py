@@ -7,7 +7,7 @@ options of the form.
 
 from typing import Any
 
-from heedful.testing import bookkeeping, numerics, sequence  # noqa: F401  (they fill CHECKS)
+from heedful.testing import bookkeeping, evicting, numerics, sequence  # noqa: F401  (they fill CHECKS)
 from heedful.testing.promise import CHECKS, Check
 
 __all__ = ["CHECKS", "Check", "check_form"]
