@@ -18,7 +18,7 @@ from heedful.ops.masks import visible_keys
 from heedful.ops.selective import api, blocked, tiles
 from heedful.ops.selective.blocked import plain_blocked
 
-IMPLS = ["auto", "reference", "sdpa", "blocked"]
+IMPLS = ["auto", "reference", "sdpa", "blocked", "native"]
 
 
 @dataclass(frozen=True)
@@ -430,6 +430,7 @@ def test_compiles_in_one_graph(impl: str):
     def run(x: Inputs) -> tuple[Tensor, Tensor]:
         return x.run(impl)
 
+    torch._dynamo.reset()  # it counts how often one function was compiled, over all tests
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     for options in ({"soft_mask": False}, {"padding": "left", "segments": "packed", "selectors": 2}):
         x = random_inputs(**options).map(lambda t: t.requires_grad_())

@@ -17,6 +17,8 @@ from heedful.ops.checks import (
     show,
 )
 from heedful.ops.masks import rank_in_segment, visible_keys, voted_keys
+from heedful.ops.native.library import usable as native_is_usable
+from heedful.ops.native.selective import selective_native
 from heedful.ops.precision import no_autocast, to_autocast_dtype
 from heedful.ops.selective.auto_rule import choose
 from heedful.ops.selective.blocked import selective_blocked
@@ -44,7 +46,7 @@ class DenseImplementation(Protocol):
 
 
 DENSE: dict[str, DenseImplementation] = {"reference": selective_reference, "sdpa": selective_sdpa}
-BLOCKED = {"blocked": selective_blocked, "triton": selective_triton}
+BLOCKED = {"blocked": selective_blocked, "native": selective_native, "triton": selective_triton}
 IMPLEMENTATIONS = (*DENSE, *BLOCKED)
 
 
@@ -88,9 +90,10 @@ def selective_attention(
         scale: multiplies the logits, of the selection heads too; default 1 / sqrt(last axis).
         impl: "reference" (the formula, all logits in memory), "sdpa" (F as a bias of PyTorch's fused
             attention), "blocked" (blocks of queries, memory grows with T; keys that are certain to weigh less than
-            1e-13 of a row are left out; no double backward), "triton" (kernels for NVIDIA GPUs: float16,
-            bfloat16 and float32, head sizes up to 128), or "auto": chosen by the rule in
-            `ops/selective/auto_rule.py`.
+            1e-13 of a row are left out; no double backward), "native" (the same in C++, for the CPU,
+            causal to the bit; compiled on first use, see `heedful.ops.native`), "triton" (kernels for
+            NVIDIA GPUs: float16, bfloat16 and float32, head sizes up to 128), or "auto": on the CPU "native"
+            where it can be had, but for float64; else chosen by the rule in `ops/selective/auto_rule.py`.
 
     Returns:
         out: (B, H, T, E) in the dtype of v.
@@ -123,6 +126,9 @@ def selective_attention(
     _check_masks(q, batch, selectors, length, n_keys, soft_mask, key_mask, segment_ids)
     scale = size**-0.5 if scale is None else scale
     one = impl == "auto" and length == 1
+    suits_native = q.device.type == "cpu" and q.dtype != torch.float64
+    if impl == "auto" and not one and suits_native and native_is_usable():
+        impl = "native"
     if impl == "auto" and not one:
         impl = choose(q.device.type, length, n_keys)
     with no_autocast(q.device):

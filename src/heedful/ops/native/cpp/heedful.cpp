@@ -1,0 +1,13 @@
+// Selective attention on a CPU. Plain C functions on pointers: nothing here knows PyTorch.
+#include "backward.h"
+#include "forward.h"
+
+#ifndef HEEDFUL_SCALAR
+#define HEEDFUL_SCALAR float
+#endif
+
+extern "C" {
+int heedful_job_bytes() { return int(sizeof(heedful::Job)); }
+void heedful_forward(const heedful::Job* job) { heedful::Forward<HEEDFUL_SCALAR>(*job).run(); }
+void heedful_backward(const heedful::Job* job) { heedful::Backward<HEEDFUL_SCALAR>(*job).run(); }
+}

@@ -1,0 +1,138 @@
+"""The compiled library of each scalar type: loaded once per process, checked once per build."""
+
+import ctypes
+import logging
+import os
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heedful.ops.native.build import Built, Unavailable, build
+
+SCALARS = {torch.float32: "float", torch.float64: "double"}
+_log = logging.getLogger("heedful")
+
+_INTEGERS = (
+    "batch heads groups length n_keys size v_size selectors select_size block tile threads".split()  # noqa: SIM905
+)
+
+
+class Job(ctypes.Structure):
+    """The arguments of one call, as cpp/job.h declares them; tensors are held alive by the caller."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in _INTEGERS),
+        *((name, ctypes.c_double) for name in ("scale", "select_scale")),
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v")),
+        *((name, ctypes.c_int64 * 3) for name in ("qs", "ks", "vs")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("select_q", "select_k", "real", "segments", "first", "start", "out")
+        ),
+        ("os", ctypes.c_int64 * 3),
+        *((name, ctypes.c_void_p) for name in ("log_sum", "before", "after", "parallel", "grad_out")),
+        ("gs", ctypes.c_int64 * 3),
+        *((name, ctypes.c_void_p) for name in ("grad_after", "dq", "dk", "dv")),
+        *((name, ctypes.c_void_p) for name in ("d_select_q", "d_select_k", "d_start")),
+    ]
+
+
+@dataclass(frozen=True)
+class Status:
+    """Whether the native operator of a dtype is active in this process."""
+
+    active: bool
+    reason: str
+    """What it was built with, or why there is none and what to do."""
+    path: str | None = None
+    """The compiled library."""
+
+
+@dataclass(frozen=True)
+class Library:
+    """A loaded library that passed its check."""
+
+    handle: ctypes.CDLL
+    built: Built
+
+
+def status(dtype: torch.dtype = torch.float32) -> Status:
+    """Whether `impl="native"` works here; compiles it if nobody did.
+
+    Args:
+        dtype: float64, or any other: 16 bits are computed in float32.
+    """
+    found = _find(SCALARS.get(dtype, "float"))
+    if isinstance(found, str):
+        return Status(False, found)
+    return Status(True, f"compiled by {found.built.compiler}", str(found.built.path))
+
+
+def library(dtype: torch.dtype) -> ctypes.CDLL:
+    """The library for float32 or float64.
+
+    Raises:
+        Unavailable: where there is none; the message says why.
+    """
+    found = _find(SCALARS[dtype])
+    if isinstance(found, str):
+        raise Unavailable(f"the native operator is not available: {found}")
+    return found.handle
+
+
+@torch.compiler.assume_constant_result
+def usable(scalar: str = "float") -> bool:
+    """Whether `auto` may take it. Where it may not, that is said once, as a warning in the log."""
+    return not isinstance(_find(scalar), str)
+
+
+@cache
+def _find(scalar: str) -> Library | str:
+    """The library, or why there is none."""
+    if os.environ.get("HEEDFUL_NATIVE", "1") == "0":
+        return "it is switched off by HEEDFUL_NATIVE=0"
+    try:
+        return _load(scalar)
+    except Unavailable as error:
+        _log.warning("heedful runs without its native operator: %s", error)
+        return str(error)
+
+
+def _load(scalar: str) -> Library:
+    from heedful.ops.native.verify import check
+
+    built = build(scalar)
+    note = built.read_note()
+    if note.get("refused"):
+        raise Unavailable(f"{built.path.name} was refused: {note['refused']}; delete it to try again")
+    try:
+        handle = ctypes.CDLL(str(built.path))
+        known = handle.heedful_job_bytes()
+    except (OSError, AttributeError) as error:
+        raise Unavailable(f"{built.path} cannot be loaded: {error}") from error
+    if known != ctypes.sizeof(Job):
+        raise Unavailable(f"{built.path} expects {known} bytes of arguments, not {ctypes.sizeof(Job)}")
+    if "errors" not in note:
+        errors, refused = check(handle, torch.float32 if scalar == "float" else torch.float64)
+        built.write_note(errors=errors, torch=torch.__version__, **({"refused": refused} if refused else {}))
+        if refused:
+            raise Unavailable(f"{built.path.name} was refused: {refused}")
+    return Library(handle, built)
+
+
+@cache
+def pool() -> int | None:
+    """Address of the function that runs on the threads torch itself uses; a second pool would fight with them."""
+    try:
+        function = ctypes.CDLL(None).GOMP_parallel
+    except (AttributeError, OSError, TypeError):
+        return None
+    return ctypes.cast(function, ctypes.c_void_p).value
+
+
+def address(x: Tensor | None) -> Any:
+    """Where the numbers of a tensor are; None for none."""
+    return None if x is None else x.data_ptr()
