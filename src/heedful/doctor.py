@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import heedful
+from heedful.ops.native.library import preferred
 from heedful.ops.selective.auto_rule import choose
 from heedful.ops.selective.triton import unavailable
 
@@ -103,11 +104,17 @@ def _kernels() -> Report:
     lengths = (64, 256, 1024, 4096)
     tiny = torch.zeros(1, 1, 1, 32, device=device)
     return {
-        "auto": {f"T = {n:,}": choose(device, n, n) for n in lengths},
+        "auto": {f"T = {n:,}": _auto(device, n) for n in lengths},
         "auto on": f"{device}, float32",
         "native": _native(),
         "triton": unavailable(tiny, tiny) or "available",
     }
+
+
+def _auto(device: str, n: int) -> str:
+    if n > 1 and preferred(device, torch.float32):
+        return "native"
+    return choose(device, n, n)
 
 
 def _native() -> str:

@@ -35,6 +35,7 @@ from heedful.bench.kernels import (
 from heedful.bench.timing import timing
 from heedful.bench.workload import Case, Figures, Workload, measure
 from heedful.cli import main
+from heedful.ops.native import status
 from heedful.ops.selective import limits
 from heedful.ops.selective.auto_rule import choose
 
@@ -123,6 +124,7 @@ def test_workload_holds_every_form():
     names = [
         "plain SDPA",
         TWIN,
+        *([named("native")] if status().active else []),
         named("blocked"),
         named("sdpa"),
         EVERY_KEY,
@@ -139,7 +141,7 @@ def test_workload_holds_every_form():
     assert "CUDA" in long.left_out["fla, forgetting"]
     for case in short.cases:
         assert [g.shape[2] for g in case.run()] == [16] * 3
-    assert kernels.picked(1024) == named("blocked")
+    assert kernels.picked(1024) == named("native" if status().active else "blocked")
 
 
 def test_a_wrong_kernel_of_ours_is_an_error(monkeypatch):
@@ -209,7 +211,8 @@ def test_command(tmp_path, capfd, monkeypatch):
             for name, ratio in row["ratios"].items():
                 assert ratio == pytest.approx(row["seconds"] / seconds[name])
     picked = {row["case"] for row in rows if row["picked"]}
-    assert picked == {named(choose("cpu", t, t)) for t in (16, 32)}
+    tiles = {named(choose("cpu", t, t)) for t in (16, 32)}
+    assert picked == ({named("native")} if status().active else tiles)
     assert (tmp_path / "kernels.png").stat().st_size > 10_000
     out, err = capfd.readouterr()
     assert "vs SDPA" in out

@@ -27,6 +27,8 @@ from heedful.bench.forms import (
     x_transformers,
 )
 from heedful.bench.workload import Case, Workload
+from heedful.ops.native.library import preferred
+from heedful.ops.native.selective import plain_native
 from heedful.ops.selective import limits
 from heedful.ops.selective.auto_rule import choose
 from heedful.ops.selective.blocked import plain_blocked
@@ -37,7 +39,7 @@ DENSE = {NAIVE, COMPILED, X_TRANSFORMERS, named("sdpa"), named("reference")}
 """Forms that keep T * T values."""
 
 EVERY_KEY = "selective, every key"
-"""The blocked kernel as if no key were ever voted away: its time does not depend on the inputs."""
+"""The kernel for the CPU as if no key were ever voted away: its time does not depend on the inputs."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class Kernels:
         self.forms[self.plain] = form
         reference = ours("reference")
         references = {TWIN: plain_reference, FORGETTING: forgetting_reference}
-        mine = {TWIN: _twin(sizes)}
+        mine = {TWIN: _twin(sizes, device, dtype)}
         usable, self.left_out = available(device, dtype)
         mine |= {named(impl): ours(impl) for impl in reversed(usable)}
         for name, form in mine.items():
@@ -110,8 +112,9 @@ class Kernels:
             except Unavailable as error:
                 raise RuntimeError(f"{name} {error}") from None
             self.forms[name] = form
-        if named("blocked") in self.forms:
-            self.forms[EVERY_KEY] = self.forms[named("blocked")]
+        for impl in ("native", "blocked"):
+            if EVERY_KEY not in self.forms and named(impl) in self.forms:
+                self.forms[EVERY_KEY] = self.forms[named(impl)]
         others: dict[str, Callable[[], Form]] = {
             NAIVE: lambda: naive,
             COMPILED: lambda: torch.compile(naive, dynamic=True),
@@ -132,6 +135,8 @@ class Kernels:
 
     def picked(self, length: int) -> str:
         """The case that `impl="auto"` picks."""
+        if preferred(self.device.type, self.dtype):
+            return named("native")
         return named(choose(self.device.type, length, length))
 
     def workload(self, work: Work, length: int, dense_up_to: int) -> Workload:
@@ -201,5 +206,6 @@ def trained(
     return lambda: torch.autograd.grad(form(q, k, v), inputs, gradient)
 
 
-def _twin(sizes: Sizes) -> Form:
-    return lambda q, k, v: plain_blocked(q, k, v, sizes.head_dim**-0.5)
+def _twin(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Form:
+    twin = plain_native if preferred(device.type, dtype) else plain_blocked
+    return lambda q, k, v: twin(q, k, v, sizes.head_dim**-0.5)

@@ -16,7 +16,7 @@ SCALARS = {torch.float32: "float", torch.float64: "double"}
 _log = logging.getLogger("heedful")
 
 _INTEGERS = (
-    "batch heads groups length n_keys size v_size selectors select_size block tile threads".split()  # noqa: SIM905
+    "batch heads groups length n_keys size v_size selectors select_size block tile threads every_key".split()  # noqa: SIM905
 )
 
 
@@ -81,6 +81,11 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
     if isinstance(found, str):
         raise Unavailable(f"the native operator is not available: {found}")
     return found.handle
+
+
+def preferred(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether `impl="auto"` takes it for several queries: on the CPU where it can be had, but for float64."""
+    return device_type == "cpu" and dtype != torch.float64 and usable()
 
 
 @torch.compiler.assume_constant_result

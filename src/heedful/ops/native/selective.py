@@ -15,6 +15,7 @@ from torch import Tensor
 from heedful.ops.masks import rank_in_segment
 from heedful.ops.native.library import Job, Unavailable, address, library, pool
 from heedful.ops.precision import no_autocast, wide_dtype
+from heedful.ops.selective import limits
 
 BLOCK = 96  # queries of a block; a multiple of 12, the rows of a panel
 TILE = 192  # keys of a tile; a multiple of 32, the columns of a panel
@@ -131,6 +132,7 @@ class Operands:
             block=BLOCK,
             tile=TILE,
             threads=torch.get_num_threads(),
+            every_key=limits.MANY == 0,
             scale=scale,
             select_scale=select_scale,
             q=address(self.q),

@@ -17,7 +17,7 @@ from heedful.ops.checks import (
     show,
 )
 from heedful.ops.masks import rank_in_segment, visible_keys, voted_keys
-from heedful.ops.native.library import usable as native_is_usable
+from heedful.ops.native.library import preferred as native_is_preferred
 from heedful.ops.native.selective import selective_native
 from heedful.ops.precision import no_autocast, to_autocast_dtype
 from heedful.ops.selective.auto_rule import choose
@@ -126,8 +126,7 @@ def selective_attention(
     _check_masks(q, batch, selectors, length, n_keys, soft_mask, key_mask, segment_ids)
     scale = size**-0.5 if scale is None else scale
     one = impl == "auto" and length == 1
-    suits_native = q.device.type == "cpu" and q.dtype != torch.float64
-    if impl == "auto" and not one and suits_native and native_is_usable():
+    if impl == "auto" and not one and native_is_preferred(q.device.type, q.dtype):
         impl = "native"
     if impl == "auto" and not one:
         impl = choose(q.device.type, length, n_keys)

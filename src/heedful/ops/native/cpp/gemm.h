@@ -6,7 +6,7 @@ namespace heedful {
 
 // C (R x W vectors) = or += A (R x K) * B (K x .), B in rows of `bs`, A's element (m, k) at a[m * am + k * ak].
 template <class T, int R, int W>
-inline void micro(long K, const T* a, long am, long ak, const T* b, T* c, long ldc, bool add) {
+__attribute__((noinline)) void micro(long K, const T* a, long am, long ak, const T* b, T* c, long ldc, bool add) {
   constexpr int L = LANES<T>;
   Vec<T> sums[R][W];
 #pragma GCC unroll 16

@@ -21,6 +21,7 @@ struct Job {
   int64_t block;        // queries of a block, a multiple of MR
   int64_t tile;         // keys of a tile, a multiple of NR
   int64_t threads;
+  int64_t every_key;  // leave none out
   double scale, select_scale;
   const void *q, *k, *v;  // last stride 1
   int64_t qs[3], ks[3], vs[3];

@@ -76,6 +76,7 @@ template <class T> class Plane {
       for (long h = g * shared; h < (g + 1) * shared; ++h) queries = larger(queries, longest(q(b, h), job.qs[2], job.length));
       bounds[i] = std::sqrt(queries * keys);
     });
+    if (job.every_key) return;
     T bound = 0;
     for (T x : bounds) bound = larger(bound, x);
     bound *= std::fabs(T(job.scale));
