@@ -41,5 +41,6 @@ def test_auto_obeys(monkeypatch: pytest.MonkeyPatch, length: int, expected: str)
         for name, run in names.items():
             monkeypatch.setitem(names, name, spy(name, run))
     monkeypatch.setattr(api, "selective_one_query", spy("one_query", api.selective_one_query))
+    monkeypatch.setattr(api, "native_is_preferred", lambda *_: False)
     selective_attention(q, k, v)
     assert ran == [expected]

@@ -95,7 +95,7 @@ def test_it_can_be_switched_off(tmp_path: Path):
 def test_two_processes_build_once_and_the_check_is_kept(built: Path):
     (note,) = (built / "native").glob("*.json")
     kept = json.loads(note.read_text())
-    assert set(kept["errors"]) == {"output", "F", "gradient of q", "of k", "of v", "of F"}
+    assert {"output", "F", "gradient of q", "decoded output"} < set(kept["errors"])
     assert max(kept["errors"].values()) < 2e-5
     _, active, *_ = report(start(built, HEEDFUL_CACHE=str(built)))
     assert active
@@ -155,6 +155,7 @@ def test_a_wrong_library_is_refused():
     class Nothing:
         def heedful_forward(self, job: object) -> None: ...
         def heedful_backward(self, job: object) -> None: ...
+        def heedful_slots(self, job: object) -> None: ...
 
     _, refused = check(Nothing(), torch.float32)
     assert refused.startswith("its results are off: ")

@@ -8,10 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from heedful.ops.eviction import least_needed_slot, most_voted_slot
+from heedful.ops.native import status
 from heedful.ops.selective import selective_attention
 from heedful.ops.selective.slots import attend_slots
 
 WITH_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+WITH_NATIVE = pytest.mark.skipif(not status().active, reason=status().reason)
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
 
@@ -40,7 +42,15 @@ def test_the_slot_with_most_votes_the_oldest_among_equals(votes, draw, spread):
         assert least_needed_slot(held, slots).item() == expected
 
 
-@pytest.mark.parametrize("impl", ["auto", "products", pytest.param("triton", marks=WITH_TRITON)])
+@pytest.mark.parametrize(
+    "impl",
+    [
+        "auto",
+        "products",
+        pytest.param("native", marks=WITH_NATIVE),
+        pytest.param("triton", marks=WITH_TRITON),
+    ],
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(st.integers(0, 10**6), st.sampled_from([(1, 4, 4), (2, 4, 2), (3, 2, 1)]), st.integers(2, 40))
 def test_attend_slots(impl, dtype, seed, sizes, n):
@@ -96,6 +106,40 @@ def test_triton_says_why_it_cannot_run(monkeypatch):
 def test_what_it_does_not_have_raises(impl: str) -> None:
     q, k, v = drawn(0, (1, 2, 1, 8), (1, 2, 9, 8), (1, 2, 9, 8), dtype=torch.float32)
     mask = torch.zeros(1, 9)
-    with pytest.raises(ValueError, match=f"impl must be 'auto' or 'products' or 'triton', got {impl!r}"):
+    with pytest.raises(
+        ValueError, match=f"impl must be 'auto' or 'native' or 'products' or 'triton', got {impl!r}"
+    ):
         attend_slots(q, k, v, mask, torch.arange(9)[None], torch.tensor([[8]]), 0.3, impl)
     assert not mask.any()
+
+
+@WITH_NATIVE
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("size", [64, 24])
+def test_native_step_in_place_on_slots_of_a_larger_cache(threads, size):
+    """Keys are views of a buffer with room for more; votes are added to a row of it."""
+    q, keys, values = drawn(0, (2, 4, 1, size), (2, 2, 900, size), (2, 2, 900, size), dtype=torch.float32)
+    k, v, n = keys[:, :, :700], values[:, :, :700], 700
+    held = torch.rand(2, 900)
+    held[:, 0] = 0
+    positions, newest = torch.arange(900).expand(2, -1), torch.full((2, 1), n - 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        mask = held.clone()
+        out, slot = attend_slots(q, k, v, mask[:, :n], positions[:, :n], newest, 0.1, "native")
+    finally:
+        torch.set_num_threads(before)
+    other = held.clone()
+    expected, other_slot = attend_slots(q, k, v, other[:, :n], positions[:, :n], newest, 0.1, "products")
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(mask, other, atol=1e-5, rtol=1e-5)
+    assert torch.equal(mask[:, n:], held[:, n:])
+    assert torch.equal(slot, other_slot)
+
+
+@WITH_NATIVE
+def test_native_step_is_registered_as_it_should():
+    q, k, v = drawn(0, (1, 4, 1, 8), (1, 2, 9, 8), (1, 2, 9, 8), dtype=torch.float32)
+    arguments = (q, k, v, torch.zeros(1, 9), torch.arange(9)[None], torch.tensor([[8]]), 0.3)
+    torch.library.opcheck(torch.ops.heedful.attend_slots_native.default, arguments)

@@ -11,6 +11,7 @@ from heedful.attention.tokens import Tokens
 from heedful.bench.forms import Form, available, best_plain, named, ours
 from heedful.bench.kernels import Sizes, read
 from heedful.bench.workload import Case, Workload
+from heedful.ops.native.library import preferred
 from heedful.ops.selective.auto_rule import choose
 
 BUDGET = 512
@@ -37,7 +38,7 @@ def prefill_workload(
     q, k, v = sizes.draw(length, device, dtype)
     name, plain = best_plain(lambda form: read(form, q, k, v), device)
     usable, left_out = available(device, dtype)
-    picked = choose(device.type, length, length)
+    picked = "native" if preferred(device.type, dtype) else choose(device.type, length, length)
     forms: dict[str, Form] = {name: plain}
     if picked in usable:
         forms[named(picked)] = ours(picked)

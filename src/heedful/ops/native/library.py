@@ -20,6 +20,19 @@ _INTEGERS = (
 )
 
 
+class SlotsJob(ctypes.Structure):
+    """The arguments of one decoding step, as cpp/slots.h declares them."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in "batch heads groups n_keys size v_size threads".split()),  # noqa: SIM905
+        ("scale", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v")),
+        ("qs", ctypes.c_int64 * 2),
+        *((name, ctypes.c_int64 * 3) for name in ("ks", "vs")),
+        *((name, ctypes.c_void_p) for name in ("mask", "positions", "newest", "out", "next", "parallel")),
+    ]
+
+
 class Job(ctypes.Structure):
     """The arguments of one call, as cpp/job.h declares them; tensors are held alive by the caller."""
 
@@ -115,11 +128,12 @@ def _load(scalar: str) -> Library:
         raise Unavailable(f"{built.path.name} was refused: {note['refused']}; delete it to try again")
     try:
         handle = ctypes.CDLL(str(built.path))
-        known = handle.heedful_job_bytes()
+        known = handle.heedful_job_bytes(), handle.heedful_slots_bytes()
     except (OSError, AttributeError) as error:
         raise Unavailable(f"{built.path} cannot be loaded: {error}") from error
-    if known != ctypes.sizeof(Job):
-        raise Unavailable(f"{built.path} expects {known} bytes of arguments, not {ctypes.sizeof(Job)}")
+    given = ctypes.sizeof(Job), ctypes.sizeof(SlotsJob)
+    if known != given:
+        raise Unavailable(f"{built.path} expects {known} bytes of arguments, not {given}")
     if "errors" not in note:
         errors, refused = check(handle, torch.float32 if scalar == "float" else torch.float64)
         built.write_note(errors=errors, torch=torch.__version__, **({"refused": refused} if refused else {}))

@@ -36,7 +36,7 @@ def selective_native(
     Raises:
         ValueError: for tensors that are not on the CPU, or where the operator cannot be had.
     """
-    _check(q)
+    check_native(q)
     select_q, select_k, select_scale = select or (None, None, scale)
     out, after, *_ = _forward(
         q, k, v, select_q, select_k, soft_mask, key_mask, segment_ids, scale, select_scale, True
@@ -53,11 +53,12 @@ def plain_native(
     segment_ids: Tensor | None = None,
 ) -> Tensor:
     """Causal softmax attention by the same operator, as `plain_blocked`; shapes as there."""
-    _check(q)
+    check_native(q)
     return _forward(q, k, v, None, None, None, key_mask, segment_ids, scale, scale, False)[0].to(v.dtype)
 
 
-def _check(q: Tensor) -> None:
+def check_native(q: Tensor) -> None:
+    """Raise a ValueError that says why it cannot run."""
     if q.device.type not in ("cpu", "meta"):
         raise ValueError(f"impl='native' runs on the CPU, got tensors on {q.device}; use impl='auto'")
     reason = missing("double" if q.dtype == torch.float64 else "float")

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from heedful.ops.masks import rank_in_segment, visible_keys, voted_keys
 from heedful.ops.native.selective import run_backward, run_forward
+from heedful.ops.native.slots import run_slots
 from heedful.ops.selective.reference import selective_reference
 
 ALLOWED = {torch.float32: 2e-5, torch.float64: 1e-11}
@@ -54,7 +55,11 @@ def _errors(handle: ctypes.CDLL, drawn: list[Tensor], key_mask: Tensor | None) -
     dq, dk, dv, _, _, d_start = run_backward(
         handle, q, k, v, None, None, key_mask, None, out, before, log_sum, d_out, d_after, scale, scale, True
     )
-    got = (out, after, dq, dk, dv, d_start[..., :EARLIER])
+    got = [out, after, dq, dk, dv, d_start[..., :EARLIER]]
+    if key_mask is None:  # one query more, over keys as slots
+        votes, places = after[:, 0].clone(), torch.arange(length).expand(2, -1).contiguous()
+        one, _ = run_slots(handle, q[:, :, -1:], k, v, votes, places, places[:, -1:], scale)
+        got += [one, votes]
 
     leaves = [x.double().requires_grad_() for x in (q, k, v, start)]
     wide_q, wide_k, wide_v, wide_start = leaves
@@ -62,9 +67,19 @@ def _errors(handle: ctypes.CDLL, drawn: list[Tensor], key_mask: Tensor | None) -
     voted = voted_keys(visible, rank_in_segment(length, key_mask, None, q.device))
     with torch.enable_grad():
         outs = selective_reference(wide_q, wide_k, wide_v, None, wide_start, visible, voted, scale)
+        if key_mask is None:
+            more = torch.ones(1, 1, length, dtype=torch.bool)
+            may = (torch.arange(length) > 0) & (torch.arange(length) < length - 1)
+            held = outs[1].detach()
+            step = selective_reference(
+                wide_q[:, :, -1:], wide_k, wide_v, None, held, more, may[None, None], scale
+            )
         gradients = torch.autograd.grad(outs, leaves, [d_out.double(), d_after.double()])
-    names = ("output", "F", "gradient of q", "of k", "of v", "of F")
+    expected = [*outs, *gradients, *(step if key_mask is None else ())]
+    names = ("output", "F", "gradient of q", "of k", "of v", "of F", "decoded output", "decoded F")[
+        : len(got)
+    ]
     return {
-        name: float((a.double() - b.detach()).abs().max() / b.detach().abs().max())
-        for name, a, b in zip(names, got, (*outs, *gradients), strict=True)
+        name: float((a.double() - b.view_as(a).detach()).abs().max() / b.detach().abs().max())
+        for name, a, b in zip(names, got, expected, strict=True)
     }

@@ -5,6 +5,9 @@ from torch import Tensor
 
 from heedful.ops.checks import check_choice
 from heedful.ops.eviction.selectors import most_voted_slot
+from heedful.ops.native.library import preferred
+from heedful.ops.native.selective import check_native
+from heedful.ops.native.slots import attend_slots_native
 from heedful.ops.precision import drop_denormals, no_autocast, to_autocast_dtype, wide_dtype
 from heedful.ops.selective.triton.slots import attend_slots_triton
 
@@ -31,16 +34,17 @@ def attend_slots(
         positions: (B, C) int64 position of the token in each slot; 0 in slot 0 alone, no slot empty.
         newest: (B, 1) int64, the slot of the query's own token.
         scale: multiplies the logits.
-        impl: "triton" (one launch), "products" (two of them), or "auto", which is "products": no GPU run stands in
-            results/ yet that shows the launch faster.
+        impl: "triton" (one launch), "native" (one call of the C++ operator, on the CPU), "products" (two of them),
+            or "auto": on the CPU "native" where it can be had, but for float64; else "products", since no GPU run
+            stands in results/ yet that shows the launch faster.
 
     Returns:
         out (B, H, 1, E) in the dtype of v, and as `least_needed_slot` the slot the next token may take, (B, 1).
 
     Raises:
-        ValueError: for an unknown `impl`, or if it is "triton" and that cannot run these tensors.
+        ValueError: for an unknown `impl`, or if it is "triton" or "native" and that cannot run these tensors.
     """
-    check_choice("impl", impl, ("auto", "products", "triton"))
+    check_choice("impl", impl, ("auto", "native", "products", "triton"))
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = to_autocast_dtype(q, k, v)  # type: ignore[assignment]
         with no_autocast(q.device):
@@ -49,6 +53,9 @@ def attend_slots(
         out, voted, next_slot = attend_slots_triton(q, k, v, soft_mask, positions, newest, scale)
         soft_mask.copy_(voted)
         return out, next_slot
+    if impl == "native" or (impl == "auto" and preferred(q.device.type, q.dtype)):
+        check_native(q)
+        return attend_slots_native(q, k, v, soft_mask, positions, newest, scale)
     out, votes = _two_products(q, k, v, soft_mask, scale)
     votes.scatter_(1, newest, 0.0)
     soft_mask[:, 1:].add_(votes[:, 1:])

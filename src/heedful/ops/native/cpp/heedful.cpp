@@ -1,6 +1,7 @@
 // Selective attention on a CPU. Plain C functions on pointers: nothing here knows PyTorch.
 #include "backward.h"
 #include "forward.h"
+#include "slots.h"
 
 #ifndef HEEDFUL_SCALAR
 #define HEEDFUL_SCALAR float
@@ -8,6 +9,8 @@
 
 extern "C" {
 int heedful_job_bytes() { return int(sizeof(heedful::Job)); }
+int heedful_slots_bytes() { return int(sizeof(heedful::Slots)); }
 void heedful_forward(const heedful::Job* job) { heedful::Forward<HEEDFUL_SCALAR>(*job).run(); }
 void heedful_backward(const heedful::Job* job) { heedful::Backward<HEEDFUL_SCALAR>(*job).run(); }
+void heedful_slots(const heedful::Slots* job) { heedful::Step<HEEDFUL_SCALAR>(*job).run(); }
 }

@@ -1,0 +1,112 @@
+// A decoding step over the slots of an evicting cache: one query per row of the batch, votes added in place, and
+// the slot that goes next.
+#pragma once
+#include "job.h"
+
+namespace heedful {
+
+// All fields are eight bytes wide; heedful/ops/native/slots.py declares the same.
+struct Slots {
+  int64_t batch, heads, groups, n_keys, size, v_size, threads;
+  double scale;
+  const void *q, *k, *v;  // q (B, H, D) and keys and values (B, G, C, .), last stride 1
+  int64_t qs[2], ks[3], vs[3];
+  void* mask;  // (B, C), F before; F after in the end
+  const int64_t *positions, *newest;  // (B, C), (B)
+  void* out;                          // (B, H, E)
+  int64_t* next;                      // (B)
+  ParallelFn parallel;
+};
+
+template <class T> class Step {
+ public:
+  explicit Step(const Slots& job) : job(job) {}
+
+  void run() {
+    votes.grow(job.batch * job.n_keys);
+    Job pool{};
+    pool.parallel = job.parallel;
+    const long work = job.batch * job.heads * job.n_keys * (job.size + job.v_size);
+    pool.threads = work < 200000 ? 1 : job.threads;  // waking a thread costs some microseconds
+    each(pool, job.batch * job.heads, [&](long i, int) { attend(i / job.heads, i % job.heads); });
+    FlushDenormals flush;
+    for (long b = 0; b < job.batch; ++b) vote(b);
+  }
+
+ private:
+  const Slots& job;
+  Buffer<T> votes;
+
+  void attend(long b, long h) {
+    constexpr int L = LANES<T>;
+    static thread_local Buffer<T> held, padded;
+    const long n = job.n_keys, whole = up<T>(n), g = h / (job.heads / job.groups);
+    held.grow(whole);
+    T* weights = held;
+    const T* q = (const T*)job.q + b * job.qs[0] + h * job.qs[1];
+    const T* k = (const T*)job.k + b * job.ks[0] + g * job.ks[1];
+    const T* v = (const T*)job.v + b * job.vs[0] + g * job.vs[1];
+    const T* mask = (const T*)job.mask + b * n;
+    const T scale = T(job.scale);
+    T top = -INF<T>;
+    for (long j = 0; j < n; ++j, k += job.ks[2]) {
+      Vec<T> sums{}, more{};
+      long d = 0;
+      for (; d + 2 * L <= job.size; d += 2 * L) {
+        sums += load<T>(q + d) * load<T>(k + d);
+        more += load<T>(q + d + L) * load<T>(k + d + L);
+      }
+      T logit = sum_of<T>(sums + more);
+      for (; d < job.size; ++d) logit += q[d] * k[d];
+      logit *= scale;
+      if (h == 0) votes[b * n + j] = logit < 0 ? T(0) : logit;
+      weights[j] = logit - mask[j];
+      if (weights[j] > top) top = weights[j];
+    }
+    for (long j = n; j < whole; ++j) weights[j] = -INF<T>;
+    const Vec<T> base = all<T>(top == -INF<T> ? T(0) : top);
+    Vec<T> total{};
+    for (long j = 0; j < whole; j += L) {
+      Vec<T> x = exp_of(load<T>(weights + j) - base);
+      store<T>(weights + j, x);
+      total += x;
+    }
+    const T factor = 1 / sum_of<T>(total);
+    T* out = (T*)job.out + (b * job.heads + h) * job.v_size;
+    long e = 0;
+    for (; e + 8 * L <= job.v_size; e += 8 * L) add_values<8>(weights, v + e, factor, out + e);
+    for (; e + L <= job.v_size; e += L) add_values<1>(weights, v + e, factor, out + e);
+    for (; e < job.v_size; ++e) {
+      T sum = 0;
+      for (long j = 0; j < n; ++j) sum += weights[j] * v[j * job.vs[2] + e];
+      out[e] = sum * factor;
+    }
+  }
+
+  template <int W> void add_values(const T* weights, const T* v, T factor, T* out) const {
+    constexpr int L = LANES<T>;
+    Vec<T> sums[W];
+#pragma GCC unroll 8
+    for (int w = 0; w < W; ++w) sums[w] = Vec<T>{};
+    for (long j = 0; j < job.n_keys; ++j, v += job.vs[2])
+#pragma GCC unroll 8
+      for (int w = 0; w < W; ++w) sums[w] += load<T>(v + w * L) * weights[j];
+#pragma GCC unroll 8
+    for (int w = 0; w < W; ++w) store<T>(out + w * L, sums[w] * factor);
+  }
+
+  // The most votes, the oldest among equals; slot 0 holds the first token, which nobody votes on and which stays.
+  void vote(long b) {
+    const long n = job.n_keys, newest = job.newest[b];
+    T* mask = (T*)job.mask + b * n;
+    const T* cast = votes + b * n;
+    const int64_t* positions = job.positions + b * n;
+    for (long j = 1; j < n; ++j) mask[j] += j == newest ? T(0) : cast[j];
+    long best = 1;
+    for (long j = 2; j < n; ++j)
+      if (mask[j] > mask[best] || (mask[j] == mask[best] && positions[j] < positions[best])) best = j;
+    job.next[b] = best;
+  }
+};
+
+}  // namespace heedful

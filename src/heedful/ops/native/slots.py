@@ -1,0 +1,71 @@
+"""A decoding step over slots by the native operator: `attend_slots` in one call."""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from heedful.ops.native.library import SlotsJob, address, library, pool
+from heedful.ops.precision import wide_dtype
+
+
+@torch.library.custom_op("heedful::attend_slots_native", mutates_args=("soft_mask",), device_types="cpu")
+def attend_slots_native(
+    q: Tensor, k: Tensor, v: Tensor, soft_mask: Tensor, positions: Tensor, newest: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`attend_slots` for checked tensors; shapes as there. The votes are added to `soft_mask`."""
+    return run_slots(library(wide_dtype(q)), q, k, v, soft_mask, positions, newest, scale)
+
+
+def run_slots(
+    handle: ctypes.CDLL,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    soft_mask: Tensor,
+    positions: Tensor,
+    newest: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """`attend_slots` by one library."""
+    dtype = wide_dtype(q)
+    batch, heads, _, size = q.shape
+    groups, n_keys, v_size = k.shape[1], k.shape[2], v.shape[3]
+    wide_q, wide_k, wide_v = (
+        x if x.stride(-1) == 1 else x.contiguous() for x in (q.to(dtype), k.to(dtype), v.to(dtype))
+    )
+    mask, places, own = soft_mask.contiguous(), positions.contiguous(), newest.contiguous()
+    out = wide_q.new_empty(batch, heads, 1, v_size)
+    following = newest.new_empty(batch, 1)
+    job = SlotsJob(
+        batch=batch,
+        heads=heads,
+        groups=groups,
+        n_keys=n_keys,
+        size=size,
+        v_size=v_size,
+        threads=torch.get_num_threads(),
+        scale=scale,
+        q=address(wide_q),
+        k=address(wide_k),
+        v=address(wide_v),
+        mask=address(mask),
+        positions=address(places),
+        newest=address(own),
+        out=address(out),
+        next=address(following),
+        parallel=pool(),
+    )
+    job.qs[:], job.ks[:], job.vs[:] = wide_q.stride()[:2], wide_k.stride()[:3], wide_v.stride()[:3]
+    handle.heedful_slots(ctypes.byref(job))
+    if mask is not soft_mask:
+        soft_mask.copy_(mask)
+    return out.to(v.dtype), following
+
+
+@attend_slots_native.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, soft_mask: Tensor, positions: Tensor, newest: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    batch, heads, length, _ = q.shape
+    return v.new_empty(batch, heads, length, v.shape[-1]), newest.new_empty(batch, 1)
