@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from heedful.ops.native import build, status
+from heedful.ops.selective.native import build, status
 
 ACTIVE = status().active
 NEEDS_COMPILER = pytest.mark.skipif(not ACTIVE, reason=status().reason)
@@ -21,7 +21,7 @@ lines = []
 logging.getLogger("heedful").addHandler(Kept())
 import torch
 from heedful.ops import selective_attention
-from heedful.ops.native import status
+from heedful.ops.selective.native import status
 q = torch.ones(1, 2, 9, 8)
 out = {}
 for impl in ("auto", "native"):
@@ -150,7 +150,7 @@ def test_a_wrong_library_is_refused():
     """The check sees wrong numbers: here F is never written and outputs are zeros."""
     import torch
 
-    from heedful.ops.native.verify import check
+    from heedful.ops.selective.native.verify import check
 
     class Nothing:
         def heedful_forward(self, job: object) -> None: ...

@@ -17,12 +17,12 @@ from heedful.ops.checks import (
     show,
 )
 from heedful.ops.masks import rank_in_segment, visible_keys, voted_keys
-from heedful.ops.native.library import preferred as native_is_preferred
-from heedful.ops.native.selective import selective_native
 from heedful.ops.precision import no_autocast, to_autocast_dtype
 from heedful.ops.selective.auto_rule import choose
 from heedful.ops.selective.blocked import selective_blocked
 from heedful.ops.selective.count_blocked import blocked_count
+from heedful.ops.selective.native.library import preferred as native_is_preferred
+from heedful.ops.selective.native.selective import selective_native
 from heedful.ops.selective.one_query import selective_one_query
 from heedful.ops.selective.reference import selective_reference
 from heedful.ops.selective.sdpa import selective_sdpa
@@ -91,7 +91,7 @@ def selective_attention(
         impl: "reference" (the formula, all logits in memory), "sdpa" (F as a bias of PyTorch's fused
             attention), "blocked" (blocks of queries, memory grows with T; keys that are certain to weigh less than
             1e-13 of a row are left out; no double backward), "native" (the same in C++, for the CPU,
-            causal to the bit; compiled on first use, see `heedful.ops.native`), "triton" (kernels for
+            causal to the bit; compiled on first use, see `heedful.ops.selective.native`), "triton" (kernels for
             NVIDIA GPUs: float16, bfloat16 and float32, head sizes up to 128), or "auto": on the CPU "native"
             where it can be had, but for float64; else chosen by the rule in `ops/selective/auto_rule.py`.
 

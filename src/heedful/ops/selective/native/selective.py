@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from heedful.ops.masks import rank_in_segment
-from heedful.ops.native.library import Job, Unavailable, address, library, pool
 from heedful.ops.precision import no_autocast, wide_dtype
 from heedful.ops.selective import limits
+from heedful.ops.selective.native.library import Job, Unavailable, address, library, pool
 
 BLOCK = 96  # queries of a block; a multiple of 12, the rows of a panel
 TILE = 192  # keys of a tile; a multiple of 32, the columns of a panel

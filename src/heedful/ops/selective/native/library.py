@@ -3,6 +3,7 @@
 import ctypes
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heedful.ops.native.build import Built, Unavailable, build
+from heedful.ops.selective.native.build import Built, Unavailable, build
 
 SCALARS = {torch.float32: "float", torch.float64: "double"}
+_checks: list[Callable[[ctypes.CDLL, torch.dtype], tuple[dict[str, float], str]]] = []
 _log = logging.getLogger("heedful")
 
 _INTEGERS = (
@@ -72,6 +74,11 @@ class Library:
     built: Built
 
 
+def check_with(check: Callable[[ctypes.CDLL, torch.dtype], tuple[dict[str, float], str]]) -> None:
+    """Say what a fresh build has to pass; `verify` does, which stands on this module."""
+    _checks[:] = [check]
+
+
 def status(dtype: torch.dtype = torch.float32) -> Status:
     """Whether `impl="native"` works here; compiles it if nobody did.
 
@@ -120,8 +127,6 @@ def _find(scalar: str) -> Library | str:
 
 
 def _load(scalar: str) -> Library:
-    from heedful.ops.native.verify import check
-
     built = build(scalar)
     note = built.read_note()
     if note.get("refused"):
@@ -135,7 +140,7 @@ def _load(scalar: str) -> Library:
     if known != given:
         raise Unavailable(f"{built.path} expects {known} bytes of arguments, not {given}")
     if "errors" not in note:
-        errors, refused = check(handle, torch.float32 if scalar == "float" else torch.float64)
+        errors, refused = _checks[0](handle, torch.float32 if scalar == "float" else torch.float64)
         built.write_note(errors=errors, torch=torch.__version__, **({"refused": refused} if refused else {}))
         if refused:
             raise Unavailable(f"{built.path.name} was refused: {refused}")

@@ -13,7 +13,7 @@ namespace heedful {
 
 typedef void (*ParallelFn)(void (*)(void*), void*, unsigned, unsigned);
 
-// All fields are eight bytes wide; heedful/ops/native/library.py declares the same.
+// All fields are eight bytes wide; heedful/ops/selective/native/library.py declares the same.
 struct Job {
   int64_t batch, heads, groups, length, n_keys, size, v_size;
   int64_t selectors;    // 0: plain attention

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from heedful.ops.masks import rank_in_segment, visible_keys, voted_keys
-from heedful.ops.native.selective import run_backward, run_forward
-from heedful.ops.native.slots import run_slots
+from heedful.ops.selective.native.selective import run_backward, run_forward
+from heedful.ops.selective.native.slots import run_slots
 from heedful.ops.selective.reference import selective_reference
 
 ALLOWED = {torch.float32: 2e-5, torch.float64: 1e-11}

@@ -4,6 +4,9 @@ Where it cannot be had, `impl="auto"` takes the tiles of `blocked`, says so once
 says why; `impl="native"` raises. `HEEDFUL_NATIVE=0` switches it off.
 """
 
-from heedful.ops.native.library import Status, Unavailable, status
+from heedful.ops.selective.native.library import Status, Unavailable, check_with, status
+from heedful.ops.selective.native.verify import check
+
+check_with(check)
 
 __all__ = ["Status", "Unavailable", "status"]
