@@ -6,6 +6,7 @@ so that a comparison of attention forms compares nothing else.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from inspect import Parameter, Signature
 from typing import Any, Literal
 
 import torch
@@ -26,6 +27,7 @@ from heedful.attention.config import (
 )
 from heedful.attention.registry import ATTENTIONS, SCORES
 from heedful.attention.score import LayerLoss
+from heedful.attention.signature import check_keywords, config_parameters
 from heedful.ops.checks import check_choice, check_tensor
 from heedful.ops.masks import rank_in_segment
 
@@ -300,12 +302,26 @@ class Decoder(DecoderParts):
     Args:
         config: a `DecoderConfig`, or None to give its fields by name.
         **fields: the fields of `DecoderConfig`.
+
+    Raises:
+        TypeError: for an argument that is no field of the config, saying what it could have been.
+        ValueError: for a value that does not fit.
     """
+
+    __signature__ = Signature(
+        [
+            Parameter(
+                "config", Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=DecoderConfig | None
+            ),
+            *(p.replace(kind=Parameter.KEYWORD_ONLY) for p in config_parameters(DecoderConfig)),
+        ]
+    )
 
     def __init__(self, config: DecoderConfig | None = None, **fields: Any) -> None:
         super().__init__()
         if config is not None and fields:
             raise TypeError(f"Decoder takes a config or its fields, not both; got {sorted(fields)} as well")
+        check_keywords("Decoder", fields, DecoderConfig)
         self.config = config if config is not None else DecoderConfig(**fields)
         self.add_parts(self.config)
         self.lm_head = nn.Linear(self.config.d_model, self.config.vocab_size, bias=False)

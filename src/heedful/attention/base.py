@@ -10,6 +10,7 @@ from heedful.attention.config import AttentionConfig
 from heedful.attention.plain import is_plain
 from heedful.attention.registry import SCORES
 from heedful.attention.score import LayerLoss, Score
+from heedful.attention.signature import ConfigSignature, check_keywords
 from heedful.attention.tokens import Tokens
 from heedful.ops.checks import check_shape, check_tensor, show
 from heedful.ops.masks import rank_in_segment
@@ -26,9 +27,14 @@ class Attention(nn.Module):
     Args:
         *args: a config, or the fields of one.
         **kwargs: the fields of the config by name; an unknown one raises.
+
+    Raises:
+        TypeError: for an argument that is no field of the config, saying what it could have been.
+        ValueError: for a value that does not fit.
     """
 
     Config: ClassVar[type[AttentionConfig]] = AttentionConfig
+    __signature__ = ConfigSignature()
     formula: ClassVar[str] = ""
     """What it computes, for `heedful show`."""
 
@@ -213,6 +219,7 @@ class Attention(nn.Module):
 
     def _config(self, *args: Any, **kwargs: Any) -> AttentionConfig:
         if not args or not isinstance(args[0], AttentionConfig):
+            self._check_keywords(kwargs)
             return self.Config(*args, **kwargs)
         if len(args) > 1 or kwargs:
             more = [*map(repr, args[1:]), *kwargs]
@@ -226,6 +233,12 @@ class Attention(nn.Module):
                 f"{type(args[0]).__name__}; config.build() makes the module that fits"
             )
         return args[0]
+
+    def _check_keywords(self, given: dict[str, Any]) -> None:
+        score, advice = given.get("score"), ""
+        if isinstance(score, str) and any(name in SCORES[score].options for name in given):
+            advice = f"options of score={score!r} go into its config, or all into heedful.build(); "
+        check_keywords(type(self).__name__, given, self.Config, advice)
 
     def _place(self, x: Tensor, positions: Tensor, norm: nn.RMSNorm | None) -> Tensor:
         config = self.config

@@ -20,6 +20,11 @@ class Form:
         """The first line of what the form says about itself."""
         return (self.config_class.__doc__ or self.module_class.__doc__ or "").strip().split("\n")[0]
 
+    @property
+    def options(self) -> list[str]:
+        """The names of the config's fields."""
+        return [f.name for f in dataclasses.fields(self.config_class)]
+
 
 class Registry:
     """Names to forms; an unknown name says what it could have been."""
