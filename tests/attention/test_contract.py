@@ -20,6 +20,7 @@ from heedful.attention import (
     ScoreConfig,
     SelectiveScore,
     SoftmaxScore,
+    configure,
     option,
     register_attention,
     register_score,
@@ -264,7 +265,7 @@ BROKEN: list[tuple[type[Score], list[str]]] = [
     (BreaksTheGraph, ["compiled_equals_eager"]),
     (RoundsToBfloat16, ["gradients_are_right"]),
     (FailsInBfloat16, ["bfloat16_is_close"]),
-    (LearnsNothing, ["gradients_reach_everything", "parameter_count_is_exact"]),
+    (LearnsNothing, ["gradients_reach_everything"]),
     (HoldsABuffer, ["state_dict_is_stable"]),
     (UncountedState, ["cache_bytes_are_exact"]),
     (Miscounts, ["parameter_count_is_exact", "flops_are_exact"]),
@@ -333,6 +334,61 @@ def test_check_form_reports_all_that_is_broken(registries: None):
     assert "flops_are_exact" in message
 
 
+def test_the_parameters_of_a_score_are_counted(registries: None):
+    register_score("temperature")(Temperature)
+    config = Temperature.Config()
+    assert [config.parameter_count(heads, 32) for heads in (4, 6, 4)] == [4, 6, 4]
+    plain, counted = (
+        configure("sas", d_model=32, n_heads=4),
+        configure("sas", "temperature", d_model=32, n_heads=4),
+    )
+    assert counted.parameter_count() - plain.parameter_count() == counted.score_heads == 12
+    assert SoftmaxScore.Config().parameter_count(4, 32) == 0
+    CHECKS["parameter_count_is_exact"]("mha", "temperature")
+
+
+def test_counting_draws_no_random_numbers(registries: None):
+    register_score("temperature")(Temperature)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    Temperature.Config(start=3.0).parameter_count(4, 32)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_unregistered_score_is_not_counted():
+    with pytest.raises(ValueError, match="ScoreConfig is not registered; use @register_score"):
+        ScoreConfig().parameter_count(4, 32)
+
+
+def test_check_form_takes_one_name(registries: None, monkeypatch: pytest.MonkeyPatch):
+    asked: list[tuple[str, str]] = []
+    monkeypatch.setattr(
+        "heedful.testing.CHECKS",
+        {"one": lambda attention, score, **options: asked.append((attention, score))},
+    )
+    register_score("temperature")(Temperature)
+    check_form(score="temperature")
+    assert asked == [("mha", "temperature"), ("mqa", "temperature"), ("sas", "temperature")]
+    asked.clear()
+    check_form("mqa")
+    assert asked == [("mqa", "softmax"), ("mqa", "selective"), ("mqa", "gated")]
+    with pytest.raises(TypeError, match="check_form needs a name"):
+        check_form()
+    with pytest.raises(ValueError, match="did you mean 'temperature'"):
+        check_form(score="temprature")
+
+
+def test_a_score_alone_is_checked_on_several_attentions(registries: None, monkeypatch: pytest.MonkeyPatch):
+    name = "roomy_budget_changes_nothing"
+    monkeypatch.setattr("heedful.testing.CHECKS", {name: CHECKS[name]})
+    register_score("broken")(OverridesForwardAlone)
+    with pytest.raises(AssertionError, match=r"^3 of 3 broken:") as raised:
+        check_form(score="broken")
+    assert all(
+        f"{attention} x broken breaks {name}" in str(raised.value) for attention in ("mha", "mqa", "sas")
+    )
+
+
 def test_a_score_that_never_evicts_is_not_asked(registries: None):
     class NeverEvicts(Score):
         def __init__(self, *args: Any) -> None:
@@ -392,9 +448,6 @@ class Temperature(Score):
         """Scaled by a learned temperature."""
 
         start: float = option(1.0, "the temperature at the start")
-
-        def parameter_count(self, n_heads: int, d_model: int) -> int:
-            return n_heads
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)

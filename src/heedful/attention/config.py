@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
+from functools import lru_cache
 from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
@@ -68,6 +69,12 @@ def check_literals(config: Any) -> None:
             check_choice(f.name, getattr(config, f.name), choices)
 
 
+@lru_cache(maxsize=1024)
+def _score_parameters(module_class: Any, config: "ScoreConfig", n_heads: int, d_model: int) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in module_class(config, n_heads, d_model).parameters())
+
+
 @dataclass(frozen=True)
 class ScoreConfig:
     """What happens to the logits."""
@@ -82,8 +89,13 @@ class ScoreConfig:
         check_literals(self)
 
     def parameter_count(self, n_heads: int, d_model: int) -> int:
-        """The number of learned parameters, exactly."""
-        return 0
+        """The number of learned parameters of the module, exactly.
+
+        A score that does not override it is built once on the meta device, without memory, and counted.
+        """
+        if self.form is None:
+            raise ValueError(f"{type(self).__name__} is not registered; use @register_score(name)")
+        return _score_parameters(SCORES[self.form].module_class, self, n_heads, d_model)
 
     def flops_per_token(self, context: int, n_heads: int, qk_dim: int, v_dim: int, d_model: int) -> int:
         """FLOPs of the logits and of the weighted sum; a multiply-add is 2, the full square counts."""
