@@ -130,7 +130,7 @@ def search_all(out: Path, results: Path, seeds: int, console: Console) -> None:
         row |= {"search_loss": search.loss, "search_target": target}
         row |= {"report_loss": evaluate(model, report_rows, kv_budget=budgets).loss}
         row |= {"report_full_cache": evaluate(model, report_rows).loss}
-        row |= {"report_recency": evaluate(model, report_rows, kv_budget=budgets, policy="streaming").loss}
+        row |= {"report_recency": evaluate(model, report_rows, kv_budget=budgets, kv_policy="streaming").loss}
         row |= {"report_softmax": evaluate(baseline, report_rows).loss}
         row |= {"cache_bytes": own, "softmax_cache_bytes": full, "bytes_factor": full / own}
         append(path, [row])

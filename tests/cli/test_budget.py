@@ -64,7 +64,7 @@ def moves_of(run: Path) -> list[dict[str, Any]]:
 
 
 def budgets_of(run: Path) -> list[int]:
-    return json.loads((run / "config.json").read_text())["kv_budgets"]
+    return json.loads((run / "config.json").read_text())["eviction"]["budget"]
 
 
 def test_budgets_that_generate_keeps(heedful: Heedful, run: Path, contents: Contents):
@@ -78,7 +78,7 @@ def test_budgets_that_generate_keeps(heedful: Heedful, run: Path, contents: Cont
     after = contents(run)
     assert set(after) - set(before) == {"budget.jsonl", "budget.png"}
     assert {n: t for n, t in before.items() if n != "config.json"}.items() <= after.items()
-    config = {**json.loads(after["config.json"]), "kv_budgets": None}
+    config = {**json.loads(after["config.json"]), "eviction": None}
     assert json.dumps(config, indent=2) + "\n" == before["config.json"].decode()
 
     replayed = [CONTEXT, CONTEXT]
@@ -93,7 +93,7 @@ def test_budgets_that_generate_keeps(heedful: Heedful, run: Path, contents: Cont
         "full cache",
         "budgets",
         "bytes than its full cache",
-        "config.json (kv_budgets",
+        "config.json (eviction",
         "budget.png",
     ):
         assert word in done.out

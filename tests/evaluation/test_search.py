@@ -96,7 +96,7 @@ def test_reused_inputs_give_the_loss_of_evaluate(form: dict[str, Any], policy: s
         ([7, CONTEXT + 1, 9], True),  # back up again
     ):
         measured = losses.measure(budgets)
-        expected = evaluate(model, rows, batch_size=3, kv_budget=budgets, policy=policy).loss
+        expected = evaluate(model, rows, batch_size=3, kv_budget=budgets, kv_policy=policy).loss
         assert measured.loss == pytest.approx(expected, abs=1e-10)
         seen.add(round(measured.loss, 9))
         if keep:
@@ -133,7 +133,7 @@ def brute_force(model: HeedfulForCausalLM, rows: TokenDataset, target: float, po
     """The greedy search as its definition reads, with nothing shared and everything measured."""
 
     def loss_of(budgets: list[int]) -> float:
-        return evaluate(model, rows, kv_budget=budgets, policy=policy).loss
+        return evaluate(model, rows, kv_budget=budgets, kv_policy=policy).loss
 
     budgets, frozen, moves = [CONTEXT] * LAYERS, set(), []
     now = loss_of(budgets)

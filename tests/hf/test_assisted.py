@@ -132,13 +132,13 @@ def test_an_assistant_changes_nothing(
 def test_an_assistant_with_budgets_of_its_own(make_model: Make, prompt: Tensor, cache: str):
     """The assistant forgets and guesses worse; the tokens are the model's."""
     model = make_model(**FORMS["mha-selective"])
-    assistant = assistant_of(make_model, FORMS["gqa-selective"], kv_budgets=[3, 4])
+    assistant = assistant_of(make_model, FORMS["gqa-selective"], eviction={"budget": [3, 4]})
     plain = generate(model, prompt, **CACHES[cache])
     check(generate(model, prompt, assistant_model=assistant, **CACHES[cache]), plain)
 
 
 def test_a_budget_of_the_config(make_model: Make, prompt: Tensor):
-    model = make_model(**FORMS["mha-selective"], kv_budgets=[4, 6])
+    model = make_model(**FORMS["mha-selective"], eviction={"budget": [4, 6]})
     plain = generate(model, prompt)
     assert plain.past_key_values.kept == [4, 6]
     check(generate(model, prompt, prompt_lookup_num_tokens=4), plain)

@@ -98,11 +98,9 @@ def test_evaluation_is_stepwise_decoding(
         logits[:, :-1].float().transpose(1, 2), prompt[:, 1:], reduction="none"
     )
     losses = losses * mask[:, 1:] * mask[:, :-1]
-    options = {name.removeprefix("kv_"): value for name, value in how.items() if name != "kv_budget"}
-    options["kv_budget"] = how.get("kv_budget")
-    got = model.evaluate_nll(prompt, mask, reduction="none", **options)
+    got = model.evaluate_nll(prompt, mask, reduction="none", **how)
     torch.testing.assert_close(got, losses)
-    mean = model.evaluate_nll(prompt, mask, **options)
+    mean = model.evaluate_nll(prompt, mask, **how)
     torch.testing.assert_close(mean, losses.sum() / (13 + 8))
     assert (mean - model.evaluate_nll(prompt, mask)).abs() > 1e-4
 
@@ -186,7 +184,7 @@ def test_the_bound_comes_with_the_output(make_model: Make, prompt: Tensor):
 
 def test_the_budgets_of_the_config(make_model: Make, prompt: Tensor):
     plain = make_model("gqa", "selective", tie_word_embeddings=False)
-    model = make_model("gqa", "selective", tie_word_embeddings=False, kv_budgets=[3, 6])
+    model = make_model("gqa", "selective", tie_word_embeddings=False, eviction={"budget": [3, 6]})
     full, tight = (generate(plain, prompt, kv_budget=b).sequences for b in ("full", [3, 6]))
     assert not torch.equal(full, tight)
     own = HeedfulCache(2)
@@ -232,8 +230,7 @@ def test_beams(model: HeedfulForCausalLM, prompt: Tensor, mask: Tensor, how: dic
     result = generate(model, prompt, attention_mask=mask, **beams, **how)
     assert result.sequences.shape == (6, 14 + NEW)
     whole = torch.cat((mask.repeat_interleave(3, 0), torch.ones(6, NEW, dtype=torch.long)), dim=1)
-    options = {name.removeprefix("kv_"): value for name, value in how.items() if name != "kv_budget"}
-    nll = model.evaluate_nll(result.sequences, whole, how["kv_budget"], reduction="none", **options)
+    nll = model.evaluate_nll(result.sequences, whole, reduction="none", **how)
     torch.testing.assert_close(result.sequences_scores, -nll[:, 13:].sum(-1) / NEW, rtol=1e-5, atol=1e-5)
     alone = generate(model, prompt[1:, 5:], **beams, **how)
     assert torch.equal(alone.sequences, result.sequences[3:, 5:])
@@ -349,9 +346,8 @@ def test_misuse(
         generate(model, prompt, **wrong)
     names = {"kv_budget", "kv_policy", "kv_threshold", "kv_evict_every"}
     if set(wrong) <= names:
-        options = {n if n == "kv_budget" else n.removeprefix("kv_"): value for n, value in wrong.items()}
         with pytest.raises(kind, match=message):
-            model.evaluate_nll(prompt, **options)
+            model.evaluate_nll(prompt, **wrong)
 
 
 def test_a_policy_must_go_with_every_layer(make_model: Make, prompt: Tensor):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from heedful.attention.eviction import POLICIES
+from heedful.attention.eviction import POLICIES, Eviction
 from heedful.cli.errors import UsageError
 from heedful.cli.parsing import flag, parse, peek, positional
 from heedful.errors import Interrupted
@@ -33,8 +33,8 @@ The validation rows (a document or a piece of one each) are cut into up to 8 str
 neighbouring rows to the search, and the block after it, up to four times as long, to the report. The two never
 share a row; the search chose the budgets to fit its rows, so believe the loss on the report rows.
 
-Writes budget.jsonl (every decision; the same command goes on from it), budget.png and, with the policy
-"selective", kv_budgets in config.json, which generate uses. The policy "selective" needs a model with --score
+Writes budget.jsonl (every decision; the same command goes on from it), budget.png and
+the budgets with their policy in config.json, which generate uses. The policy "selective" needs a model with --score
 selective; the others go with any."""
 
 LOG, FIGURE, CONFIG, WEIGHTS = "budget.jsonl", "budget.png", "config.json", "model.safetensors"
@@ -159,7 +159,7 @@ def _budget(values: dict[str, Any], console: Console) -> int:
     with spinner(console, "loss on the report rows"):
         budgets = list(search.budgets)
         own_full = evaluate(model, report_rows).loss
-        own = evaluate(model, report_rows, kv_budget=budgets, policy=policy).loss
+        own = evaluate(model, report_rows, kv_budget=budgets, kv_policy=policy).loss
         scores = [
             _Scores("full cache", full, own_full, held.context, _cache_bytes(model, held, "full", policy)),
             _Scores(
@@ -362,20 +362,14 @@ def _print_result(console: Console, search: Any, scores: list[_Scores]) -> None:
 def _print_written(console: Console, folder: Path, search: Any, policy: str) -> None:
     written = [LOG, FIGURE]
     note = ""
-    if policy != "selective":
-        flags = f"--kv-budget {','.join(map(str, search.budgets))} --kv-policy {policy}"
-        note = (
-            f"{CONFIG} is unchanged, since generate would evict by the policy selective; use heedful generate "
-            f"{folder} {flags}"
-        )
-    elif all(b == search.context for b in search.budgets):
+    if all(b == search.context for b in search.budgets):
         note = f"{CONFIG} is unchanged: no budget could be lowered"
     else:
         path = folder / CONFIG
         config = json.loads(path.read_text(encoding="utf-8"))
-        config["kv_budgets"] = list(search.budgets)
+        config["eviction"] = Eviction(search.budgets, policy).to_dict()
         write_json(path, config, sort_keys=True)
-        written.insert(0, f"{CONFIG} (kv_budgets, which generate uses)")
+        written.insert(0, f"{CONFIG} (eviction, which generate uses)")
     if note:
         console.print(note, soft_wrap=True)
     console.print(f"written in {folder}: {', '.join(written)}", soft_wrap=True)

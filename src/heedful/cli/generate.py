@@ -31,7 +31,8 @@ def run(arguments: Sequence[str]) -> int:
             flag("top_k", int, 50, "draw from the k most likely tokens; 0 draws from all"),
             flag("seed", int, 0, "seed of the draws"),
             flag("kv_budget", str, "", "tokens the cache of each layer holds: 64, 64,32,..., or full"),
-            flag("kv_policy", str, "selective", "which token is evicted: " + ", ".join(POLICIES)),
+            flag("kv_policy", str | None, None, "which token is evicted: " + ", ".join(POLICIES)),
+            flag("kv_evict_every", int | None, None, "evict at every so many tokens only"),
             flag("kv_threshold", float | None, None, "votes above which a token is forgotten at once, > 0"),
             flag("stats", bool, False, "say afterwards what the cache held, and how fast it went"),
         ],
@@ -60,6 +61,7 @@ def run(arguments: Sequence[str]) -> int:
         top_k=values["top_k"],
         kv_budget=_budget(values["kv_budget"]),
         kv_policy=values["kv_policy"],
+        kv_evict_every=values["kv_evict_every"],
         kv_threshold=values["kv_threshold"],
         streamer=TextStreamer(tokenizer, skip_special_tokens=True),
     )

@@ -145,7 +145,7 @@ class TaskModel:
             half = TokenDataset({name: t[:128] for name, t in rows[self.budgeted].tensors.items()})
             by_budget = {
                 policy: {
-                    n: evaluate(model, half, batch_size=128, kv_budget=n, policy=policy).accuracy
+                    n: evaluate(model, half, batch_size=128, kv_budget=n, kv_policy=policy).accuracy
                     for n in self.kept
                 }
                 for policy in self.policies

@@ -12,16 +12,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from heedful.attention.eviction import Eviction
+from heedful.attention.eviction.settings import Budget
 from heedful.data import TokenDataset
 from heedful.evaluation.loss import Tally, batches, labelled_logits, measuring
 from heedful.evaluation.search import check_policy
-from heedful.hf.cache import HeedfulCache, layer_budgets
+from heedful.hf.cache import HeedfulCache
 
 BUDGETS: tuple[int | str, ...] = (8, 16, 32, 64, "full")
 WARM_UP = 8
-
-Budget = int | Sequence[int] | str
-"""Tokens held per layer: a number, a list with one per layer, or "full"."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ def check_budgets(budgets: Sequence[Budget], n_layers: int = 1) -> None:
     """Raise ValueError unless all `budgets` are sound and differ."""
     if not budgets:
         raise ValueError("expected one budget or more, got none")
-    _check_different("budget", [tuple(layer_budgets(budget, n_layers)) for budget in budgets], budgets)
+    _check_different("budget", [tuple(Eviction.of(budget).budgets(n_layers)) for budget in budgets], budgets)
 
 
 def to_csv(results: Sequence[BudgetResult]) -> str:

@@ -1,7 +1,7 @@
 """Validation loss of a causal language model, every labelled token counted once."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from heedful.attention.eviction import Eviction
+from heedful.attention.eviction.settings import AnyBudget
 from heedful.data import TokenDataset
 from heedful.hf.cache import HeedfulCache
 
@@ -35,8 +37,8 @@ def evaluate(
     rows: TokenDataset,
     *,
     batch_size: int = 32,
-    kv_budget: int | Sequence[int] | str = "full",
-    policy: str = "selective",
+    kv_budget: AnyBudget = "full",
+    kv_policy: str | None = None,
 ) -> Evaluation:
     """Measure `model` on `rows` in evaluation mode, as it predicts with a cache of `kv_budget` tokens.
 
@@ -46,8 +48,8 @@ def evaluate(
             the rows (such as `segment_ids`) are passed to the model.
         batch_size: rows at a time.
         kv_budget: tokens the cache of each layer holds while a query attends; a number, a list with one per
-            layer, or "full". The evictions are replayed exactly, in one pass.
-        policy: which token is evicted (`heedful.attention.eviction`).
+            layer, "full", or an `Eviction`. The evictions are replayed exactly, in one pass.
+        kv_policy: which token is evicted (`heedful.attention.eviction`); default "selective".
 
     Returns:
         The mean over all labelled tokens, not over batches.
@@ -55,12 +57,12 @@ def evaluate(
     Raises:
         ValueError: if no token is labelled, or for a budget with packed rows, an unsound budget or policy.
     """
-    tally = Tally()
+    tally, eviction = Tally(), Eviction.of(kv_budget, kv_policy)
     with measuring(model):
         for batch in batches(model, rows, batch_size):
             cache = None
-            if kv_budget != "full":
-                cache = HeedfulCache(len(model.layers), kv_budget, policy)  # type: ignore[arg-type]
+            if eviction.evicts:
+                cache = HeedfulCache(len(model.layers), eviction)  # type: ignore[arg-type]
             tally.add(*labelled_logits(model, batch, cache))
     return tally.evaluation()
 

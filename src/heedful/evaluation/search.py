@@ -25,9 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from heedful.attention.eviction import EvictingCache, get_policy
+from heedful.attention.eviction import EvictingCache, Eviction, get_policy
 from heedful.data import TokenDataset
-from heedful.hf.cache import layer_budgets
 from heedful.hf.modeling import HeedfulForCausalLM
 from heedful.ops.masks import rank_in_segment
 
@@ -150,7 +149,7 @@ class BudgetedLoss:
         Raises:
             ValueError: for an unsound budget or a wrong number of them.
         """
-        layer_budgets(list(budgets), len(self.budgets))
+        Eviction(tuple(budgets)).budgets(len(self.budgets))
         changed = [i for i, (new, old) in enumerate(zip(budgets, self.budgets, strict=True)) if new != old]
         if not changed:
             return Measurement(self.budgets, self.loss, len(self.budgets), [[] for _ in self._batches])

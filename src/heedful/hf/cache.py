@@ -1,16 +1,15 @@
 """All contact with transformers' cache API: its names in front, `LayerCache` behind."""
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from heedful.attention.cache import KVCache, LayerCache
-from heedful.attention.eviction import EvictingCache
-from heedful.ops.eviction.rule import check_budget, check_evict_every
+from heedful.attention.cache import KVCache
+from heedful.attention.eviction import Eviction
+from heedful.attention.eviction.settings import AnyBudget
 
 
 class _CacheLayer(CacheLayerMixin):
@@ -96,38 +95,33 @@ class HeedfulCache(Cache):
 
     Args:
         n_layers: the number of layers.
-        kv_budget: tokens held per layer: a number, a list with one per layer, or "full".
-        policy: which token goes when a layer is full (`heedful.attention.eviction`).
-        evict_every: evict only at token positions divisible by it; up to evict_every - 1 more tokens are held.
-        threshold: votes F above which a token goes, whatever the budget; `forgotten` then bounds what was lost.
+        kv_budget: tokens held per layer: a number, a list with one per layer, or "full"; or an `Eviction`.
+        kv_policy: which token goes when a layer is full (`heedful.attention.eviction`); default "selective".
+        kv_evict_every: evict only at positions divisible by it; up to kv_evict_every - 1 more tokens are held.
+        kv_threshold: votes F above which a token goes, whatever the budget; `forgotten` then bounds what was lost.
 
     Raises:
-        ValueError: for a budget below 2, a list of the wrong length, an `evict_every` below 1, an unsound
-            threshold, or an unknown policy.
+        ValueError: for what `Eviction` refuses, or a list of the wrong length.
     """
 
     def __init__(
         self,
         n_layers: int,
-        kv_budget: int | Sequence[int] | str = "full",
-        policy: str = "selective",
-        evict_every: int = 1,
-        threshold: float | None = None,
+        kv_budget: AnyBudget = "full",
+        kv_policy: str | None = None,
+        kv_evict_every: int | None = None,
+        kv_threshold: float | None = None,
     ) -> None:
-        budgets = layer_budgets(kv_budget, n_layers)
-        check_evict_every(evict_every)
-        if evict_every != 1 and threshold is None and all(budget is None for budget in budgets):
-            raise ValueError(
-                f"evict_every={evict_every} needs a budget or a threshold; nothing is evicted without"
-            )
-        memories = [
-            LayerCache()
-            if b is None and threshold is None
-            else EvictingCache(b, policy, evict_every, threshold)
-            for b in budgets
-        ]
+        self.eviction = Eviction.of(kv_budget, kv_policy, kv_evict_every, kv_threshold)
+        memories = self.eviction.layer_caches(n_layers)
         super().__init__(layers=[_CacheLayer(memory) for memory in memories])
         self._clock: list[tuple[int, float]] = []
+
+    def __repr__(self) -> str:
+        holds = f"{self.eviction}" if self.eviction.evicts else "everything"
+        kept = ", ".join(map(str, self.kept))
+        counts = f"{self.seen} tokens seen, {kept} kept, {self.nbytes:,} bytes"
+        return f"HeedfulCache({len(self.layers)} layers, {counts}; {holds})"
 
     @property
     def memories(self) -> list[KVCache]:
@@ -177,26 +171,6 @@ class HeedfulCache(Cache):
         """Note the time after a forward pass, for `stats`."""
         del self._clock[1:]  # the first, which read the prompt, and the last are what counts
         self._clock.append((self.seen, time.perf_counter()))
-
-
-def layer_budgets(kv_budget: object, n_layers: int) -> list[int | None]:
-    """One budget per layer; None = everything is kept.
-
-    Raises:
-        ValueError: for anything but "full", a whole number >= 2, or a list of those for every layer.
-    """
-    if kv_budget == "full":
-        return [None] * n_layers
-    budgets = kv_budget if isinstance(kv_budget, list | tuple) else [kv_budget] * n_layers
-    if len(budgets) != n_layers:
-        raise ValueError(f"kv_budget must have one entry per layer ({n_layers}), got {len(budgets)}")
-    for budget in budgets:
-        if not isinstance(budget, int):
-            raise ValueError(
-                f'kv_budget must be "full", a whole number or a list with one per layer, got {kv_budget!r}'
-            )
-        check_budget(budget)
-    return list(budgets)
 
 
 def check_cache(cache: object, n_layers: int) -> HeedfulCache:

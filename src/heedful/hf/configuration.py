@@ -5,9 +5,9 @@ from typing import Any, Literal
 
 from transformers import PreTrainedConfig
 
+from heedful.attention.eviction import Eviction
 from heedful.decoder import DecoderConfig
 from heedful.ops.checks import did_you_mean
-from heedful.ops.eviction.rule import check_budget
 
 
 class HeedfulConfig(PreTrainedConfig):
@@ -36,7 +36,8 @@ class HeedfulConfig(PreTrainedConfig):
         init_logit_std: standard deviation of the attention logits at the start.
         tie_word_embeddings: the output projection is the token embedding.
         dropout: part of each attention and SwiGLU output that is dropped in training.
-        kv_budgets: tokens that the cache of each layer holds in `generate`; None keeps all.
+        eviction: what `generate` and `evaluate_nll` hold in the cache where nothing else is asked for, as
+            `heedful.Eviction.to_dict` gives it: budget, policy, evict_every, threshold. None keeps all.
 
     Raises:
         ValueError: for unknown forms or options and for contradictions, at construction.
@@ -49,31 +50,37 @@ class HeedfulConfig(PreTrainedConfig):
     hidden_size: int = 256
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    intermediate_size: int | None = None
-    max_position_embeddings: int = 2048
-    attention: str | list[str] = "mha"
+    num_key_value_heads: int | None = DecoderConfig.n_kv_heads
+    head_dim: int | None = DecoderConfig.head_dim
+    intermediate_size: int | None = DecoderConfig.d_ff
+    max_position_embeddings: int = DecoderConfig.max_positions
+    attention: str | list[str] = DecoderConfig.attention
     attention_options: dict[str, Any] | list[dict[str, Any]] | None = None
-    score: str | list[str] = "softmax"
+    score: str | list[str] = DecoderConfig.score
     score_options: dict[str, Any] | list[dict[str, Any]] | None = None
-    positions: Literal["rope", "learned", "none"] = "rope"
-    rope_theta: float = 10000.0
-    qk_norm: bool = True
-    qk_norm_position: Literal["before_rope", "after_rope"] = "before_rope"
-    rms_norm_eps: float = 1e-6
-    attention_bias: bool = False
-    init_logit_std: float = 0.2
-    tie_word_embeddings: bool = True
-    dropout: float = 0.0
-    kv_budgets: list[int] | None = None
+    positions: Literal["rope", "learned", "none"] = DecoderConfig.positions
+    rope_theta: float = DecoderConfig.rope_theta
+    qk_norm: bool = DecoderConfig.qk_norm
+    qk_norm_position: Literal["before_rope", "after_rope"] = DecoderConfig.qk_norm_position
+    rms_norm_eps: float = DecoderConfig.norm_eps
+    attention_bias: bool = DecoderConfig.attention_bias
+    init_logit_std: float = DecoderConfig.init_logit_std
+    tie_word_embeddings: bool = DecoderConfig.tie_embeddings
+    dropout: float = DecoderConfig.dropout
+    eviction: dict[str, Any] | None = None
     use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if kwargs.get("kv_budgets") and self.eviction is None:
+            self.eviction = {"budget": kwargs["kv_budgets"]}  # as folders of early versions have it
+        kwargs.pop("kv_budgets", None)
         own = [f.name for f in fields(self)]
+        for name in kwargs:
+            if name in _OTHER_NAMES:
+                raise ValueError(f"HeedfulConfig has no field {name!r}; here it is {_OTHER_NAMES[name]!r}")
         for name in kwargs:
             # Unknown names are kept, as everywhere in transformers, but a typo must not be one.
             if hint := did_you_mean(name, own, cutoff=0.85):
@@ -86,12 +93,10 @@ class HeedfulConfig(PreTrainedConfig):
         if self.score_options is None:
             self.score_options = {}
         decoder = self.to_decoder_config()
-        if self.kv_budgets is not None and len(self.kv_budgets) != self.num_hidden_layers:
-            raise ValueError(
-                f"kv_budgets must have one entry per layer ({self.num_hidden_layers}), got {self.kv_budgets}"
-            )
-        for budget in self.kv_budgets or ():
-            check_budget(budget)
+        if self.eviction is not None:
+            eviction = Eviction.of(self.eviction)
+            eviction.budgets(self.num_hidden_layers)
+            self.eviction = eviction.to_dict()
         self.intermediate_size = decoder.d_ff
         super().__post_init__(**kwargs)
 

@@ -18,7 +18,8 @@ def continue_text(
     temperature: float = 0.8,
     top_k: int = 50,
     kv_budget: Any = None,
-    kv_policy: str = "selective",
+    kv_policy: str | None = None,
+    kv_evict_every: int | None = None,
     kv_threshold: float | None = None,
     streamer: Any = None,
 ) -> tuple[str, HeedfulCache]:
@@ -33,6 +34,7 @@ def continue_text(
         top_k: draw from the k most likely tokens; 0 draws from all.
         kv_budget: tokens the cache of each layer holds, as in `generate`.
         kv_policy: which token is evicted.
+        kv_evict_every: evict only at positions divisible by it.
         kv_threshold: votes above which a token goes, as in `generate`.
         streamer: receives tokens as they come, for `generate`.
 
@@ -50,6 +52,7 @@ def continue_text(
         pad_token_id=tokenizer.bos_token_id,
         kv_budget=kv_budget,
         kv_policy=kv_policy,
+        kv_evict_every=kv_evict_every,
         kv_threshold=kv_threshold,
         return_dict_in_generate=True,
         streamer=streamer,

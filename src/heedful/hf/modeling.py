@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from heedful.attention.eviction import get_policy
+from heedful.attention.eviction import Eviction
+from heedful.attention.eviction.settings import AnyBudget
 from heedful.attention.score import LayerLoss
 from heedful.decoder import reset_head
 from heedful.hf.backbone import HeedfulModel, HeedfulPreTrainedModel, returns_dict
@@ -173,9 +174,9 @@ class HeedfulForCausalLM(HeedfulPreTrainedModel, GenerationMixin):
     def generate(
         self,
         *args: Any,
-        kv_budget: Any = None,
-        kv_policy: str = "selective",
-        kv_evict_every: int = 1,
+        kv_budget: AnyBudget = None,
+        kv_policy: str | None = None,
+        kv_evict_every: int | None = None,
         kv_threshold: float | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -184,10 +185,11 @@ class HeedfulForCausalLM(HeedfulPreTrainedModel, GenerationMixin):
         Args:
             *args: as in transformers.
             kv_budget: tokens held per layer while attending, the first and the newest included: a number >= 2,
-                a list with one per layer, or "full"; None takes `config.kv_budgets`, or all where it is None
-                or the caller brings a cache or wants none.
-            kv_policy: which token is evicted: "selective" needs a selective model; "streaming", "h2o",
-                "tova" and "random" go with any.
+                a list with one per layer, "full", or an `Eviction`. What is left out here is taken from the
+                `generation_config` given, then from `model.generation_config`, then from `config.eviction`; without
+                any, everything is kept.
+            kv_policy: which token is evicted: "selective", the default, needs a selective model; "streaming",
+                "h2o", "tova" and "random" go with any.
             kv_evict_every: evict only at token positions divisible by it; up to kv_evict_every - 1 more tokens
                 are held.
             kv_threshold: votes F above which a token goes at once, > 0; needs the policy "selective". The cache
@@ -200,23 +202,30 @@ class HeedfulForCausalLM(HeedfulPreTrainedModel, GenerationMixin):
             ValueError: for an unsound budget or threshold, an unknown policy, or a budget or threshold together
                 with a cache of one's own or `use_cache=False`.
         """
-        get_policy(kv_policy)
         if kwargs.get("segment_ids") is not None:
             raise ValueError("generate() continues one text per row: leave out segment_ids")
         if (cache := one_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))) is not None:
             kwargs[CACHE] = cache
         given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
         use_cache = kwargs.get("use_cache", getattr(given, "use_cache", None))
-        own_cache = cache is not None or use_cache is False
-        asked = kv_budget not in (None, "full") or kv_threshold is not None or kv_evict_every != 1
-        if asked and own_cache:
+        asked = {
+            "kv_budget": kv_budget,
+            "kv_policy": kv_policy,
+            "kv_evict_every": kv_evict_every,
+            "kv_threshold": kv_threshold,
+        }
+        asked = {
+            name: getattr(given, name, None) if value is None else value for name, value in asked.items()
+        }
+        if cache is None and use_cache is not False:
+            eviction = self._eviction(**asked)
+            if eviction.evicts:
+                kwargs[CACHE] = HeedfulCache(len(self.layers), eviction)
+        elif Eviction.of(**asked).evicts:
             raise ValueError(
                 "kv_budget, kv_threshold and kv_evict_every make a cache: leave out past_key_values and "
                 "use_cache=False"
             )
-        budget = self._budget(kv_budget)
-        if (budget != "full" or asked) and not own_cache:
-            kwargs[CACHE] = HeedfulCache(len(self.layers), budget, kv_policy, kv_evict_every, kv_threshold)
         return super().generate(*args, **kwargs)
 
     @torch.no_grad()
@@ -224,11 +233,11 @@ class HeedfulForCausalLM(HeedfulPreTrainedModel, GenerationMixin):
         self,
         ids: Tensor,
         attention_mask: Tensor | None = None,
-        kv_budget: Any = None,
-        policy: str = "selective",
+        kv_budget: AnyBudget = None,
+        kv_policy: str | None = None,
         reduction: Literal["mean", "none"] = "mean",
-        evict_every: int = 1,
-        threshold: float | None = None,
+        kv_evict_every: int | None = None,
+        kv_threshold: float | None = None,
     ) -> Tensor:
         """Negative log-likelihood of a text as a cache with a budget would see it, in one forward pass.
 
@@ -237,11 +246,11 @@ class HeedfulForCausalLM(HeedfulPreTrainedModel, GenerationMixin):
         Args:
             ids: (B, T) token ids.
             attention_mask: (B, T), 0 = padding, which is not counted.
-            kv_budget: as in `generate`.
-            policy: as `kv_policy` in `generate`; "h2o" and "tova" run query by query.
+            kv_budget: as in `generate`, as all that begins with `kv_`.
+            kv_policy: "h2o" and "tova" run query by query.
             reduction: "mean" over the real predicted tokens, or "none".
-            evict_every: as `kv_evict_every` in `generate`.
-            threshold: as `kv_threshold` in `generate`.
+            kv_evict_every: as in `generate`.
+            kv_threshold: as in `generate`.
 
         Returns:
             A scalar, or (B, T-1), nats; 0 where the token is padding.
@@ -251,7 +260,8 @@ class HeedfulForCausalLM(HeedfulPreTrainedModel, GenerationMixin):
         """
         if reduction not in ("mean", "none"):
             raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
-        cache = HeedfulCache(len(self.layers), self._budget(kv_budget), policy, evict_every, threshold)
+        eviction = self._eviction(kv_budget, kv_policy, kv_evict_every, kv_threshold)
+        cache = HeedfulCache(len(self.layers), eviction)
         logits = self(ids, attention_mask=attention_mask, cache=cache).logits[:, :-1].float()
         nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
         if attention_mask is not None:
@@ -276,10 +286,27 @@ class HeedfulForCausalLM(HeedfulPreTrainedModel, GenerationMixin):
             )
         return loss
 
-    def _budget(self, kv_budget: Any) -> Any:
+    def _eviction(
+        self,
+        kv_budget: AnyBudget,
+        kv_policy: str | None,
+        kv_evict_every: int | None,
+        kv_threshold: float | None,
+    ) -> Eviction:
+        """What was asked for, the rest from the generation config, then from the config."""
+        usual = self.generation_config
+
+        def or_usual(name: str, value: Any) -> Any:
+            return getattr(usual, name, None) if value is None else value
+
+        saved = Eviction.of(self.config.eviction)
+        kv_budget, kv_policy = or_usual("kv_budget", kv_budget), or_usual("kv_policy", kv_policy)
+        rest = or_usual("kv_evict_every", kv_evict_every), or_usual("kv_threshold", kv_threshold)
         if kv_budget is None:
-            kv_budget = self.config.kv_budgets
-        return "full" if kv_budget is None else kv_budget
+            return Eviction.of(saved, kv_policy, *rest)
+        if kv_policy is None and isinstance(kv_budget, int | list | tuple):
+            kv_policy = saved.policy
+        return Eviction.of(kv_budget, kv_policy, *rest)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Continuous batching needs paged attention: without this it would fail in a thread, unheard."""

@@ -4,6 +4,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from heedful.attention.eviction import Eviction
+
 MODULE = "modeling_heedful"
 CARD = "README.md"
 AUTO_MAP = {
@@ -96,7 +98,10 @@ def words(form: str | list[str]) -> str:
 
 def kept_words(model: Any) -> str:
     """How much the cache holds by default."""
-    budgets = model.config.kv_budgets
-    if budgets is None:
+    eviction = Eviction.of(model.config.eviction)
+    if not eviction.evicts:
         return "holds every token, unless generate is given a kv_budget"
-    return f"holds {', '.join(map(str, budgets))} tokens, by layer"
+    if eviction.budget is None:
+        return f"forgets tokens with more than {eviction.threshold:g} votes against them"
+    budgets = eviction.budgets(model.config.num_hidden_layers)
+    return f"holds {', '.join(map(str, budgets))} tokens, by layer; who goes: {eviction.policy}"

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Union
 
 from heedful.attention.cache import KVCache, LayerCache
 from heedful.attention.eviction.cache import EvictingCache
@@ -11,6 +11,8 @@ from heedful.ops.eviction.rule import check_budget, check_evict_every, check_thr
 
 Budget = int | Sequence[int] | str
 """Tokens held per layer: a number, a list with one per layer, or "full"."""
+AnyBudget = Union[Budget, "Eviction", Mapping[str, Any], None]
+"""What `Eviction.of` takes for one."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Eviction:
     @classmethod
     def of(
         cls,
-        kv_budget: "Budget | Eviction | Mapping[str, Any] | None" = None,
+        kv_budget: AnyBudget = None,
         kv_policy: str | None = None,
         kv_evict_every: int | None = None,
         kv_threshold: float | None = None,
