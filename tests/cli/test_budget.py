@@ -136,7 +136,7 @@ def test_the_same_command_goes_on(
         return original(self, budgets)
 
     original = BudgetedLoss.measure
-    config = (run / "config.json").read_bytes()
+    config = json.loads((run / "config.json").read_text())
     with monkeypatch.context() as patch:
         patch.setattr(BudgetedLoss, "measure", measure)
         stopped = heedful("budget", run)
@@ -240,20 +240,19 @@ def test_a_target_below_the_full_cache(
     assert not (weak / "budget.jsonl").exists()
 
 
-def test_other_policies_leave_the_config_alone(
+def test_other_policies_are_kept_with_their_budgets(
     heedful: Heedful, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     run = shutil.copytree(plain, tmp_path / "run")
-    config = (run / "config.json").read_bytes()
+    config = json.loads((run / "config.json").read_text())
     with monkeypatch.context() as patch:
         patch.setattr(BudgetSearch, "__init__", lambda *_, **__: pytest.fail("measured"))
         message = heedful("budget", run).error(1)
     assert "'selective' needs a model with score 'selective' in every layer, layer 0 has 'softmax'" in message
     done = heedful("budget", run, "--policy", "streaming", "--target-loss", "5")
     assert done.code == 0, done.err
-    assert (run / "config.json").read_bytes() == config
-    assert "config.json is unchanged" in done.out
-    assert "--kv-budget 2,2 --kv-policy streaming" in done.out
+    kept = {"budget": [2, 2], "policy": "streaming", "evict_every": 1, "threshold": None}
+    assert json.loads((run / "config.json").read_text()) == {**config, "eviction": kept}
     assert "written in" in done.out
     assert "lowest budget" in done.out
     assert (run / "budget.png").exists()

@@ -1,6 +1,7 @@
 """`HeedfulForCausalLM`: the decoder as a Hugging Face causal language model."""
 
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -18,6 +19,7 @@ from heedful.hf.configuration import HeedfulConfig
 from heedful.hf.names import CACHE, one_cache, output_cache
 
 PREFIX = "model."
+KV_NAMES = "kv_budget", "kv_policy", "kv_evict_every", "kv_threshold"
 
 
 @dataclass
@@ -49,6 +51,14 @@ class HeedfulForCausalLM(HeedfulPreTrainedModel, GenerationMixin):
             self.lm_head.weight = self.model.embed_tokens.weight
         self.register_load_state_dict_pre_hook(_rename_decoder_weights)
         self.post_init()
+
+    def save_pretrained(self, save_directory: str | PathLike, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; a `kv_budget` of the generation config is kept, too."""
+        kept = self.generation_config
+        if any(getattr(kept, name, None) is not None for name in KV_NAMES):
+            # Else transformers takes it for a copy of the config, and makes it anew when the model is loaded.
+            kept._from_model_config = False
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def reset_own(self) -> None:
         """Fresh weights for the output projection, unless it is the embedding."""
@@ -208,7 +218,7 @@ class HeedfulForCausalLM(HeedfulPreTrainedModel, GenerationMixin):
             kwargs[CACHE] = cache
         given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
         use_cache = kwargs.get("use_cache", getattr(given, "use_cache", None))
-        asked = {
+        asked: dict[str, Any] = {
             "kv_budget": kv_budget,
             "kv_policy": kv_policy,
             "kv_evict_every": kv_evict_every,
