@@ -108,10 +108,13 @@ def preferred(device_type: str, dtype: torch.dtype) -> bool:
     return device_type == "cpu" and dtype != torch.float64 and usable()
 
 
-@torch.compiler.assume_constant_result
 def usable(scalar: str = "float") -> bool:
     """Whether `auto` may take it. Where it may not, that is said once, as a warning in the log."""
     return not isinstance(_find(scalar), str)
+
+
+# As `torch.compiler.assume_constant_result` marks it, which would import the compiler.
+usable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
