@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from heedful.ops.compiling import constant_result
 from heedful.ops.selective.native.build import Built, Unavailable, build
 
 SCALARS = {torch.float32: "float", torch.float64: "double"}
@@ -108,13 +109,10 @@ def preferred(device_type: str, dtype: torch.dtype) -> bool:
     return device_type == "cpu" and dtype != torch.float64 and usable()
 
 
+@constant_result
 def usable(scalar: str = "float") -> bool:
     """Whether `auto` may take it. Where it may not, that is said once, as a warning in the log."""
     return not isinstance(_find(scalar), str)
-
-
-# As `torch.compiler.assume_constant_result` marks it, which would import the compiler.
-usable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache

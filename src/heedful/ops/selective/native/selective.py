@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from heedful.ops.compiling import constant_result
 from heedful.ops.masks import rank_in_segment
 from heedful.ops.precision import no_autocast, wide_dtype
 from heedful.ops.selective import limits
@@ -66,7 +67,7 @@ def check_native(q: Tensor) -> None:
         raise ValueError(f"impl='native' is not available: {reason}")
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def missing(scalar: str) -> str:
     """Why there is no library, or nothing."""
     try:

@@ -6,6 +6,8 @@ import os
 import torch
 from torch import Tensor
 
+from heedful.ops.compiling import constant_result
+
 LARGEST = 128
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -45,6 +47,7 @@ def unavailable(q: Tensor, v: Tensor, select_q: Tensor | None = None) -> str | N
     return None
 
 
+@constant_result
 def little_shared_memory(device: torch.device) -> bool:
     """Whether a block of threads of this GPU has some 99 kB of shared memory, not 163 or more."""
     if device.type != "cuda":
@@ -53,6 +56,7 @@ def little_shared_memory(device: torch.device) -> bool:
     return capability in ((8, 6), (8, 9)) or capability[0] == 12
 
 
+@constant_result
 def _machine(device: str, index: int) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install triton, or use impl='blocked'"
@@ -69,8 +73,3 @@ def _machine(device: str, index: int) -> str | None:
         f"it needs an NVIDIA GPU, got tensors on {device}; use impl='blocked', or set TRITON_INTERPRET=1 before "
         "Python starts to try the kernels, slowly, on the CPU"
     )
-
-
-# What torch.compiler.assume_constant_result does, which would import the whole compiler now.
-_machine._dynamo_marked_constant = True  # type: ignore[attr-defined]
-little_shared_memory._dynamo_marked_constant = True  # type: ignore[attr-defined]
