@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from heedful.demo import SELECTIVE, TASK
 from heedful.evaluation import evaluate
 from heedful.hf.load import load_model
 from heedful.hf.modeling import HeedfulForCausalLM
+from heedful.plotting import COLORS, new_figure, save, titled
 from heedful.training import TrainSettings, train
 
 STEPS = {"softmax": 2000, "selective": 500}
@@ -124,6 +125,79 @@ def append(path: Path, rows: list[dict[str, Any]]) -> None:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def plot(results: Path) -> None:
+    """variable-assignment.png: answers against steps with the seeds as a band, and at greater lengths."""
+    rows = [row for row in read(results / "runs.jsonl") if row["lr"] == TASK.lr]
+    figure, (left, right) = new_figure(2, (10.5, 4.6), gridspec_kw={"width_ratios": (1.5, 1)})
+    for axes in (left, right):
+        axes.set_ylim(0, 1.12)
+        axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0], ["0 %", "25 %", "50 %", "75 %", "100 %"])
+    left.axhline(LEARNED, color="#999999", linewidth=1, linestyle=(0, (4, 3)))
+    seeds = {row["seed"] for row in rows}
+    for number, score in enumerate(STEPS):
+        same = [row for row in rows if row["score"] == score]
+        steps = [step for step, _ in same[0]["curve"]]
+        right_ones = [[row["curve"][i][1] for row in same] for i in range(len(steps))]
+        left.plot(steps, [mean(values) for values in right_ones], color=COLORS[score], linewidth=2.2)
+        low, high = [min(v) for v in right_ones], [max(v) for v in right_ones]
+        left.fill_between(steps, low, high, color=COLORS[score], alpha=0.18, linewidth=0)
+        reached = [steps_to(row["curve"]) for row in same]
+        known = sorted(step for step in reached if step is not None)
+        note = f"{known[0]} to {known[-1]} steps" if len(known) > 1 else f"{known[0]} steps" if known else ""
+        note += f", {len(reached) - len(known)} not at all" if len(known) < len(reached) else ""
+        left.text(
+            mean(known) if known else steps[-1],
+            1.03,
+            f"{score}: {note}",
+            color=COLORS[score],
+            ha="left" if number else "right",
+            fontsize=10,
+        )
+        learned = [row for row in same if steps_to(row["curve"]) is not None]
+        for place, n in enumerate(STATEMENTS):
+            values = [row["accuracy"][str(n)] for row in learned]
+            if not values:
+                continue
+            x = place + (0.5 - number) * -0.38
+            bar = right.bar(x, mean(values), 0.36, color=COLORS[score], label=score if place == 0 else None)
+            right.bar_label(bar, [f"{mean(values):.0%}"], padding=6, color="#444444", fontsize=10)
+            right.vlines(x, min(values), max(values), color="#222222", linewidth=1)
+    left.set_xlabel("training steps, each score with a schedule of its own length")
+    few = "one seed" if len(seeds) == 1 else f"mean and range of {len(seeds)} seeds"
+    titled(
+        left, "Variable assignment: when it is learned", f"right answers, 32 statements; {few}; dashes: 95 %"
+    )
+    right.set_xticks(range(len(STATEMENTS)), [f"{n}\nstatements" for n in STATEMENTS])
+    right.tick_params(axis="x", length=0)
+    titled(right, "Then, at greater lengths", "models that learned it, never trained beyond 32")
+    save(figure, results / "variable-assignment.png")
+
+
+def tables(results: Path) -> str:
+    """Markdown: steps and seconds to 95 %, and answers at every length, run by run."""
+    cost = {(row["score"], row["threads"]): row["seconds"] for row in read(results / "steps.jsonl")}
+    lines = ["| score | lr | seed | steps to 95 % | seconds, 1 thread | 2 threads |"]
+    lines[0] += "".join(f" {n} statements |" for n in STATEMENTS)
+    lines.append("|---" * (6 + len(STATEMENTS)) + "|")
+    for row in sorted(read(results / "runs.jsonl"), key=lambda r: (r["lr"], r["score"], r["seed"])):
+        step = steps_to(row["curve"])
+        cells = [row["score"], f"{row['lr']:g}", str(row["seed"])]
+        cells.append(f"not in {row['steps']}" if step is None else str(step))
+        for threads in (1, 2):
+            seconds = cost.get((row["score"], threads))
+            cells.append(f"{step * seconds:.0f}" if step is not None and seconds else "")
+        cells += [f"{row['accuracy'][str(n)]:.1%}" for n in STATEMENTS]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def report(results: Path) -> None:
+    """The figure and tables.md, from the raw data."""
+    plot(results)
+    (results / "tables.md").write_text(tables(results))
+    print(tables(results))
+
+
 def main() -> None:
     """Run the study."""
     parser = argparse.ArgumentParser(
@@ -133,14 +207,19 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("results/variable-assignment"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES))
+    parser.add_argument("--report", action="store_true", help="draw and tabulate what there is")
     parser.add_argument("--time", action="store_true", help="time the steps, train nothing")
     arguments = parser.parse_args()
     arguments.results.mkdir(parents=True, exist_ok=True)
     if arguments.time:
         step_seconds(arguments.results, repeats=60)
         return
+    if arguments.report:
+        report(arguments.results)
+        return
     for settings in runs(arguments.seeds, arguments.rates):
         learn(settings, arguments.out, arguments.results, Console())
+    report(arguments.results)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ SCORES = ("softmax", "selective")
 SELECTIVE = {"memory_loss": 0.1}
 
 # What four forms can learn in three minutes on two cores.
-TEXT = TrainSettings(d_model=64, n_layers=3, n_heads=4, context=256, batch_size=4, steps=320, lr=5e-3)
+TEXT = TrainSettings(d_model=64, n_layers=3, n_heads=4, context=256, batch_size=4, steps=280, lr=5e-3)
 TEXT_KEPT = (8, 16, 32, 64)
 POLICY_OF = {
     ("mha", "softmax"): "streaming",

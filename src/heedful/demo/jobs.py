@@ -25,7 +25,7 @@ from heedful.screen import spinner
 from heedful.training import RunResult, TrainSettings, train
 from heedful.training.run import load_settings_data
 
-VALIDATION_ROWS = 96
+VALIDATION_ROWS = 64
 """Rows of the validation text that every loss of the demo is measured on."""
 
 
