@@ -80,9 +80,7 @@ def test_there_are_no_other_blocks():
 
 def test_make_and_pip_name_what_exists():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
-        "optional-dependencies"
-    ]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     for words in COMMANDS:
         if words[:1] == ["make"]:
             assert words[1] in targets
