@@ -144,15 +144,11 @@ def plot(results: Path) -> None:
         reached = [steps_to(row["curve"]) for row in same]
         known = sorted(step for step in reached if step is not None)
         note = f"{known[0]} to {known[-1]} steps" if len(known) > 1 else f"{known[0]} steps" if known else ""
-        note += f", {len(reached) - len(known)} not at all" if len(known) < len(reached) else ""
-        left.text(
-            mean(known) if known else steps[-1],
-            1.03,
-            f"{score}: {note}",
-            color=COLORS[score],
-            ha="left" if number else "right",
-            fontsize=10,
+        note += (
+            f", {len(reached) - len(known)} of {len(reached)} not yet" if len(known) < len(reached) else ""
         )
+        x, side = (90, "left") if score == "selective" else (steps[-1], "right")
+        left.text(x, 1.035, f"{score}: {note}", color=COLORS[score], ha=side, fontsize=10)
         learned = [row for row in same if steps_to(row["curve"]) is not None]
         for place, n in enumerate(STATEMENTS):
             values = [row["accuracy"][str(n)] for row in learned]
@@ -160,7 +156,9 @@ def plot(results: Path) -> None:
                 continue
             x = place + (0.5 - number) * -0.38
             bar = right.bar(x, mean(values), 0.36, color=COLORS[score], label=score if place == 0 else None)
-            right.bar_label(bar, [f"{mean(values):.0%}"], padding=6, color="#444444", fontsize=10)
+            right.bar_label(
+                bar, [f"{mean(values):.1%}"], label_type="center", color="white", fontsize=10, rotation=90
+            )
             right.vlines(x, min(values), max(values), color="#222222", linewidth=1)
     left.set_xlabel("training steps, each score with a schedule of its own length")
     few = "one seed" if len(seeds) == 1 else f"mean and range of {len(seeds)} seeds"
