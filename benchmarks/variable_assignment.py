@@ -133,7 +133,7 @@ def plot(results: Path) -> None:
         axes.set_ylim(0, 1.12)
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0], ["0 %", "25 %", "50 %", "75 %", "100 %"])
     left.axhline(LEARNED, color="#999999", linewidth=1, linestyle=(0, (4, 3)))
-    seeds = {row["seed"] for row in rows}
+    seeds = ", ".join(f"{sum(row['score'] == score for row in rows)} of {score}" for score in STEPS)
     for number, score in enumerate(STEPS):
         same = [row for row in rows if row["score"] == score]
         steps = [step for step, _ in same[0]["curve"]]
@@ -161,9 +161,10 @@ def plot(results: Path) -> None:
             )
             right.vlines(x, min(values), max(values), color="#222222", linewidth=1)
     left.set_xlabel("training steps, each score with a schedule of its own length")
-    few = "one seed" if len(seeds) == 1 else f"mean and range of {len(seeds)} seeds"
     titled(
-        left, "Variable assignment: when it is learned", f"right answers, 32 statements; {few}; dashes: 95 %"
+        left,
+        "Variable assignment: when it is learned",
+        f"right answers, 32 statements; mean and range of the seeds ({seeds})",
     )
     right.set_xticks(range(len(STATEMENTS)), [f"{n}\nstatements" for n in STATEMENTS])
     right.tick_params(axis="x", length=0)
