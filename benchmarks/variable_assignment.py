@@ -128,12 +128,12 @@ def append(path: Path, rows: list[dict[str, Any]]) -> None:
 def plot(results: Path) -> None:
     """variable-assignment.png: answers against steps with the seeds as a band, and at greater lengths."""
     rows = [row for row in read(results / "runs.jsonl") if row["lr"] == TASK.lr]
-    figure, (left, right) = new_figure(2, (10.5, 4.6), gridspec_kw={"width_ratios": (1.5, 1)})
+    figure, (left, right) = new_figure(2, (11.5, 4.6), gridspec_kw={"width_ratios": (1.5, 1)})
     for axes in (left, right):
         axes.set_ylim(0, 1.12)
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0], ["0 %", "25 %", "50 %", "75 %", "100 %"])
     left.axhline(LEARNED, color="#999999", linewidth=1, linestyle=(0, (4, 3)))
-    seeds = ", ".join(f"{sum(row['score'] == score for row in rows)} of {score}" for score in STEPS)
+    seeds = ", ".join(f"{sum(row['score'] == score for row in rows)} {score}" for score in STEPS)
     for number, score in enumerate(STEPS):
         same = [row for row in rows if row["score"] == score]
         steps = [step for step, _ in same[0]["curve"]]
@@ -144,9 +144,7 @@ def plot(results: Path) -> None:
         reached = [steps_to(row["curve"]) for row in same]
         known = sorted(step for step in reached if step is not None)
         note = f"{known[0]} to {known[-1]} steps" if len(known) > 1 else f"{known[0]} steps" if known else ""
-        note += (
-            f", {len(reached) - len(known)} of {len(reached)} not yet" if len(known) < len(reached) else ""
-        )
+        note += f", {len(reached) - len(known)} not yet" if len(known) < len(reached) else ""
         x, side = (90, "left") if score == "selective" else (steps[-1], "right")
         left.text(x, 1.035, f"{score}: {note}", color=COLORS[score], ha=side, fontsize=10)
         learned = [row for row in same if steps_to(row["curve"]) is not None]
@@ -164,7 +162,7 @@ def plot(results: Path) -> None:
     titled(
         left,
         "Variable assignment: when it is learned",
-        f"right answers, 32 statements; mean and range of the seeds ({seeds})",
+        f"right answers; mean and range of seeds: {seeds}",
     )
     right.set_xticks(range(len(STATEMENTS)), [f"{n}\nstatements" for n in STATEMENTS])
     right.tick_params(axis="x", length=0)
