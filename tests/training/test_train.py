@@ -57,6 +57,12 @@ def test_files(settings: Settings, quiet_train: Train, tmp_path: Path):
     again = evaluate(model, data.validation)
     assert again.loss == pytest.approx(result.val_loss, abs=1e-6)
 
+    card = (out / "README.md").read_text()
+    assert f"| data | {Path(s.data).name}, tokenizer bytes |" in card
+    assert str(Path(s.data).parent) not in card
+    assert f"{result.val_loss:.3f} nats per token, {result.val_bpb:.3f} bits per byte" in card
+    assert "16 steps of 8 rows of 32 tokens" in card
+
 
 def test_result(settings: Settings, quiet_train: Train, tmp_path: Path):
     s = settings(attention="sas", score="selective", seed=3)

@@ -183,6 +183,8 @@ def _wrap(core: Tokenizer) -> PreTrainedTokenizerFast:
         tokenizer_object=core,
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,  # a mask tells padding from an end; training never pads by it
+        padding_side="left",  # where generate() needs it; training rows are padded by heedful.data.packing
         split_special_tokens=True,
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],

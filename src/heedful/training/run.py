@@ -22,8 +22,9 @@ from transformers.trainer_callback import ProgressCallback as TqdmCallback
 from heedful.attention.params import decayed_names
 from heedful.data import Data, TokenDataset, load_data
 from heedful.errors import Interrupted
-from heedful.evaluation import evaluate
+from heedful.evaluation import Evaluation, evaluate
 from heedful.hf.modeling import HeedfulForCausalLM, HeedfulOutput
+from heedful.hf.saved import write_beside
 from heedful.screen import spinner
 from heedful.training.progress import LogFile, ProgressCallback, StepTimer, StopOnCtrlC
 from heedful.training.result import RunResult
@@ -194,6 +195,7 @@ def train(
         )
     model.config.use_cache = True  # Trainer turned it off
     if first:
+        write_beside(model, out, card_facts(settings, final, data.validation_bytes))
         model.save_pretrained(out)
     if first and data.tokenizer is not None:
         data.tokenizer.save_pretrained(out)  # type: ignore[union-attr]
@@ -222,6 +224,21 @@ def train(
         result.save(out / RESULT)
         shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)  # a finished run needs none
     return result
+
+
+def card_facts(settings: TrainSettings, final: Evaluation, validation_bytes: int | None) -> dict[str, str]:
+    """What the model card says of a run: its data, its training, its loss. Paths stay private but for the name."""
+    loss = f"{final.loss:.3f} nats per token"
+    if validation_bytes:
+        loss += f", {final.bits_per_byte(validation_bytes):.3f} bits per byte"
+    return {
+        "data": f"{Path(settings.data).name}, tokenizer {settings.tokenizer}"
+        if validation_bytes
+        else settings.data,
+        "training": f"{settings.steps} steps of {settings.batch_size} rows of {settings.context} tokens, "
+        f"peak learning rate {settings.lr:g}, seed {settings.seed}",
+        "validation loss": f"{loss}; accuracy {final.accuracy:.1%}",
+    }
 
 
 def curve_rows(validation: TokenDataset) -> TokenDataset:

@@ -59,6 +59,7 @@ class ModelSettings:
             dropout=self.dropout,
             bos_token_id=bos_token_id,
             eos_token_id=bos_token_id,
+            pad_token_id=bos_token_id,
         )
 
 
