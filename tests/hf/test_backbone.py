@@ -136,3 +136,20 @@ model.save_pretrained(sys.argv[1] + "/again")
     files = [{p.name for p in (tmp_path / name).iterdir()} for name in ("model", "again")]
     assert files[0] == files[1] and "modeling_heedful.py" in files[0]
     assert "attention sas, score selective" in (tmp_path / "model/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "name", ["flash_attention_2", "sdpa", "flex_attention", "kernels-community/flash-attn2"]
+)
+def test_a_foreign_attention_is_refused(make_model: Make, tmp_path: Path, name: str):
+    model = make_model().float()
+    model.save_pretrained(tmp_path)
+    message = f"attn_implementation='{name}' is not supported: heedful computes its own attention"
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=name)
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_config(model.config, attn_implementation=name)
+    with pytest.raises(ValueError, match=message):
+        model.set_attn_implementation(name)
+    model.set_attn_implementation("eager")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").device == model.device

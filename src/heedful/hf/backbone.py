@@ -58,6 +58,23 @@ class HeedfulPreTrainedModel(PreTrainedModel):
             write_beside(self, Path(save_directory))
         super().save_pretrained(save_directory, is_main_process, **kwargs)
 
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        """Raises a ValueError but for "eager", transformers' name of a model's own attention."""
+        by_part = attn_implementation if isinstance(attn_implementation, dict) else {"": attn_implementation}
+        for name in by_part.values():
+            self._check_and_adjust_attn_implementation(name)
+
+    def _check_and_adjust_attn_implementation(  # type: ignore[override]
+        self, attn_implementation: str | None, *args: Any, **kwargs: Any
+    ) -> str:
+        if attn_implementation not in (None, "eager"):
+            raise ValueError(
+                f"attn_implementation={attn_implementation!r} is not supported: "
+                "heedful computes its own attention; leave it out, and say in the config "
+                "how a score is computed: score_options={'impl': ...}"
+            )
+        return "eager"
+
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
         """Nothing to do: transformers would copy the source of this class into every saved folder."""
