@@ -1,7 +1,7 @@
 """How soon softmax and selective attention learn variable assignment, and how far it carries once both have.
 
-    python benchmarks/variable_assignment.py                    # everything: about an hour on one core
-    python benchmarks/variable_assignment.py --seeds 0          # a first look: five minutes
+    python benchmarks/variable_assignment.py                    # everything: hours on one core
+    python benchmarks/variable_assignment.py --seeds 0          # a first look
     python benchmarks/variable_assignment.py --time             # seconds of a step alone, on a quiet machine
 
 The setting is the demo's, but for the number of steps, which lets both learn, and the learning rate, which is

@@ -12,7 +12,7 @@ COMMANDS = {
     "eval": "measure a trained model with a KV cache of few tokens: table, plot, raw data",
     "bench": "measure speed, as ratios of runs that take turns",
     "budget": "find how few cached tokens every layer needs for a given loss",
-    "demo": "the whole story in five minutes, offline",
+    "demo": "the whole story in some minutes, offline",
     "ls": "list the attention and score forms",
     "show": "explain one form: what it is, its formula, its cost, its paper",
     "doctor": "say what is active here and why: libraries, kernels, threads, what is missing",

@@ -6,7 +6,7 @@ from heedful.cli.parsing import flag, parse
 from heedful.demo import demo
 from heedful.errors import Interrupted
 
-DESCRIPTION = """The whole story in under five minutes on two cores, offline: four small language models on
+DESCRIPTION = """The whole story on two cores, offline: four small language models on
 Jane Austen (standard and SAS, with softmax and Selective Attention), a task of memory that Selective
 Attention learns much sooner than standard attention, and text from a small cache."""
 

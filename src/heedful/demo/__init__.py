@@ -26,7 +26,7 @@ SCORES = ("softmax", "selective")
 # Selective attention trains for a small cache.
 SELECTIVE = {"memory_loss": 0.1}
 
-# What four forms can learn in three minutes on two cores.
+# What four forms can learn in some minutes on two cores.
 TEXT = TrainSettings(d_model=64, n_layers=3, n_heads=4, context=256, batch_size=4, steps=280, lr=5e-3)
 TEXT_KEPT = (8, 16, 32, 64)
 POLICY_OF = {
