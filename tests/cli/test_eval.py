@@ -70,7 +70,7 @@ def test_text(heedful: Heedful, selective: Path, monkeypatch: pytest.MonkeyPatch
     n_bytes = count_bytes(measured.tensors["labels"], token_bytes(load_tokenizer(selective)))
     for row in rows:
         budget = "full" if row["kv_budget"] == "full" else int(row["kv_budget"])
-        expected = evaluate(model, measured, kv_budget=budget, policy=row["policy"] or "h2o")
+        expected = evaluate(model, measured, kv_budget=budget, kv_policy=row["policy"] or "h2o")
         assert float(row["loss"]) == pytest.approx(expected.loss, rel=1e-6)
         assert float(row["bits_per_byte"]) == pytest.approx(expected.bits_per_byte(n_bytes), rel=1e-6)
         assert int(row["tokens"]) == expected.tokens
