@@ -136,7 +136,7 @@ def test_the_same_command_goes_on(
         return original(self, budgets)
 
     original = BudgetedLoss.measure
-    config = json.loads((run / "config.json").read_text())
+    config = (run / "config.json").read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(BudgetedLoss, "measure", measure)
         stopped = heedful("budget", run)
