@@ -64,7 +64,7 @@ class HeedfulPreTrainedModel(PreTrainedModel):
         for name in by_part.values():
             self._check_and_adjust_attn_implementation(name)
 
-    def _check_and_adjust_attn_implementation(  # type: ignore[override]
+    def _check_and_adjust_attn_implementation(
         self, attn_implementation: str | None, *args: Any, **kwargs: Any
     ) -> str:
         if attn_implementation not in (None, "eager"):
