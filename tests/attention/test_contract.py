@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -46,31 +47,37 @@ FORMS = {
     for attention in available()["attention"]
     for score in available()["score"]
 }
-for score in available()["score"]:
-    FORMS |= {f"sas-{name}-{score}": ("sas", score, options) for name, options in VARIANTS.items()}
-    FORMS[f"mha-plain-{score}"] = ("mha", score, {"qk_norm": False, "rope": False, "bias": True})
-    FORMS[f"gqa-after-{score}"] = ("gqa", score, {"n_kv_heads": 2, "qk_norm_position": "after_rope"})
-    FORMS[f"mha-reference-{score}"] = ("mha", score, {"impl": "reference"})
-
-
-# Compiling takes as long as all other checks of a form together: every attention and score once, the
-# other pairs among the slow tests.
-COMPILED = {
-    "mha-plain-softmax",
-    "mqa-softmax",
-    "gqa-after-selective",
-    "sas-compact-selective",
+PAIRS = set(FORMS)
+OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{f"sas-{name}": ("sas", options) for name, options in VARIANTS.items()},
+    "mha-plain": ("mha", {"qk_norm": False, "rope": False, "bias": True}),
+    "gqa-after": ("gqa", {"n_kv_heads": 2, "qk_norm_position": "after_rope"}),
+    "mha-reference": ("mha", {"impl": "reference"}),
 }
+FORMS |= {
+    f"{name}-{score}": (attention, score, options)
+    for name, (attention, options) in OPTIONS.items()
+    for score in available()["score"]
+}
+
+# Every attention with every score, and every option with one score; the product is among the slow tests.
+ONCE = PAIRS | {f"{name}-{score}" for name, score in zip(OPTIONS, cycle(available()["score"]), strict=False)}
+# Compiling takes as long as all other checks of a form together.
+COMPILED = {"mha-plain-softmax", "sas-compact-selective"}
+
+
+def slow(form: str, check: str = "") -> list[pytest.MarkDecorator]:
+    among = COMPILED if check == "compiled_equals_eager" else ONCE
+    return [] if form in among else [pytest.mark.slow]
+
+
 PROMISES = [
-    pytest.param(
-        form,
-        check,
-        id=f"{form}-{check}",
-        marks=[pytest.mark.slow] * (check == "compiled_equals_eager" and form not in COMPILED),
-    )
+    pytest.param(form, check, id=f"{form}-{check}", marks=slow(form, check))
     for form in FORMS
     for check in CHECKS
+    if check != "compiled_equals_eager" or form in ONCE | COMPILED
 ]
+EVERY_FORM = pytest.mark.parametrize("form", [pytest.param(form, marks=slow(form)) for form in FORMS])
 
 
 @pytest.mark.parametrize(("form", "check"), PROMISES)
@@ -82,7 +89,7 @@ def test_promise(form: str, check: str):
 SIZES = {"batch": st.integers(1, 3), "length": st.integers(2, 14), "seed": st.integers(0, 10**6)}
 
 
-@pytest.mark.parametrize("form", FORMS)
+@EVERY_FORM
 @settings(max_examples=4)
 @given(at=st.integers(1, 13), **SIZES)
 def test_causality_at_any_size(form: str, at: int, batch: int, length: int, seed: int):
@@ -91,7 +98,7 @@ def test_causality_at_any_size(form: str, at: int, batch: int, length: int, seed
     CHECKS["causality"](attention, score, at=min(at, length - 1), **sizes, **options)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@EVERY_FORM
 @settings(max_examples=5)
 @given(chunks=st.lists(st.integers(1, 5), min_size=1, max_size=6), **SIZES)
 def test_any_chunking(form: str, chunks: list[int], batch: int, length: int, seed: int):
@@ -100,7 +107,7 @@ def test_any_chunking(form: str, chunks: list[int], batch: int, length: int, see
     CHECKS["cached_equals_full"](attention, score, chunks=chunks, **sizes, **options)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@EVERY_FORM
 @settings(max_examples=5)
 @given(padding=st.lists(st.integers(0, 13), min_size=3, max_size=3), **SIZES)
 def test_any_left_padding(form: str, padding: list[int], batch: int, length: int, seed: int):
@@ -110,7 +117,7 @@ def test_any_left_padding(form: str, padding: list[int], batch: int, length: int
     CHECKS["left_padded_equals_unpadded"](attention, score, padding=padding, **sizes, **options)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@EVERY_FORM
 @settings(max_examples=4)
 @given(segments=st.lists(st.integers(1, 4), min_size=1, max_size=4), left=st.integers(0, 3), **SIZES)
 def test_any_packing(form: str, segments: list[int], left: int, batch: int, length: int, seed: int):
@@ -243,6 +250,9 @@ class SeesEmptySlots(SoftmaxScore):
         return super().attend(q, k, v, visible=visible, **rest)
 
 
+WITHOUT_COMPILING = {name: check for name, check in CHECKS.items() if name != "compiled_equals_eager"}
+
+
 @pytest.fixture
 def registries() -> Iterator[None]:
     """Forget what a test registers."""
@@ -323,12 +333,13 @@ def test_broken_attention_is_caught(form: type[Attention], check: str, registrie
         CHECKS[check]("broken")
 
 
-def test_check_form_reports_all_that_is_broken(registries: None):
+def test_check_form_reports_all_that_is_broken(registries: None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("heedful.testing.CHECKS", WITHOUT_COMPILING)
     register_score("broken")(Miscounts)
     with pytest.raises(AssertionError) as raised:
         check_form("mha", "broken")
     message = str(raised.value)
-    assert message.startswith(f"2 of {len(CHECKS)} broken:")
+    assert message.startswith(f"2 of {len(WITHOUT_COMPILING)} broken:")
     assert "parameter_count_is_exact: config.parameter_count() is the number of parameters." in message
     assert "expected 4112, got 4119" in message
     assert "flops_are_exact" in message
@@ -459,14 +470,25 @@ class Temperature(Score):
 
 
 @pytest.mark.parametrize(
+    "checks", [WITHOUT_COMPILING, pytest.param(CHECKS, marks=pytest.mark.slow)], ids=["eager", "all"]
+)
+@pytest.mark.parametrize(
     ("attention", "score", "options"),
     [
-        pytest.param("shared_kv", "softmax", {"gain": 2.0}, id="attention", marks=pytest.mark.slow),
+        pytest.param("shared_kv", "softmax", {"gain": 2.0}, id="attention"),
         pytest.param("shared_kv", "temperature", {"n_kv_heads": 2, "start": 0.5}, id="both"),
-        pytest.param("sas", "temperature", {"cache": "compact"}, id="score", marks=pytest.mark.slow),
+        pytest.param("sas", "temperature", {"cache": "compact"}, id="score"),
     ],
 )
-def test_a_strangers_form(attention: str, score: str, options: dict[str, Any], registries: None):
+def test_a_strangers_form(
+    attention: str,
+    score: str,
+    options: dict[str, Any],
+    checks: dict[str, Any],
+    registries: None,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr("heedful.testing.CHECKS", checks)
     register_attention("shared_kv")(SharedKeyValue)
     register_score("temperature")(Temperature)
     check_form(attention, score, **options)

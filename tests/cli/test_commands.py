@@ -252,6 +252,7 @@ def test_a_broken_form(heedful: Heedful, tmp_path: Path, text: str, said: str):
     assert said in message
 
 
+@pytest.mark.slow
 def test_demo(heedful: Heedful, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The whole demo, on a small text for a few steps; a second time nothing is trained."""
     tiny: dict[str, Any] = {"d_model": 16, "n_layers": 1, "n_heads": 2, "batch_size": 4, "steps": 3}

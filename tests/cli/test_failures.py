@@ -125,7 +125,8 @@ def last_line(done: Any) -> str:
     return line
 
 
-@pytest.mark.parametrize("command", ["train", pytest.param("compare", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["train", "compare"])
 def test_full_disk(small: list[str], command: str, small_disk: Path):
     """The disk fills with the first checkpoint, in the middle of the run."""
     done = subprocess.run(

@@ -101,6 +101,7 @@ def test_two_processes_build_once_and_the_check_is_kept(built: Path):
     assert active
 
 
+@pytest.mark.slow
 @NEEDS_COMPILER
 def test_a_broken_file_in_the_cache_is_built_again(built: Path):
     (library,) = (built / "native").glob("*.so")

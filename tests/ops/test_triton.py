@@ -117,7 +117,7 @@ CASES = {
 }
 
 
-INTERPRETED_SLOWLY = {"two selectors", "padding", "128"}
+INTERPRETED_SLOWLY = {"two selectors", "padding", "128", "segments", "several blocks, grouped"}
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_equals_the_formula(case: Case, poisoned: None):
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        ("several blocks, grouped", torch.bfloat16),
+        pytest.param("several blocks, grouped", torch.bfloat16, marks=pytest.mark.slow),
         ("96 and 64, earlier keys", torch.float16),
         pytest.param("several blocks, grouped", torch.float16, marks=pytest.mark.slow),
         pytest.param("96 and 64, earlier keys", torch.bfloat16, marks=pytest.mark.slow),
@@ -338,6 +338,7 @@ def test_next_slot():
     assert alone[2].tolist() == [[0]]
 
 
+@pytest.mark.slow
 def test_default_tilings_do_not_spill(tmp_path: Path):
     """Compiled for sm_90, which needs no GPU."""
     ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
