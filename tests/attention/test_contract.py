@@ -63,7 +63,7 @@ FORMS |= {
 # Every attention with every score, and every option with one score; the product is among the slow tests.
 ONCE = PAIRS | {f"{name}-{score}" for name, score in zip(OPTIONS, cycle(available()["score"]), strict=False)}
 # Compiling takes as long as all other checks of a form together.
-COMPILED = {"mha-plain-softmax", "sas-compact-selective"}
+COMPILED = {"mha-plain-softmax", "gqa-selective"}
 
 
 def slow(form: str, check: str = "") -> list[pytest.MarkDecorator]:

@@ -119,7 +119,7 @@ class Text:
 
 @pytest.mark.parametrize(("name", "rule"), CASES, ids=[f"{name}-{rule}" for name, rule in CASES])
 @given(seed=st.integers(0, 10**6), padded=st.booleans())
-@settings(max_examples=6)
+@settings(max_examples=4)
 def test_a_cropped_cache_never_saw_the_tokens(name: str, rule: str | None, seed: int, padded: bool):
     text, cache = Text(layer_of(name), seed, padded), cache_of(rule)
     draw = text.draw

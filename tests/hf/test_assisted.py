@@ -115,7 +115,14 @@ def test_looking_up_the_prompt_changes_nothing(
     assert sum(watch.cropped) > 0  # and some in vain
 
 
-@pytest.mark.parametrize(("form", "cache"), CASES, ids=["-".join(case) for case in CASES])
+@pytest.mark.parametrize(
+    ("form", "cache"),
+    # Every other case; the test above has them all, and the slow tests have the rest here too.
+    [
+        pytest.param(*case, id="-".join(case), marks=[pytest.mark.slow] * (i % 2))
+        for i, case in enumerate(CASES)
+    ],
+)
 def test_an_assistant_changes_nothing(
     make_model: Make, prompt: Tensor, monkeypatch: pytest.MonkeyPatch, form: str, cache: str
 ):

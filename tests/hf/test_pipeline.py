@@ -53,6 +53,9 @@ def test_a_batch_says_what_single_prompts_say(folder: Path):
     assert together == alone
 
 
+@pytest.mark.parametrize(
+    "folder", [pytest.param("softmax", marks=pytest.mark.slow), "selective"], indirect=True
+)
 def test_a_pipeline_without_importing_heedful(folder: Path):
     code = """
 import sys

@@ -117,7 +117,14 @@ CASES = {
 }
 
 
-INTERPRETED_SLOWLY = {"two selectors", "padding", "128", "segments", "several blocks, grouped"}
+INTERPRETED_SLOWLY = {
+    "two selectors",
+    "padding",
+    "128",
+    "segments",
+    "several blocks, grouped",
+    "a selector across groups",
+}
 
 
 @pytest.mark.parametrize(
@@ -182,6 +189,7 @@ def test_one_of_the_outputs_is_enough():
         close(*found, TOLERANCE[torch.float32])
 
 
+@pytest.mark.slow
 def test_large_votes_keep_their_precision():
     """F in the hundreds beside logits of order one: what bfloat16 sums of votes would get wrong by whole units."""
     case = Case(130, heads=1, groups=1)
