@@ -8,7 +8,7 @@ from heedful.ops.eviction.selectors import most_voted_slot
 from heedful.ops.precision import drop_denormals, no_autocast, to_autocast_dtype, wide_dtype
 from heedful.ops.selective.native.library import preferred
 from heedful.ops.selective.native.selective import check_native
-from heedful.ops.selective.native.slots import attend_slots_native
+from heedful.ops.selective.native.slots import attend_slots_native, plain_tensors, run_slots
 from heedful.ops.selective.triton.slots import attend_slots_triton
 
 
@@ -55,7 +55,8 @@ def attend_slots(
         return out, next_slot
     if impl == "native" or (impl == "auto" and preferred(q.device.type, q.dtype)):
         check_native(q)
-        return attend_slots_native(q, k, v, soft_mask, positions, newest, scale)
+        step = attend_slots_native if torch.is_grad_enabled() or not plain_tensors(q, k, v) else run_slots
+        return step(q, k, v, soft_mask, positions, newest, scale)
     out, votes = _two_products(q, k, v, soft_mask, scale)
     votes.scatter_(1, newest, 0.0)
     soft_mask[:, 1:].add_(votes[:, 1:])

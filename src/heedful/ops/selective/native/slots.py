@@ -14,11 +14,15 @@ def attend_slots_native(
     q: Tensor, k: Tensor, v: Tensor, soft_mask: Tensor, positions: Tensor, newest: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """`attend_slots` for checked tensors; shapes as there. The votes are added to `soft_mask`."""
-    return run_slots(library(wide_dtype(q)), q, k, v, soft_mask, positions, newest, scale)
+    return run_slots(q, k, v, soft_mask, positions, newest, scale)
+
+
+def plain_tensors(*tensors: Tensor) -> bool:
+    """Whether nobody looks at what is called: then `run_slots` saves the way through PyTorch's dispatcher."""
+    return not torch.compiler.is_compiling() and all(type(x) is Tensor for x in tensors)
 
 
 def run_slots(
-    handle: ctypes.CDLL,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -26,9 +30,11 @@ def run_slots(
     positions: Tensor,
     newest: Tensor,
     scale: float,
+    handle: ctypes.CDLL | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`attend_slots` by one library."""
+    """`attend_slots_native`, by `handle` where it is not verified yet. No gradients."""
     dtype = wide_dtype(q)
+    handle = handle or library(dtype)
     batch, heads, _, size = q.shape
     groups, n_keys, v_size = k.shape[1], k.shape[2], v.shape[3]
     wide_q, wide_k, wide_v = (
