@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from heedful.bench.decode import bench_decode, decode_cases
+from heedful.bench.decode import LAYERS, bench_decode, decode_cases
 from heedful.cli import main
 
 
@@ -24,12 +24,14 @@ def test_decode_cases_hold_what_they_say():
     with torch.no_grad():
         for _ in range(3):
             for name, case in cases.items():
-                out = case.run()
-                if "choosing" in name:
-                    assert 1 <= int(out) < 16
-                else:
-                    assert out.shape == (1, 4, 1, 8)
-                    assert out.isfinite().all()
+                outs = case.run()
+                assert len(outs) == LAYERS
+                for out in outs:
+                    if "choosing" in name:
+                        assert 1 <= int(out) < 16
+                    else:
+                        assert out.shape == (1, 4, 1, 8)
+                        assert out.isfinite().all()
     assert cases["selective slots, T/4"].kept == 16
     assert {case.baseline for case in cases.values()} <= set(cases)
 

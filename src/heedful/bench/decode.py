@@ -3,10 +3,14 @@
 From the q, k, v of a new token to the outputs of the heads: choosing the slot to overwrite, writing, attending,
 voting. Every step gets a token of its own. The baseline is what a plain cache costs at least: PyTorch's
 scaled_dot_product_attention over preallocated keys, without even appending the new one.
+
+A measurement is one step of LAYERS layers, each with a cache of its own, and what is reported is the time of one
+layer. Other layers' keys lie between two steps of a layer then, as in a model, while the code is as warm as in one:
+a single call after a pause costs several times as much.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -22,6 +26,7 @@ from heedful.bench.timing import Timing, interleaved
 from heedful.ops.eviction import most_voted_slot
 from heedful.ops.selective import selective_attention
 
+LAYERS = 8
 TOKENS = 64  # drawn once, used in turn
 
 
@@ -36,7 +41,12 @@ class DecodeCase:
     """Tokens that are held."""
     baseline: str
     """Name of the case it is compared with."""
-    run: Callable[[], Any]
+    layers: Sequence[Callable[[], Any]]
+    """The step of each layer."""
+
+    def run(self) -> list[Any]:
+        """One step of all layers."""
+        return [step() for step in self.layers]
 
 
 def decode_cases(
@@ -81,34 +91,36 @@ def decode_cases(
         return lambda: F.scaled_dot_product_attention(token()[0], keys, values, enable_gqa=gqa)
 
     full = "plain SDPA, full cache"
-    cases = [DecodeCase(full, context, context, full, sdpa(context))]
-    cases.append(
-        DecodeCase("selective, full cache", context, context, full, _full_step(draw, token, groups, context))
-    )
+    cases = [DecodeCase(full, context, context, full, [sdpa(context) for _ in range(LAYERS)])]
+    steps = [_full_step(draw, token, groups, context) for _ in range(LAYERS)]
+    cases.append(DecodeCase("selective, full cache", context, context, full, steps))
     for share in shares:
         kept = context // share
-        plain = f"plain SDPA, T/{share} keys"
-        cases.append(DecodeCase(plain, context, kept, full, sdpa(kept)))
-        step, choose = _slot_step(draw, token, groups, kept)
-        cases.append(DecodeCase(f"selective slots, T/{share}", context, kept, plain, step))
-        cases.append(
-            DecodeCase(f"  of it choosing, T/{share}", context, kept, f"selective slots, T/{share}", choose)
-        )
-        if compiled:
-            step, _ = _slot_step(draw, token, groups, kept, compiled=True)
-            cases.append(DecodeCase(f"selective slots, T/{share}, compiled", context, kept, plain, step))
+        plain, slots = f"plain SDPA, T/{share} keys", f"selective slots, T/{share}"
+        cases.append(DecodeCase(plain, context, kept, full, [sdpa(kept) for _ in range(LAYERS)]))
+        for how in ("", ", compiled") if compiled else ("",):
+            made = [_slot_step(draw, token, groups, kept, compiled=bool(how)) for _ in range(LAYERS)]
+            steps, choices = zip(*made, strict=True)
+            cases.append(DecodeCase(slots + how, context, kept, plain, steps))
+            if not how:
+                cases.append(DecodeCase(f"  of it choosing, T/{share}", context, kept, slots, choices))
     return cases
 
 
 def bench_decode(
     cases: Sequence[DecodeCase], *, turns: int = 50, progress: Callable[[int, int], None] | None = None
 ) -> list[tuple[DecodeCase, Timing]]:
-    """Time the cases of `decode_cases` in turn."""
+    """Time the cases of `decode_cases` in turn; the times are those of one layer."""
     with torch.no_grad():
         timings = interleaved(
             {case.name: case.run for case in cases}, turns=turns, warmup=8, progress=progress
         )
-    return [(case, timings[case.name]) for case in cases]
+    return [(case, _of_one_layer(timings[case.name], len(case.layers))) for case in cases]
+
+
+def _of_one_layer(timing: Timing, n: int) -> Timing:
+    seconds = {name: getattr(timing, name) / n for name in ("seconds", "low", "high")}
+    return replace(timing, **seconds, samples=tuple(sample / n for sample in timing.samples))
 
 
 def _full_step(

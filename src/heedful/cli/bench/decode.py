@@ -29,7 +29,8 @@ DESCRIPTION = """Measure the attention part of a decoding step.
     heedful bench decode --context 2048,8192,32768 --out results/decode
 
 Plain SDPA over a full cache, selective attention over a full cache, and a cache of slots that holds a part of the
-context (T/4, T/16, ...): the whole step, the choice of the slot to overwrite, and the compiled step. Writes
+context (T/4, T/16, ...): the whole step, the choice of the slot to overwrite, and the compiled step. The time is
+that of one layer of several, each with a cache of its own. Writes
 decode.jsonl and decode.txt. Ctrl-C keeps the rows measured so far."""
 
 TURNS = 50
@@ -110,7 +111,8 @@ def _show(
 ) -> None:
     title = (
         f"one decoding step at {context:,} tokens: {values['heads']} heads of {values['head_dim']}, "
-        f"{values['dtype']}, {values['device']}, {counted(threads)}, {result[0][1].turns} turns; "
+        f"{values['dtype']}, {values['device']}, {counted(threads)}, {result[0][1].turns} turns of "
+        f"{len(result[0][0].layers)} layers; the time is that of one; "
         "vs plain: SDPA on as many keys"
     )
     rows = []
