@@ -93,7 +93,7 @@ class Slots:
         """Put one real token per row into slot (B, 1); its state starts at 0."""
         for name, value in memory.items():
             self._keep_for_undo(name, slot)
-            _scatter(self.tensors[name], slot, value.to(self.tensors[name].dtype))
+            _scatter(self.tensors[name], slot, value)  # of the same type: `check`
         self.positions.scatter_(-1, slot, self.arrived)
         for storage in self.state.values():
             storage.scatter_(-1, slot[:, None], 0.0)

@@ -37,9 +37,7 @@ def run_slots(
     handle = handle or library(dtype)
     batch, heads, _, size = q.shape
     groups, n_keys, v_size = k.shape[1], k.shape[2], v.shape[3]
-    wide_q, wide_k, wide_v = (
-        x if x.stride(-1) == 1 else x.contiguous() for x in (q.to(dtype), k.to(dtype), v.to(dtype))
-    )
+    wide_q, wide_k, wide_v = _readable(q, dtype), _readable(k, dtype), _readable(v, dtype)
     mask, places, own = soft_mask.contiguous(), positions.contiguous(), newest.contiguous()
     out = wide_q.new_empty(batch, heads, 1, v_size)
     following = newest.new_empty(batch, 1)
@@ -66,7 +64,13 @@ def run_slots(
     handle.heedful_slots(ctypes.byref(job))
     if mask is not soft_mask:
         soft_mask.copy_(mask)
-    return out.to(v.dtype), following
+    return out if out.dtype == v.dtype else out.to(v.dtype), following
+
+
+def _readable(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of that type, features side by side; every call of PyTorch that is saved here counts in a decoding step."""
+    x = x if x.dtype == dtype else x.to(dtype)
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @attend_slots_native.register_fake
