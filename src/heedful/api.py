@@ -112,8 +112,8 @@ def train(
     """
     given = _check_options("heedful.train", options, _TRAIN_OPTIONS)
     _require("heedful.train", "transformers", "accelerate", "tokenizers", "safetensors", "rich")
-    from heedful.training.run import SETTINGS
     from heedful.training.run import train as run
+    from heedful.training.settings import SETTINGS
 
     saved = Path(out) / SETTINGS
     if resume and saved.exists():

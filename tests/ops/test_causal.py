@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from heedful.ops import causal
 from heedful.ops.causal import causal_attention
 from heedful.ops.dot_product import attention_reference
+from heedful.ops.selective.native.library import preferred
 
 SMALL = st.integers(1, 4)
 
@@ -50,7 +51,8 @@ def test_tiles_are_for_long_texts_and_narrow_values_in_full_precision(
 ):
     q = torch.randn(1, 2, length, 6, dtype=dtype)
     v = torch.randn(1, 2, length, v_size, dtype=dtype)
-    with mock.patch.object(causal, "plain_blocked", return_value=v) as blocked:
+    name = "plain_native" if preferred("cpu", dtype) else "plain_blocked"
+    with mock.patch.object(causal, name, return_value=v) as blocked:
         causal_attention(q, q, v, 0.4, impl=impl)
         assert blocked.called == tiles
         blocked.reset_mock()

@@ -100,7 +100,7 @@ def decode_cases(
         cases.append(DecodeCase(plain, context, kept, full, [sdpa(kept) for _ in range(LAYERS)]))
         for how in ("", ", compiled") if compiled else ("",):
             made = [_slot_step(draw, token, groups, kept, compiled=bool(how)) for _ in range(LAYERS)]
-            steps, choices = zip(*made, strict=True)
+            steps, choices = (list(x) for x in zip(*made, strict=True))
             cases.append(DecodeCase(slots + how, context, kept, plain, steps))
             if not how:
                 cases.append(DecodeCase(f"  of it choosing, T/{share}", context, kept, slots, choices))

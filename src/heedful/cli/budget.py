@@ -188,7 +188,7 @@ def _tokenizer(folder: Path) -> Any:
     """The tokenizer of a run on text; None for a synthetic task."""
     from heedful.hf.load import load_tokenizer
     from heedful.training import TrainSettings
-    from heedful.training.run import SETTINGS
+    from heedful.training.settings import SETTINGS
 
     path = folder / SETTINGS
     if path.exists() and TrainSettings.load(path).data.startswith("synthetic"):
@@ -199,7 +199,7 @@ def _tokenizer(folder: Path) -> Any:
 def _check_baseline(run: Path, baseline: Path) -> None:
     """Raise unless the losses of the two runs on the same rows can be compared."""
     from heedful.training import TrainSettings
-    from heedful.training.run import SETTINGS
+    from heedful.training.settings import SETTINGS
 
     if not (baseline / SETTINGS).exists():
         raise FileNotFoundError(

@@ -10,9 +10,9 @@ from heedful.attention.registry import ATTENTIONS, SCORES
 from heedful.cli.errors import UsageError
 from heedful.cli.parsing import flag, flag_fields, form_options, parse, peek, split
 from heedful.cli.train import given_trainer_options
-from heedful.comparison import CompareSettings, compare
+from heedful.comparison.settings import CompareSettings
 from heedful.errors import Interrupted
-from heedful.training import TrainSettings
+from heedful.training.settings import TrainSettings
 
 DESCRIPTION = """Train every attention x score with the same data order and seeds, and compare.
 
@@ -68,6 +68,8 @@ def run(arguments: Sequence[str]) -> int:
         settings = CompareSettings.of(**{**values, **chosen, "trainer": trainer})
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error
+    from heedful.comparison.run import compare  # brings transformers, which takes seconds
+
     try:
         compare(settings, out, console=Console())
     except Interrupted as stopped:

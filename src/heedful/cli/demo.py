@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from heedful.cli.parsing import flag, parse
-from heedful.demo import demo
 from heedful.errors import Interrupted
 
 DESCRIPTION = """The whole story on two cores, offline: four small language models on
@@ -14,6 +13,8 @@ Attention learns much sooner than standard attention, and text from a small cach
 def run(arguments: Sequence[str]) -> int:
     """Run the demo."""
     values = parse("demo", DESCRIPTION, [flag("out", str, "runs/demo", "folder for everything")], arguments)
+    from heedful.demo import demo  # brings transformers, which takes seconds
+
     try:
         demo(values["out"])
     except Interrupted as stopped:

@@ -17,7 +17,8 @@ from heedful.data import Data
 from heedful.errors import Interrupted
 from heedful.files import write_text
 from heedful.training import RunResult, TrainSettings, train
-from heedful.training.run import RESULT, SETTINGS, load_settings_data
+from heedful.training.run import RESULT, load_settings_data
+from heedful.training.settings import SETTINGS
 
 
 def compare(

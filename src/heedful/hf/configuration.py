@@ -105,9 +105,9 @@ class HeedfulConfig(PreTrainedConfig):
         return DecoderConfig(**{theirs: getattr(self, ours) for theirs, ours in _NAMES.items()})
 
     @classmethod
-    def from_decoder_config(cls, config: DecoderConfig) -> "HeedfulConfig":
-        """The config of the same model, from the decoder's terms."""
-        return cls(**{ours: getattr(config, theirs) for theirs, ours in _NAMES.items()})
+    def from_decoder_config(cls, config: DecoderConfig, **more: Any) -> "HeedfulConfig":
+        """The config of the same model, from the decoder's terms; `more` is what the decoder has no word for."""
+        return cls(**{ours: getattr(config, theirs) for theirs, ours in _NAMES.items()}, **more)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:

@@ -14,8 +14,7 @@ from heedful.data import (
     read_validation,
     token_bytes,
 )
-from heedful.training.run import SETTINGS
-from heedful.training.settings import TrainSettings
+from heedful.training.settings import SETTINGS, TrainSettings
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,9 @@ from heedful.hf.saved import write_beside
 from heedful.screen import spinner
 from heedful.training.progress import LogFile, ProgressCallback, StepTimer, StopOnCtrlC
 from heedful.training.result import RunResult
-from heedful.training.settings import TrainSettings
+from heedful.training.settings import SETTINGS, TrainSettings
 
-SETTINGS, RESULT, CHECKPOINTS, LOG = "train.json", "result.json", "checkpoints", "log.jsonl"
+RESULT, CHECKPOINTS, LOG = "result.json", "checkpoints", "log.jsonl"
 CHECKPOINT_PARTS = (
     "config.json",
     "model.safetensors",

@@ -16,6 +16,9 @@ from heedful.training.trainer_options import trainer_options
 if TYPE_CHECKING:
     from heedful.hf.configuration import HeedfulConfig
 
+SETTINGS = "train.json"
+"""The file of a run that holds them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
@@ -41,25 +44,22 @@ class ModelSettings:
         """The config of the model, for a vocabulary and a context."""
         from heedful.hf.configuration import HeedfulConfig  # everything else here needs torch only
 
-        return HeedfulConfig(
+        special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), bos_token_id)
+        decoder = self.to_decoder_config(vocab_size, context)
+        return HeedfulConfig.from_decoder_config(decoder, **special)
+
+    def to_decoder_config(self, vocab_size: int, context: int) -> DecoderConfig:
+        """The same in the decoder's terms.
+
+        Raises:
+            ValueError: for sizes that do not fit, or an unknown form or option.
+        """
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(ModelSettings)}
+        options = {name: dict(own[name]) for name in ("attention_options", "score_options")}
+        return DecoderConfig(
+            **{**own, **options},
             vocab_size=vocab_size,
-            hidden_size=self.d_model,
-            num_hidden_layers=self.n_layers,
-            num_attention_heads=self.n_heads,
-            num_key_value_heads=self.n_kv_heads,
-            intermediate_size=self.d_ff,
-            max_position_embeddings=max(context, 2048),
-            attention=self.attention,
-            attention_options=dict(self.attention_options),
-            score=self.score,
-            score_options=dict(self.score_options),
-            positions=self.positions,
-            qk_norm=self.qk_norm,
-            init_logit_std=self.init_logit_std,
-            dropout=self.dropout,
-            bos_token_id=bos_token_id,
-            eos_token_id=bos_token_id,
-            pad_token_id=bos_token_id,
+            max_positions=max(context, DecoderConfig.max_positions),
         )
 
 
@@ -110,7 +110,7 @@ class TrainSettings(ModelSettings):
             raise ValueError(f"--weight-decay must be 0 or more and finite, got {self.weight_decay}")
         object.__setattr__(self, "trainer", trainer_options(self.trainer))
         # Any vocabulary will do to see whether the form and its options are sound.
-        self.to_config(self.vocab_size, self.context)
+        self.to_decoder_config(self.vocab_size, self.context)
 
     @property
     def warmup_steps(self) -> int:

@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from heedful.bench.models import FORMS, ModelSizes, train_workload
 from heedful.bench.workload import Figures
 from heedful.cli.bench.common import (
     DTYPES,
@@ -25,6 +24,9 @@ from heedful.cli.bench.common import (
 )
 from heedful.cli.errors import UsageError
 from heedful.cli.parsing import flag, parse
+
+if TYPE_CHECKING:
+    from heedful.bench.models import ModelSizes
 
 DESCRIPTION = """Measure training steps of whole models: forward, backward and AdamW.
 
@@ -61,6 +63,12 @@ def run(arguments: Sequence[str]) -> int:
     lengths = numbers("lengths", values["lengths"], least=2)
     device = check_run(values)
     threads = thread_counts(values["threads"], device)
+    from heedful.bench.models import (
+        FORMS,
+        ModelSizes,
+        train_workload,
+    )  # brings transformers, which takes seconds
+
     sizes, dtype = ModelSizes(**{name: values[name] for name in shape}), DTYPES[values["dtype"]]
     try:
         for form in FORMS.values():
@@ -84,7 +92,7 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _plot(report: Report, rows: Sequence[Figures], sizes: ModelSizes, threads: str, dtype: str) -> Path:
+def _plot(report: Report, rows: Sequence[Figures], sizes: "ModelSizes", threads: str, dtype: str) -> Path:
     from heedful.bench.plot import plot_bars
 
     path = report.folder / "train.png"
