@@ -12,6 +12,7 @@ from heedful.ops.causal import causal_attention
 from heedful.ops.masks import visible_keys
 from heedful.ops.selective import api, selective_attention
 from heedful.ops.selective.api import attend_visible
+from heedful.ops.selective.native import status
 
 SHAPES = {"one query": (1, 9), "chunk": (4, 9), "square": (9, 9)}
 MASKS = ("none", "padding", "segments")
@@ -62,7 +63,7 @@ def test_triton_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, shape: str) 
         selective_attention(**given, impl="triton")
 
 
-@pytest.mark.parametrize("impl", ["blocked", "triton"])
+@pytest.mark.parametrize("impl", ["blocked", "native", "triton"])
 def test_ready_masks_want_a_form_that_takes_them(impl: str) -> None:
     given = inputs("chunk", "none", 1)
     q, k, v = given["q"], given["k"], given["v"]
@@ -93,8 +94,21 @@ def test_under_a_budget(pieces: tuple[int, ...]) -> None:
     expected = evicting("reference", pieces)
     for impl in ("auto", "sdpa"):
         torch.testing.assert_close(evicting(impl, pieces), expected)
-    with pytest.raises(ValueError, match="impl='blocked' takes whole sequences only"):
-        evicting("blocked", pieces)
+    for impl in ("blocked", "native"):
+        with pytest.raises(ValueError, match=f"impl='{impl}' takes whole sequences only"):
+            evicting(impl, pieces)
+
+
+@pytest.mark.skipif(not status(torch.float64).active, reason=status(torch.float64).reason)
+def test_the_native_operator_can_be_asked_for_in_a_config() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 9, 16, dtype=torch.float64)
+    outs = []
+    for impl in ("reference", "native"):
+        torch.manual_seed(0)
+        attention = build("mha", score="selective", impl=impl, d_model=16, n_heads=2).double()
+        outs.append(attention(x))
+    torch.testing.assert_close(*outs)
 
 
 def test_triton_can_be_asked_for_in_a_config(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,12 +37,12 @@ class SelectiveScore(EvictableScore):
         token, the votes against it; the logits of the selection head are those of attention head 0.
         """
 
-        implementations = ("auto", "reference", "sdpa", "blocked", "triton")
+        implementations = ("auto", "reference", "sdpa", "blocked", "native", "triton")
 
         impl: str = option(
             "auto",
-            "how it is computed: auto, reference (readable, slow), sdpa, blocked (memory grows with T only), or "
-            "triton (NVIDIA GPUs); blocked raises under a budget",
+            "how it is computed: auto, reference (readable, slow), sdpa, blocked (memory grows with T), native "
+            "(blocked in C++), or triton (NVIDIA GPUs); the last three raise under a budget",
         )
         memory_loss: float = option(
             0.0, "weight of the memory loss, which trains for small caches; paper: 0.1"
@@ -144,12 +144,11 @@ class SelectiveScore(EvictableScore):
         scale: float,
     ) -> tuple[Tensor, Tensor | None]:
         """`softmax(L - F) v` over slots, the votes in place, and who has most of them."""
-        if self.config.impl not in ("auto", "triton"):
+        if self.config.impl != "auto":
             return super().attend_slots(
                 q, k, v, x=x, state=state, positions=positions, newest=newest, scale=scale
             )
-        soft_mask = state["soft_mask"][:, 0]
-        return attend_slots(q, k, v, soft_mask, positions, newest, scale, self.config.impl)
+        return attend_slots(q, k, v, state["soft_mask"][:, 0], positions, newest, scale)
 
     def attend_pruned(
         self,
