@@ -12,6 +12,7 @@ from heedful.cli.parsing import flag, flag_fields, form_options, parse, peek, sp
 from heedful.cli.train import given_trainer_options
 from heedful.comparison.settings import CompareSettings
 from heedful.errors import Interrupted
+from heedful.screen import spinner
 from heedful.training.settings import TrainSettings
 
 DESCRIPTION = """Train every attention x score with the same data order and seeds, and compare.
@@ -68,10 +69,12 @@ def run(arguments: Sequence[str]) -> int:
         settings = CompareSettings.of(**{**values, **chosen, "trainer": trainer})
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error
-    from heedful.comparison.run import compare  # brings transformers, which takes seconds
+    console = Console()
+    with spinner(console, "loading transformers"):
+        from heedful.comparison.run import compare
 
     try:
-        compare(settings, out, console=Console())
+        compare(settings, out, console=console)
     except Interrupted as stopped:
         raise Interrupted(f"{stopped}; the same command goes on") from None
     print(f"written: {out / 'summary.md'}, {out / 'compare.png'}, {out / 'results.jsonl'}")

@@ -5,9 +5,12 @@ from collections.abc import Sequence
 from dataclasses import MISSING
 from typing import Any
 
+from rich.console import Console
+
 from heedful.attention.eviction import POLICIES
 from heedful.cli.errors import UsageError
 from heedful.cli.parsing import flag, parse, positional
+from heedful.screen import spinner
 
 DESCRIPTION = """Continue a prompt with a trained model.
 
@@ -45,12 +48,13 @@ def run(arguments: Sequence[str]) -> int:
     if values["top_k"] < 0:
         raise UsageError(f"--top-k must be 0 or more, got {values['top_k']}")
 
-    from transformers import TextStreamer, set_seed
+    with spinner(Console(stderr=True), "loading the model"):
+        from transformers import TextStreamer, set_seed
 
-    from heedful.hf.generation import continue_text
-    from heedful.hf.load import load_model, load_tokenizer
+        from heedful.hf.generation import continue_text
+        from heedful.hf.load import load_model, load_tokenizer
 
-    model, tokenizer = load_model(values["run"]), load_tokenizer(values["run"])
+        model, tokenizer = load_model(values["run"]), load_tokenizer(values["run"])
     set_seed(values["seed"])
     _, cache = continue_text(
         model,

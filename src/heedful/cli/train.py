@@ -11,6 +11,7 @@ from heedful.attention.registry import ATTENTIONS, SCORES
 from heedful.cli.errors import UsageError
 from heedful.cli.parsing import flag, flag_fields, form_options, parse, peek
 from heedful.errors import Interrupted
+from heedful.screen import spinner
 from heedful.training.settings import SETTINGS, TrainSettings
 from heedful.training.trainer_options import take_trainer_options
 
@@ -56,7 +57,8 @@ def run(arguments: Sequence[str]) -> int:
         values[name] = {**options, **values.get(name, {})}
     settings = make_settings({**values, "trainer": {**saved.trainer, **trainer}})
     console = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
-    from heedful.training.run import train  # brings transformers, which takes seconds
+    with spinner(console, "loading transformers"):
+        from heedful.training.run import train
 
     try:
         result = train(settings, out, resume=resume, console=console)
