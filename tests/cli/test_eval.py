@@ -52,7 +52,8 @@ def table_in(folder: Path) -> list[dict[str, str]]:
 def test_text(heedful: Heedful, selective: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "80")
     done = heedful("eval", selective, "--kv-budget", "4,full,100", "--rows", "6")
-    assert (done.code, done.err) == (0, "")
+    assert done.code == 0
+    assert all("% of all rows" in line for line in done.err.splitlines())  # said where it takes long
     out = selective / "eval"
     assert sorted(p.name for p in out.iterdir()) == ["eval.csv", "eval.png"]
     assert min(matplotlib.image.imread(out / "eval.png").shape[:2]) > 500
@@ -91,6 +92,18 @@ def test_text(heedful: Heedful, selective: Path, monkeypatch: pytest.MonkeyPatch
         f"{float(rows[0]['bits_per_byte']):.4f}",
     ]
     assert lines[-1] == f"written: {out / 'eval.csv'}, {out / 'eval.png'}"
+
+
+def test_a_column_of_a_table(heedful: Heedful, selective: Path, tmp_path: Path):
+    table = tmp_path / "rows.csv"
+    table.write_text("id,body\n" + "".join(f"{n},the cat sat on a mat and saw dog {n}\n" for n in range(9)))
+    flags = ("--data", table, "--kv-budget", "6", "--policy", "streaming", "--out", tmp_path / "out")
+    assert "has no column 'text'" in heedful("eval", selective, *flags).error(1)
+    done = heedful("eval", selective, *flags, "--text-column", "body")
+    assert done.code == 0, done.err
+    assert done.out.splitlines()[0].startswith("rows.csv, ")
+    message = heedful("eval", selective, "--text-column", "body", "--out", tmp_path / "other").error(1)
+    assert "--text-column body belongs to --data" in message
 
 
 def test_synthetic(heedful: Heedful, synthetic: Path, tmp_path: Path):

@@ -48,6 +48,12 @@ def run(arguments: Sequence[str]) -> int:
         [
             positional("run", str, MISSING, "folder of a trained model"),
             flag("data", str | None, None, "text to measure on; the validation data of the run if left out"),
+            flag(
+                "text_column",
+                str | None,
+                None,
+                "column of --data that holds the texts; the run's if left out",
+            ),
             flag("target_loss", float | None, None, "the highest loss allowed, nats per token"),
             flag(
                 "baseline", str | None, None, "folder of a run whose loss with its full cache is the target"
@@ -108,7 +114,7 @@ def _budget(values: dict[str, Any], console: Console) -> int:
     model = load_model(folder)
     check_policy(model, policy)
     baseline = load_model(values["baseline"]) if values["baseline"] is not None else None
-    held = held_out(folder, _tokenizer(folder), values["data"])
+    held = held_out(folder, _tokenizer(folder), values["data"], text_column=values["text_column"])
     if baseline is not None:
         _check_baseline(folder, Path(values["baseline"]))
     search_rows, report_rows = split_rows(held.rows, values["rows"])

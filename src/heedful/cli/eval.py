@@ -46,6 +46,12 @@ def run(arguments: Sequence[str]) -> int:
         [
             positional("run", str, MISSING, "folder of a trained model"),
             flag("data", str | None, None, "text to measure on; the validation data of the run if left out"),
+            flag(
+                "text_column",
+                str | None,
+                None,
+                "column of --data that holds the texts; the run's if left out",
+            ),
             flag("kv_budget", str, "8,16,32,64,full", "tokens the cache of each layer holds, or full"),
             flag(
                 "policy",
@@ -64,7 +70,7 @@ def run(arguments: Sequence[str]) -> int:
         raise UsageError(f"--rows must be 1 or more, got {values['rows']}")
     folder = Path(values["run"])
     out = folder / "eval" if values["out"] is None else Path(values["out"])
-    _evaluate(folder, values["data"], budgets, policies, values["rows"], out)
+    _evaluate(folder, values["data"], values["text_column"], budgets, policies, values["rows"], out)
     return 0
 
 
@@ -101,6 +107,7 @@ def _policies(text: str) -> tuple[str, ...]:
 def _evaluate(
     folder: Path,
     data: str | None,
+    text_column: str | None,
     budgets: list[int | str],
     policies: tuple[str, ...] | None,
     most: int | None,
@@ -130,7 +137,7 @@ def _evaluate(
         raise UsageError(f"--policy: {error}") from None
     with spinner(screen, "reading the data"):
         tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").exists() else None
-        held = held_out(folder, tokenizer, data)
+        held = held_out(folder, tokenizer, data, text_column=text_column)
         total = len(held.rows)
         n_rows = min(most or MOST_ROWS, total)
         spread = [i * total // n_rows for i in range(n_rows)]

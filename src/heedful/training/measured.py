@@ -54,6 +54,10 @@ def held_out(
         FileNotFoundError: if `run` has no settings or `data` does not exist.
         ValueError: for a synthetic task with `data`, or a text that cannot be used.
     """
+    if text_column is not None and data is None:
+        raise ValueError(
+            f"--text-column {text_column} belongs to --data, and none is given; leave it out or name the data"
+        )
     path = Path(run) / SETTINGS
     if not path.exists():
         raise FileNotFoundError(
