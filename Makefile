@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench gpu test test-slow test-cov test-matrix check lint types layers dist-check format clean
+.PHONY: help setup demo bench gpu test test-slow test-cov test-matrix test-torch check lint types layers dist-check format clean
 
 # The first interpreter that is new enough; empty when there is none.
 PYTHON ?= $(shell for python in python3.11 python3; do \
@@ -10,11 +10,14 @@ SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 # The oldest supported transformers, one between, and the newest: the range in pyproject.toml.
 MATRIX := 5.17.0 5.19.0 5.24.0
+# The oldest supported torch.
+OLD_TORCH := 2.11.0
 
-test test-slow test-cov test-matrix: export HF_HUB_OFFLINE = 1
-test test-slow test-cov test-matrix: export TOKENIZERS_PARALLELISM = false
+TESTS := test test-slow test-cov test-matrix test-torch
+$(TESTS): export HF_HUB_OFFLINE = 1
+$(TESTS): export TOKENIZERS_PARALLELISM = false
 # Two test processes share the cores, so each gets one thread.
-test test-slow test-cov test-matrix: export OMP_NUM_THREADS = 1
+$(TESTS): export OMP_NUM_THREADS = 1
 
 # $(call venv,DIR): make the virtual environment DIR unless it is there.
 define venv
@@ -70,6 +73,18 @@ test-matrix: $(MATRIX:%=.venv-transformers-%/.installed) ## run tests/hf with ea
 		$$python -m pytest -n 2 -m "not slow" tests/hf || exit 1; \
 	done
 
+# Not part of CI: pip takes the build for CUDA, several GB.
+test-torch: .venv-torch-$(OLD_TORCH)/.installed ## run the tests of operations, attention and tests/hf with the oldest torch
+	.venv-torch-$(OLD_TORCH)/bin/python -c 'import torch; print("torch", torch.__version__)'
+	.venv-torch-$(OLD_TORCH)/bin/python -m pytest -n 2 -m "not slow" tests/ops tests/attention tests/hf tests/test_decoder.py
+
+.venv-torch-%/.installed: .venv/.installed
+	$(call venv,$(@D))
+	@echo "import site; site.addsitedir('$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')')" \
+		> $$(echo $(@D)/lib/python3*/site-packages)/packages.pth
+	$(@D)/bin/python -m pip install --quiet --ignore-installed torch==$*
+	@touch $@
+
 # These environments see the packages of .venv: pip adds transformers and what it needs otherwise, not torch again.
 .venv-transformers-%/.installed: .venv/.installed constraints-torch.txt
 	$(call venv,$(@D))
@@ -107,6 +122,6 @@ format: setup ## fix style and formatting
 	$(BIN)/ruff format
 
 clean: ## remove the environments, caches and build outputs; runs/ stays
-	rm -rf .venv .venv-transformers-* build dist
+	rm -rf .venv .venv-transformers-* .venv-torch-* build dist
 	rm -rf .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -75,9 +75,9 @@ PROMISES = [
     pytest.param(form, check, id=f"{form}-{check}", marks=slow(form, check))
     for form in FORMS
     for check in CHECKS
-    if check != "compiled_equals_eager" or form in ONCE | COMPILED
+    if check != "compiled_equals_eager" or form in PAIRS | COMPILED
 ]
-EVERY_FORM = pytest.mark.parametrize("form", [pytest.param(form, marks=slow(form)) for form in FORMS])
+EVERY_FORM = pytest.mark.parametrize("form", sorted(ONCE))
 
 
 @pytest.mark.parametrize(("form", "check"), PROMISES)
