@@ -7,15 +7,15 @@ comes after a token touches its row, so outputs are causal to the bit and the sa
 
 import ctypes
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from heedful.ops.compiling import constant_result
 from heedful.ops.masks import rank_in_segment
-from heedful.ops.precision import no_autocast, wide_dtype
+from heedful.ops.precision import wide_dtype
 from heedful.ops.selective import limits
+from heedful.ops.selective.autograd import differentiate
 from heedful.ops.selective.native.library import Job, Unavailable, address, library, pool
 
 BLOCK = 96  # queries of a block; a multiple of 12, the rows of a panel
@@ -330,50 +330,4 @@ def run_backward(
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsq.to(q.dtype), dsk.to(k.dtype), start
 
 
-@_backward.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    select_q: Tensor | None,
-    select_k: Tensor | None,
-    key_mask: Tensor | None,
-    segment_ids: Tensor | None,
-    out: Tensor,
-    before: Tensor,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
-    none = (q.shape[0], 0)
-    return (
-        q.new_empty(q.shape),
-        k.new_empty(k.shape),
-        v.new_empty(v.shape),
-        q.new_empty(none if select_q is None else select_q.shape),
-        k.new_empty(none if select_k is None else select_k.shape),
-        before.new_empty(before.shape[0], before.shape[1], before.shape[3]),
-    )
-
-
-def _save(ctx: Any, inputs: Any, output: Any) -> None:
-    q, k, v, select_q, select_k, soft_mask, key_mask, segment_ids, *numbers = inputs
-    out, _, before, log_sum = output
-    ctx.save_for_backward(q, k, v, select_q, select_k, key_mask, segment_ids, out, before, log_sum)
-    ctx.numbers, ctx.held = numbers, None if soft_mask is None else soft_mask.shape[-1]
-    ctx.mark_non_differentiable(before, log_sum)
-    ctx.set_materialize_grads(False)
-
-
-def _gradients(
-    ctx: Any, grad_out: Tensor | None, grad_after: Tensor | None, *_: Any
-) -> tuple[Tensor | None, ...]:
-    if grad_out is None and grad_after is None:
-        return (None,) * 11
-    saved = ctx.saved_tensors  # once: gradient checkpointing recomputes them a single time
-    own = saved[3] is not None
-    with no_autocast(saved[0].device):
-        dq, dk, dv, dsq, dsk, start = _backward(*saved, grad_out, grad_after, *ctx.numbers)
-    held = None if ctx.held is None else start[..., : ctx.held]
-    return dq, dk, dv, dsq if own else None, dsk if own else None, held, *(None,) * 5
-
-
-_forward.register_autograd(_gradients, setup_context=_save)
+differentiate(_forward, _backward)
