@@ -398,6 +398,20 @@ def test_two_selection_heads_do_not_go_with_eviction(two_selectors, length, padd
     assert two_selectors(x, cache=LayerCache()).shape == x.shape
 
 
+@pytest.mark.parametrize("name", ["q_proj", "k_proj", "v_proj"])
+def test_no_part_can_be_trained_through(name: str):
+    layer = build("mha", "selective", d_model=16, n_heads=4).requires_grad_(False)
+    getattr(layer, name).requires_grad_(True)
+    cache = EvictingCache(4)
+    with torch.no_grad():
+        layer(torch.randn(1, 6, 16), cache=cache)
+    for n in (1, 3):
+        with pytest.raises(RuntimeError, match="cannot be trained through"):
+            layer(torch.randn(1, n, 16), cache=cache)
+    with torch.no_grad():
+        layer(torch.randn(1, 1, 16), cache=cache)
+
+
 def test_misuse_is_refused():
     with pytest.raises(ValueError, match="budget must be a whole number >= 2"):
         EvictingCache(1)

@@ -102,7 +102,7 @@ def test_a_column_of_a_table(heedful: Heedful, selective: Path, tmp_path: Path):
     done = heedful("eval", selective, *flags, "--text-column", "body")
     assert done.code == 0, done.err
     assert done.out.splitlines()[0].startswith("rows.csv, ")
-    message = heedful("eval", selective, "--text-column", "body", "--out", tmp_path / "other").error(1)
+    message = heedful("eval", selective, "--text-column", "body", "--out", tmp_path / "other").error(2)
     assert "--text-column body belongs to --data" in message
 
 

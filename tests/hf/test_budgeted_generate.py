@@ -307,6 +307,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "evict_every must be a whole number >= 1",
     ),
     "every half": ({"kv_budget": 4, "kv_evict_every": 1.5}, ValueError, "evict_every must be a whole number"),
+    "policy without": ({"kv_policy": "h2o"}, ValueError, "kv_policy='h2o' needs a budget or a threshold"),
     "every without": ({"kv_evict_every": 2}, ValueError, "evict_every=2 needs a budget or a threshold"),
     "every with all": (
         {"kv_budget": "full", "kv_evict_every": 2},

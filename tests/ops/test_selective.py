@@ -42,7 +42,9 @@ class Inputs:
         return replace(self, **{name: change(tensor) for name, tensor in self.floats().items()})
 
     def run(self, impl: str = "auto") -> tuple[Tensor, Tensor]:
-        return selective_attention(**vars(self), impl=impl)
+        rest = {"select_q": self.select_q, "select_k": self.select_k, "soft_mask": self.soft_mask}
+        masks = {"key_mask": self.key_mask, "segment_ids": self.segment_ids}
+        return selective_attention(self.q, self.k, self.v, **rest, **masks, scale=self.scale, impl=impl)
 
 
 def random_inputs(
@@ -245,6 +247,14 @@ def test_gradcheck(impl: str, selectors: int | None):
         return replace(x, **dict(zip(names, tensors, strict=True))).run(impl)
 
     assert torch.autograd.gradcheck(run, [t.requires_grad_() for t in x.floats().values()])
+
+
+@pytest.mark.parametrize("impl", ["auto", *IMPLS])
+@pytest.mark.parametrize("queries", [1, 5])
+def test_no_row_at_all(impl: str, queries: int):
+    q, k, v = torch.randn(0, 4, queries, 8), torch.randn(0, 2, 20, 8), torch.randn(0, 2, 20, 6)
+    out, soft_mask = selective_attention(q, k, v, soft_mask=torch.zeros(0, 1, 20 - queries), impl=impl)
+    assert out.shape == (0, 4, queries, 6) and soft_mask.shape == (0, 1, 20)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

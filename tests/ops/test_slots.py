@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from heedful.ops.eviction import least_needed_slot, most_voted_slot
 from heedful.ops.selective import selective_attention
@@ -143,3 +144,27 @@ def test_native_step_is_registered_as_it_should():
     q, k, v = drawn(0, (1, 4, 1, 8), (1, 2, 9, 8), (1, 2, 9, 8), dtype=torch.float32)
     arguments = (q, k, v, torch.zeros(1, 9), torch.arange(9)[None], torch.tensor([[8]]), 0.3)
     torch.library.opcheck(torch.ops.heedful.attend_slots_native.default, arguments)
+
+
+def test_who_looks_sees_the_operator():
+    """Under no_grad the C++ operator is called directly, but not where somebody records what is called."""
+    q, k, v = drawn(0, (1, 2, 1, 8), (1, 2, 9, 8), (1, 2, 9, 8), dtype=torch.float32)
+    positions, newest = torch.arange(9)[None], torch.tensor([[8]])
+
+    def step(q: torch.Tensor) -> torch.Tensor:
+        return attend_slots(q, k, v, torch.zeros(1, 9), positions, newest, 0.3)[0]
+
+    other = 2 * q
+    with torch.no_grad():
+        traced = torch.jit.trace(step, q, check_trace=False)
+        made = make_fx(step)(q)
+        torch.testing.assert_close(traced(other), step(other))
+        torch.testing.assert_close(made(other), step(other))
+
+
+@pytest.mark.parametrize("impl", ["products", pytest.param("native", marks=WITH_NATIVE)])
+def test_no_row_at_all(impl: str):
+    q, k = torch.zeros(0, 4, 1, 8), torch.zeros(0, 2, 9, 8)
+    none = torch.zeros(0, 9)
+    out, slot = attend_slots(q, k, k, none, none.long(), none[:, :1].long(), 0.3, impl)
+    assert out.shape == (0, 4, 1, 8) and slot.shape == (0, 1)

@@ -55,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return importlib.import_module(f"heedful.cli.{command}").run(arguments[1:])
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+    except BrokenPipeError:  # who reads what is printed has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13  # as the signal would end it
     except Exception as error:
         if os.environ.get("HEEDFUL_TRACEBACK"):
             raise

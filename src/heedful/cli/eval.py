@@ -66,6 +66,8 @@ def run(arguments: Sequence[str]) -> int:
     )
     budgets = _budgets(values["kv_budget"])
     policies = None if values["policy"] is None else _policies(values["policy"])
+    if values["text_column"] is not None and values["data"] is None:
+        raise UsageError(f"--text-column {values['text_column']} belongs to --data, and none is given")
     if values["rows"] is not None and values["rows"] < 1:
         raise UsageError(f"--rows must be 1 or more, got {values['rows']}")
     folder = Path(values["run"])

@@ -1,5 +1,6 @@
 """`heedful generate`."""
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING
@@ -7,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from heedful.attention.eviction import POLICIES
+from heedful.attention.eviction import POLICIES, Eviction
 from heedful.cli.errors import UsageError
 from heedful.cli.parsing import flag, parse, positional
 from heedful.screen import spinner
@@ -43,10 +44,16 @@ def run(arguments: Sequence[str]) -> int:
     )
     if values["max_new_tokens"] < 1:
         raise UsageError(f"--max-new-tokens must be 1 or more, got {values['max_new_tokens']}")
-    if values["temperature"] < 0:
-        raise UsageError(f"--temperature must be 0 or more, got {values['temperature']}")
+    if not 0 <= values["temperature"] < math.inf:
+        raise UsageError(f"--temperature must be 0 or more and finite, got {values['temperature']}")
     if values["top_k"] < 0:
         raise UsageError(f"--top-k must be 0 or more, got {values['top_k']}")
+    budget = _budget(values["kv_budget"])
+    more = {name: values[name] for name in ("kv_policy", "kv_evict_every", "kv_threshold")}
+    try:  # a budget that is not given may be in the model's config: 2 stands for it
+        Eviction.of(2 if budget is None else budget, **more)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
     with spinner(Console(stderr=True), "loading the model"):
         from transformers import TextStreamer, set_seed
@@ -63,10 +70,8 @@ def run(arguments: Sequence[str]) -> int:
         max_new_tokens=values["max_new_tokens"],
         temperature=values["temperature"],
         top_k=values["top_k"],
-        kv_budget=_budget(values["kv_budget"]),
-        kv_policy=values["kv_policy"],
-        kv_evict_every=values["kv_evict_every"],
-        kv_threshold=values["kv_threshold"],
+        kv_budget=budget,
+        **more,
         streamer=TextStreamer(tokenizer, skip_special_tokens=True),
     )
     if values["stats"]:

@@ -313,7 +313,12 @@ class HeedfulForCausalLM(HeedfulPreTrainedModel, GenerationMixin):
         kv_budget, kv_policy = or_usual("kv_budget", kv_budget), or_usual("kv_policy", kv_policy)
         rest = or_usual("kv_evict_every", kv_evict_every), or_usual("kv_threshold", kv_threshold)
         if kv_budget is None:
-            return Eviction.of(saved, kv_policy, *rest)
+            eviction = Eviction.of(saved, kv_policy, *rest)
+            if kv_policy is not None and not eviction.evicts:
+                raise ValueError(
+                    f"kv_policy={kv_policy!r} needs a budget or a threshold; nothing is evicted without"
+                )
+            return eviction
         if kv_policy is None and isinstance(kv_budget, int | list | tuple):
             kv_policy = saved.policy
         return Eviction.of(kv_budget, kv_policy, *rest)

@@ -5,15 +5,22 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from heedful.ops.compiling import constant_result
+
 
 def wide_dtype(x: Tensor) -> torch.dtype:
     """What votes, sums and softmax of `x` are computed in: float32, or float64 for float64."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
+@constant_result
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)  # torch 2.11 cannot trace it
+
+
 def no_autocast(device: torch.device) -> AbstractContextManager:
     """Switch autocast off inside an operation that chooses its own precision."""
-    if not torch.amp.is_autocast_available(device.type):
+    if not _has_autocast(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
@@ -21,7 +28,7 @@ def no_autocast(device: torch.device) -> AbstractContextManager:
 def to_autocast_dtype(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Cast to the autocast dtype where autocast is on, as torch does for its own attention."""
     device = next((t.device.type for t in tensors if isinstance(t, Tensor)), "cpu")
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not _has_autocast(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
 

@@ -176,7 +176,7 @@ class EvictingCache(KVCache):
         score, name = layer.score, layer.score.config.form
         if tokens.segment_ids is not None:
             raise ValueError("packed segments and a cache that evicts do not go together")
-        if torch.is_grad_enabled() and tokens.q.requires_grad:
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (tokens.q, *tokens.memory.values())):
             raise RuntimeError(
                 "a cache that evicts cannot be trained through; use torch.no_grad() or no budget"
             )

@@ -54,4 +54,4 @@ def selective_one_query(
         alive = visible.any(-1, keepdim=True)
         weights = logits.masked_fill(~visible & alive, -torch.inf).softmax(-1).masked_fill(~visible, 0.0)
     out = drop_denormals(weights).view(batch, groups, heads // groups, n_keys) @ v.to(dtype)
-    return out.view(batch, heads, 1, -1).to(v.dtype), before + votes
+    return out.view(batch, heads, 1, v.shape[-1]).to(v.dtype), before + votes

@@ -70,8 +70,8 @@ def _two_products(q: Tensor, k: Tensor, v: Tensor, soft_mask: Tensor, scale: flo
     grouped = q.to(dtype).reshape(batch * groups, heads // groups, size)
     keys, values = k.to(dtype).flatten(0, 1), v.to(dtype).flatten(0, 1)
     flat = torch.baddbmm(grouped.new_empty(()), grouped, keys.mT, beta=0, alpha=scale)
-    logits = flat.view(batch, heads, -1)
+    logits = flat.view(batch, heads, k.shape[2])
     votes = logits[:, 0].relu()
     weights = drop_denormals(logits.sub_(soft_mask[:, None]).softmax(-1))
     out = torch.bmm(weights.view(flat.shape), values)
-    return out.view(batch, heads, 1, -1).to(v.dtype), votes
+    return out.view(batch, heads, 1, v.shape[-1]).to(v.dtype), votes

@@ -18,8 +18,18 @@ def attend_slots_native(
 
 
 def plain_tensors(*tensors: Tensor) -> bool:
-    """Whether nobody looks at what is called: then `run_slots` saves the way through PyTorch's dispatcher."""
-    return not torch.compiler.is_compiling() and all(type(x) is Tensor for x in tensors)
+    """Whether nobody looks at what is called: then `run_slots` saves the way through PyTorch's dispatcher.
+
+    Looking are torch.compile, torch.jit.trace, modes such as that of make_fx, and transforms such as vmap; what
+    they see has to be the operator, since `run_slots` writes where only it knows.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.maybe_current_level() is None
+        and all(type(x) is Tensor for x in tensors)
+    )
 
 
 def run_slots(
