@@ -73,10 +73,12 @@ test-matrix: $(MATRIX:%=.venv-transformers-%/.installed) ## run tests/hf with ea
 		$$python -m pytest -n 2 -m "not slow" tests/hf || exit 1; \
 	done
 
-# Not part of CI: pip takes the build for CUDA, several GB.
+# Not part of CI: pip takes the build for CUDA, several GB. The interpreter of the Triton that comes with it does not go
+# with this NumPy; on a GPU the kernels need none.
 test-torch: .venv-torch-$(OLD_TORCH)/.installed ## run the tests of operations, attention and tests/hf with the oldest torch
 	.venv-torch-$(OLD_TORCH)/bin/python -c 'import torch; print("torch", torch.__version__)'
-	.venv-torch-$(OLD_TORCH)/bin/python -m pytest -n 2 -m "not slow" tests/ops tests/attention tests/hf tests/test_decoder.py
+	.venv-torch-$(OLD_TORCH)/bin/python -m pytest -n 2 -m "not slow" -k "not triton" \
+		tests/ops tests/attention tests/hf tests/test_decoder.py
 
 .venv-torch-%/.installed: .venv/.installed
 	$(call venv,$(@D))

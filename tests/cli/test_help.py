@@ -98,3 +98,11 @@ def test_python_m():
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
     assert "unknown command 'trian'; did you mean 'train'?" in done.stderr
+
+
+def test_who_has_seen_enough_is_not_told_of_a_broken_pipe():
+    command = [sys.executable, "-m", "heedful", "train", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""

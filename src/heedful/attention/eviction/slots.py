@@ -30,7 +30,7 @@ class Slots:
     @property
     def filled(self) -> bool:
         """Whether there are slots yet."""
-        return bool(self.book)
+        return len(self.book) > 0
 
     @property
     def positions(self) -> Tensor:
