@@ -5,7 +5,7 @@ from torch import Tensor
 
 from heedful.ops.selective.triton.arguments import in_heads, in_slots
 from heedful.ops.selective.triton.available import unavailable
-from heedful.ops.selective.triton.tilings import DECODE, padded_size
+from heedful.ops.selective.triton.tilings import decode, padded_size
 
 
 def attend_slots_triton(
@@ -52,6 +52,7 @@ def _attend_slots(
     out = torch.empty(batch, heads, 1, v_size, dtype=v.dtype, device=v.device)
     new_mask = torch.empty(batch, n_slots, dtype=torch.float32, device=q.device)
     next_slot = torch.empty(batch, 1, dtype=torch.int64, device=q.device)
+    launch = decode(q.dtype, size, v_size)
     if batch:
         with torch.cuda.device_of(q):
             attend_and_vote[(batch * groups,)](
@@ -62,10 +63,10 @@ def _attend_slots(
                 ROWS=padded_size(shared),
                 SIZE=size,
                 V_SIZE=v_size,
-                KEYS=DECODE.keys,
+                KEYS=launch.keys,
                 EXACT=q.dtype == torch.float32,
-                num_warps=DECODE.warps,
-                num_stages=DECODE.stages,
+                num_warps=launch.warps,
+                num_stages=launch.stages,
             )
     return out, new_mask, next_slot
 
