@@ -45,13 +45,17 @@ demo: setup ## train small models, compare them and generate, offline; results i
 	$(BIN)/heedful demo --out runs/demo
 
 # Every speed that the README states. Run it on a quiet machine; each line leaves tables, raw figures and, but for decode, a plot.
-bench: setup ## measure the speeds of the README again, about 15 minutes; results in results/
-	$(BIN)/heedful bench kernels --threads 1,all --dense-up-to 4096 --out results/kernels
+bench: setup ## measure the speeds of the README again, about 30 minutes; results in results/
+	$(BIN)/heedful bench kernels --threads 1,all --lengths 1024,2048,4096 --no-compiled --no-memory --turns 7 \
+		--dense-up-to 0 --out results/kernels
 	$(BIN)/heedful bench train --threads 1,all --out results/train
+	$(BIN)/heedful bench train --lengths 256 --d-model 128 --n-heads 8 --n-layers 3 --vocab-size 2048 --batch 8 \
+		--threads 1,all --seconds 20 --no-memory --out results/train-demo-size
 	$(BIN)/heedful bench prefill --threads 1,all --out results/prefill
-	$(BIN)/heedful bench decode --context 2048,8192,32768 --out results/decode
+	$(BIN)/heedful bench decode --context 2048,8192,32768 --threads 1,2 --out results/decode
 	$(BIN)/python benchmarks/sas.py --threads 1,all --out results/sas
-	$(BIN)/python benchmarks/goals.py results/kernels results/train results/prefill results/decode results/sas
+	$(BIN)/python benchmarks/goals.py results/kernels results/train results/train-demo-size \
+		results/prefill results/decode results/sas
 
 # Installs nothing: it is for a machine with a GPU and no network.
 gpu: ## check, tune and time the kernels on a GPU, at most 9 minutes; results in $OUT or results/gpu

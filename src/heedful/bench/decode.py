@@ -5,8 +5,8 @@ voting. Every step gets a token of its own. The baseline is what a plain cache c
 scaled_dot_product_attention over preallocated keys, without even appending the new one.
 
 A measurement is one step of LAYERS layers, each with a cache of its own, and what is reported is the time of one
-layer. Other layers' keys lie between two steps of a layer then, as in a model, while the code is as warm as in one:
-a single call after a pause costs several times as much.
+layer. Other layers' keys lie between two steps of a layer then, as in a model, while the code is as warm as in one;
+a single call after a pause would meet cold code.
 """
 
 from collections.abc import Callable, Sequence
