@@ -3,7 +3,7 @@
 `benchmarks/compile_triton.py` prints that report. Nothing here has been timed on a GPU yet; `benchmarks/gpu.py`
 does it, and its summary holds the lines to replace here, whose entries are all there is to choose. In half
 precision nothing spills. In float32, products in three TF32 passes hold each factor twice, hence the small tiles;
-there the gradient of the selection heads at a head size of 128 still spills, and a little that of the queries at 64.
+there the gradient of the selection heads at a head size of 128 spills, and a little that of the queries at 64.
 """
 
 from dataclasses import dataclass, replace
