@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 import heedful
+from heedful.ops.native.library import preferred
 from heedful.ops.selective.auto_rule import choose
-from heedful.ops.selective.native.library import preferred
 from heedful.ops.selective.triton import unavailable
 
 OTHERS = ("triton", "numpy", "peft", "trl")  # installed or not, they matter
@@ -119,9 +119,9 @@ def _auto(device: str, n: int) -> str:
 
 def _native() -> str:
     """The compiled operator for the CPU: in use, or why the tiles of `blocked` stand for it."""
-    if importlib.util.find_spec("heedful.ops.selective.native") is None:
+    if importlib.util.find_spec("heedful.ops.native") is None:
         return "tiles: PyTorch's own operations; nothing is compiled"
-    found = importlib.import_module("heedful.ops.selective.native").status()
+    found = importlib.import_module("heedful.ops.native").status()
     return f"{'active' if found.active else 'tiles'}: {found.reason}"
 
 

@@ -35,9 +35,9 @@ from heedful.bench.kernels import (
 from heedful.bench.timing import timing
 from heedful.bench.workload import Case, Figures, Workload, measure
 from heedful.cli import main
+from heedful.ops.native import status
 from heedful.ops.selective import limits
 from heedful.ops.selective.auto_rule import choose
-from heedful.ops.selective.native import status
 
 CPU = torch.device("cpu")
 SMALL = Sizes(n_heads=4, n_kv_heads=2, head_dim=8, value_dim=8)

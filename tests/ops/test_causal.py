@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from heedful.ops import causal
 from heedful.ops.causal import causal_attention
 from heedful.ops.dot_product import attention_reference
-from heedful.ops.selective.native.library import preferred
+from heedful.ops.native.library import preferred
 
 SMALL = st.integers(1, 4)
 

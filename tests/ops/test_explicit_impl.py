@@ -10,9 +10,9 @@ from heedful.attention.build import build
 from heedful.attention.eviction import EvictingCache
 from heedful.ops.causal import causal_attention
 from heedful.ops.masks import visible_keys
+from heedful.ops.native import status
 from heedful.ops.selective import api, selective_attention
 from heedful.ops.selective.api import attend_visible
-from heedful.ops.selective.native import status
 
 SHAPES = {"one query": (1, 9), "chunk": (4, 9), "square": (9, 9)}
 MASKS = ("none", "padding", "segments")

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from heedful.ops.dot_product import attention_reference
 from heedful.ops.masks import visible_keys
+from heedful.ops.native import status
 from heedful.ops.selective import selective_attention
 from heedful.ops.selective.native import selective as native
-from heedful.ops.selective.native import status
 from heedful.ops.selective.native.selective import plain_native
 
 ACCURACY = {torch.float64: 1e-12, torch.float32: 2e-5}

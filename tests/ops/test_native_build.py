@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from heedful.ops.selective.native import build, status
+from heedful.ops.native import build, status
 
 ACTIVE = status().active
 NEEDS_COMPILER = pytest.mark.skipif(not ACTIVE, reason=status().reason)
@@ -21,7 +21,7 @@ lines = []
 logging.getLogger("heedful").addHandler(Kept())
 import torch
 from heedful.ops import selective_attention
-from heedful.ops.selective.native import status
+from heedful.ops.native import status
 q = torch.ones(1, 2, 9, 8)
 out = {}
 for impl in ("auto", "native"):

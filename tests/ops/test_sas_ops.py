@@ -11,12 +11,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from heedful.ops import aggregate_heads, simulate_features, simulate_heads
+from heedful.ops.native import status
 from heedful.ops.rope import rope, rotation
 from heedful.ops.sas import NOWHERE, Features, Placement, expand
 from heedful.ops.sas.pieces import Layers, pieces
 from heedful.ops.sas.placing import place
 
 SMALL = st.integers(1, 4)
+FAST = ("blocked", "native") if status().active else ("blocked",)
 
 
 def randn(*shape: int) -> Tensor:
@@ -214,10 +216,11 @@ def gradients(out: torch.Tensor, *inputs: torch.Tensor | None) -> tuple[torch.Te
     bias=st.booleans(),
     piece=st.sampled_from([1, 40, 100, 10**6]),
     frozen=st.sets(st.integers(0, 9)),
+    impl=st.sampled_from(FAST),
     placed=st.tuples(st.booleans(), st.booleans(), st.booleans(), st.booleans()),
     seed=st.integers(0, 99),
 )
-def test_the_expansion_in_pieces_equals_its_steps(
+def test_the_expansion_equals_its_steps(
     batch: int,
     length: int,
     heads: int,
@@ -228,6 +231,7 @@ def test_the_expansion_in_pieces_equals_its_steps(
     bias: bool,
     piece: int,
     frozen: set[int],
+    impl: str,
     placed: tuple[bool, bool, bool, bool],
     seed: int,
 ):
@@ -243,7 +247,7 @@ def test_the_expansion_in_pieces_equals_its_steps(
             inputs[i].requires_grad_(False)
     expected = expand(x, *conv, features, at, impl="reference")
     with mock.patch("heedful.ops.sas.pieces.PIECE", piece):
-        got = expand(x, *conv, features, at, impl="blocked")
+        got = expand(x, *conv, features, at, impl=impl)
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
         assert got.requires_grad == expected.requires_grad
         if not got.requires_grad:
@@ -264,21 +268,94 @@ def test_pieces_cover_every_token_once(batch: int, length: int):
     assert (x == 1).all()
 
 
+@pytest.mark.parametrize("impl", FAST)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("wide", [None, 12])
-def test_the_expansion_in_low_precision(dtype: torch.dtype, tolerance: float, wide: int | None):
+def test_the_expansion_in_low_precision(impl: str, dtype: torch.dtype, tolerance: float, wide: int | None):
     """Against float64 from the same inputs, many pieces: errors do not add up in the sums over pieces."""
     torch.manual_seed(0)
     conv, features = expansion(4, 12, 3, 8, wide, True, dtype)
     inputs = [torch.randn(2, 4, 300, 8).to(dtype).requires_grad_(), *conv, *(features or ())]
     double = [t.detach().double().requires_grad_() for t in inputs]
     with mock.patch("heedful.ops.sas.pieces.PIECE", 4000):
-        got = expand(*inputs[:5], Features(*inputs[5:]) if features else None, impl="blocked")
+        if impl == "native" and dtype == torch.bfloat16:
+            with pytest.raises(ValueError, match="one dtype, float32 or float64"):
+                expand(*inputs[:5], Features(*inputs[5:]) if features else None, impl=impl)
+            return
+        got = expand(*inputs[:5], Features(*inputs[5:]) if features else None, impl=impl)
         found = gradients(got, *inputs)
     expected = expand(*double[:5], Features(*double[5:]) if features else None, impl="reference")
     for ours, theirs in zip((got, *found), (expected, *gradients(expected, *double)), strict=True):
         error = (ours.double() - theirs).norm() / theirs.norm()
         assert error < tolerance, f"{tuple(ours.shape)}: {error:.1e}"
+
+
+@pytest.mark.skipif(not status().active, reason=status().reason)
+@pytest.mark.parametrize(
+    ("heads", "sim", "width", "size", "wide"),
+    [
+        (8, 24, 5, 64, 96),
+        (8, 24, 3, 16, 24),
+        (3, 42, 7, 10, 70),
+        (4, 12, 5, 33, 50),
+        (1, 5, 1, 1, 2),
+        (2, 6, 9, 4, 6),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_native_expansion_at_many_sizes(
+    heads: int, sim: int, width: int, size: int, wide: int, dtype: torch.dtype
+):
+    """Whole and broken tiles, kernels wider than a head; the same for any number of threads, to the bit."""
+    torch.manual_seed(0)
+    conv, features = expansion(heads, sim, width, size, wide, True, dtype)
+    at = placement(wide, 2, 113, True, True, True, True)
+    at = Placement(*(x.detach().to(dtype) if isinstance(x, Tensor) else x for x in at))
+    x = torch.randn(2, heads, 113, size, dtype=dtype, requires_grad=True)
+    runs = []
+    for threads in (1, 2):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            out = expand(x, *conv, features, at, impl="native")
+            runs.append((out, *gradients(out, x, *conv, *features)))
+        finally:
+            torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    double = [w.detach().double().requires_grad_() for w in (x, *conv, *features)]
+    wide_at = Placement(*(x.double() if isinstance(x, Tensor) else x for x in at))
+    expected = expand(*double[:5], Features(*double[5:]), wide_at, impl="reference")
+    for ours, theirs in zip(runs[0], (expected, *gradients(expected, *double)), strict=True):
+        error = (ours.double() - theirs).norm() / theirs.norm()
+        assert error < (1e-5 if dtype == torch.float32 else 1e-14), f"{tuple(ours.shape)}: {error:.1e}"
+
+
+@pytest.mark.skipif(not status().active, reason=status().reason)
+def test_the_native_expansion_spreads_nan_as_its_steps_do():
+    conv, features = expansion(2, 4, 3, 4, 6, True)
+    x = randn(1, 2, 3, 4).detach()
+    x[0, 1, 1, 2] = torch.nan
+    for case in (features, None):
+        ours, theirs = (expand(x, *conv, case, impl=impl) for impl in ("native", "reference"))
+        assert torch.equal(ours.isnan(), theirs.isnan())
+        assert ours[:, :, 1].isnan().any() and not ours[:, :, ::2].isnan().any()
+
+
+def test_auto_takes_the_native_expansion_in_float32_alone():
+    active = status().active
+    for dtype, expected in ((torch.float32, active), (torch.float64, False), (torch.bfloat16, False)):
+        conv, features = expansion(2, 4, 3, 4, 6, True, dtype)
+        x = torch.randn(1, 2, 3, 4, dtype=dtype)
+        with mock.patch("heedful.ops.sas.expand.run_expand", side_effect=InterruptedError) as called:
+            if expected:
+                with pytest.raises(InterruptedError):
+                    expand(x, *conv, features)
+            else:
+                expand(x, *conv, features)
+            assert called.called == expected
+    conv, features = expansion(2, 4, 3, 4, 6, True, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="autocast"):
+        expand(torch.randn(1, 2, 3, 4), *conv, features, impl="native")
 
 
 def test_the_expansion_keeps_its_input_alone():
@@ -313,14 +390,16 @@ def test_the_expansion_is_a_proper_operator():
     for wide, bias, at in ((6, True, everywhere), (6, False, NOWHERE), (None, False, NOWHERE)):
         conv, features = expansion(2, 4, 3, 4, wide, bias)
         arguments = (randn(2, 3, 2, 4), *conv, *(features or [None] * 4), *at)
-        torch.library.opcheck(torch.ops.heedful.sas_expand.default, arguments)
+        for native in (False, True)[: len(FAST)]:
+            torch.library.opcheck(torch.ops.heedful.sas_expand.default, (*arguments, native))
 
 
-def test_the_expansion_compiles():
+@pytest.mark.parametrize("impl", FAST)
+def test_the_expansion_compiles(impl: str):
     conv, features = expansion(2, 4, 3, 4, 6, True)
     x, at = randn(2, 2, 5, 4), placement(6, 2, 5, True, True, False, False)
-    expected = expand(x, *conv, features, at)
-    got = torch.compile(expand, fullgraph=True, backend="aot_eager")(x, *conv, features, at)
+    expected = expand(x, *conv, features, at, impl=impl)
+    got = torch.compile(expand, fullgraph=True, backend="aot_eager")(x, *conv, features, at, impl=impl)
     torch.testing.assert_close(got, expected)
     inputs = (x, *conv, *features, at.norm)
     for ours, theirs in zip(gradients(got, *inputs), gradients(expected, *inputs), strict=True):
@@ -355,14 +434,17 @@ def test_the_expansion_has_no_second_derivative():
         grad.sum().backward()
 
 
-def test_the_expansion_on_meta_tensors_and_without_tokens():
+@pytest.mark.parametrize("impl", FAST)
+def test_the_expansion_on_meta_tensors_and_without_tokens(impl: str):
     conv, features = expansion(2, 4, 3, 4, 6, True)
     meta = [None if w is None else w.to("meta") for w in (*conv, *features)]
-    out = expand(torch.empty(2, 2, 5, 4, dtype=torch.float64, device="meta"), *meta[:4], Features(*meta[4:]))
+    out = expand(
+        torch.empty(2, 2, 5, 4, dtype=torch.float64, device="meta"), *meta[:4], Features(*meta[4:]), impl=impl
+    )
     assert out.shape == (2, 4, 5, 6)
     for shape in ((2, 2, 0, 4), (0, 2, 5, 4)):
         x = randn(*shape)
-        out = expand(x, *conv, features)
+        out = expand(x, *conv, features, impl=impl)
         assert out.shape == (shape[0], 4, shape[2], 6)
         out.sum().backward()
         assert conv[0].grad.eq(0).all()
@@ -373,7 +455,7 @@ def test_the_expansion_refuses_what_its_steps_refuse():
     at = placement(8, 1, 4, True, False, True, False)
     with pytest.raises(ValueError, match="a placement needs features"):
         expand(X, *conv, None, at)
-    with pytest.raises(ValueError, match=r"impl must be 'auto' or 'reference' or 'blocked', got 'fast'"):
+    with pytest.raises(ValueError, match=r"impl must be .*'blocked' or 'native', got 'fast'"):
         expand(X, *conv, features, impl="fast")
     for impl in ("blocked", "reference"):
         with pytest.raises(ValueError, match="W must be odd"):

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from heedful.ops.eviction import least_needed_slot, most_voted_slot
+from heedful.ops.native import status
 from heedful.ops.selective import selective_attention
-from heedful.ops.selective.native import status
 from heedful.ops.selective.slots import attend_slots
 
 WITH_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")

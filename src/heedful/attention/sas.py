@@ -40,8 +40,9 @@ class SASConfig(AttentionConfig):
         "expanded", "what is cached: expanded keys (fast) or compact ones (small, expanded when read)"
     )
 
-    expand_impl: Literal["auto", "reference", "blocked"] = option(
-        "auto", "how the expansions are computed: auto, reference (readable, slow) or blocked (in pieces)"
+    expand_impl: Literal["auto", "reference", "blocked", "native"] = option(
+        "auto",
+        "how the expansions are computed: auto, reference (readable, slow), blocked or native (C++)",
     )
 
     qk_dim_name: ClassVar[str] = "sim_head_dim"

@@ -27,10 +27,10 @@ from heedful.bench.forms import (
     x_transformers,
 )
 from heedful.bench.workload import Case, Workload
+from heedful.ops.native.library import preferred
 from heedful.ops.selective import limits
 from heedful.ops.selective.auto_rule import choose
 from heedful.ops.selective.blocked import plain_blocked
-from heedful.ops.selective.native.library import preferred
 from heedful.ops.selective.native.selective import plain_native
 
 Work = Literal["prefill", "train"]

@@ -11,8 +11,8 @@ from heedful.attention.tokens import Tokens
 from heedful.bench.forms import Form, available, best_plain, named, ours
 from heedful.bench.kernels import Sizes, read
 from heedful.bench.workload import Case, Workload
+from heedful.ops.native.library import preferred
 from heedful.ops.selective.auto_rule import choose
-from heedful.ops.selective.native.library import preferred
 
 BUDGET = 512
 

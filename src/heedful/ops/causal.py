@@ -5,8 +5,8 @@ from torch import Tensor
 
 from heedful.ops.checks import check_choice
 from heedful.ops.dot_product import attention_sdpa
+from heedful.ops.native.library import preferred
 from heedful.ops.selective.blocked import plain_blocked
-from heedful.ops.selective.native.library import preferred
 from heedful.ops.selective.native.selective import plain_native
 
 LONG = 256

@@ -2,8 +2,8 @@
 
 `reference` is `simulate_heads` and `simulate_features`, one after the other: autograd keeps every intermediate
 result. `blocked` goes through the tokens in pieces that stay in a core's cache, keeps the input alone, and makes
-the rest again in the backward pass, piece by piece. It is a registered operator with a fake kernel, so that it
-compiles; differentiating its backward pass raises.
+the rest again in the backward pass, piece by piece. `native` does so token by token in C++. Both are one registered
+operator with a fake kernel, so that it compiles; differentiating its backward pass raises.
 """
 
 from typing import Any, NamedTuple
@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from heedful.ops.checks import check_choice, check_no_tangent
+from heedful.ops.native.library import check_native, preferred
 from heedful.ops.precision import no_autocast, to_autocast_dtype, wide_dtype
+from heedful.ops.sas.native import run_expand, run_expand_backward
 from heedful.ops.sas.pieces import Layers, pieces
 from heedful.ops.sas.placing import NOWHERE, Placement, place
 from heedful.ops.sas.steps import check_feature_weights, check_head_weights, simulate_features, simulate_heads
 
-IMPLEMENTATIONS = ("auto", "reference", "blocked")
+IMPLEMENTATIONS = ("auto", "reference", "blocked", "native")
 
 
 class Features(NamedTuple):
@@ -58,13 +60,15 @@ def expand(
         features: the weights of the second step; None leaves the features alone, as for values.
         placement: the norm and the rotation of queries and keys; neither by default.
         impl: "reference" calls the two steps, "blocked" keeps the input alone and makes the rest again in the
-            backward pass; "auto" is blocked on the CPU and the reference elsewhere.
+            backward pass, "native" does so in C++ on the CPU, in float32 or float64; "auto" is the reference away
+            from the CPU, native on it in float32 where it can be had, else blocked.
 
     Returns:
         (B, Ĥ, T, D̂), or (B, Ĥ, T, D) without `features`.
 
     Raises:
-        ValueError: if W is even, a shape does not fit, `impl` is unknown, or there is a placement without features.
+        ValueError: if W is even, a shape does not fit, `impl` is unknown or cannot run here, or there is a
+            placement without features.
     """
     check_choice("impl", impl, IMPLEMENTATIONS)
     if features is None and placement is not NOWHERE:
@@ -78,7 +82,18 @@ def expand(
     check_no_tangent("expand", x, weight1, bias1, weight2, bias2, *(features or ()))
     cast, *weights = to_autocast_dtype(x, weight1, bias1, weight2, bias2, *(features or [None] * 4))
     assert cast is not None
-    return _expand(cast.transpose(1, 2), *weights, *placement)
+    one_dtype = all(w is None or w.dtype == cast.dtype for w in (*weights, *placement[:1], *placement[2:4]))
+    if impl == "native":
+        check_native(cast)
+        if not one_dtype or cast.dtype.itemsize < 4:
+            raise ValueError(
+                "impl='native' computes in one dtype, float32 or float64, autocast and 16 bits are not for it; "
+                f"got x of {cast.dtype}; use impl='auto'"
+            )
+    native = impl == "native" or (
+        impl == "auto" and one_dtype and cast.dtype.itemsize >= 4 and preferred("cpu", cast.dtype)
+    )
+    return _expand(cast.transpose(1, 2), *weights, *placement, native)
 
 
 @torch.library.custom_op("heedful::sas_expand", mutates_args=())
@@ -97,8 +112,12 @@ def _expand(
     cos: Tensor | None,
     sin: Tensor | None,
     norm_first: bool,
+    native: bool,
 ) -> Tensor:
     """X (B, T, H, D) -> (B, Ĥ, T, D̂)."""
+    if native:
+        weights = (conv1, conv1_bias, conv2, conv2_bias, lin1, lin1_bias, lin2, lin2_bias, norm)
+        return run_expand(x, weights, Placement(norm, eps, cos, sin, norm_first))
     layers = Layers.of(conv1, conv1_bias, conv2, conv2_bias, lin1, lin1_bias, lin2, lin2_bias)
     placement = Placement(norm, eps, cos, sin, norm_first)
     out = _like_out(x, conv1, lin1, norm)
@@ -149,13 +168,16 @@ def _expand_backward(
     sin: Tensor | None,
     eps: float,
     norm_first: bool,
+    native: bool,
     need_x: bool,
     need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x and of the weights, gains included; empty where there is no weight or none is needed."""
     weights = (conv1, conv1_bias, conv2, conv2_bias, lin1, lin1_bias, lin2, lin2_bias)
-    layers = Layers.of(*weights)
     placement = Placement(norm, eps, cos, sin, norm_first)
+    if native:
+        return run_expand_backward(grad, x, (*weights, norm), placement, need_x, need_weights)  # type: ignore[return-value]
+    layers = Layers.of(*weights)
     d_x = x.new_empty(x.shape if need_x else 0)
     sums = layers.sums() if need_weights else []
     d_norm = None
@@ -178,7 +200,7 @@ def _expand_backward(
 
 @_expand_backward.register_fake
 def _(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    *weights, _, _, _, _, need_x, need_weights = rest
+    *weights, _, _, _, _, _, need_x, need_weights = rest
     d_x = x.new_empty(x.shape if need_x else 0)
     return d_x, *(
         x.new_empty(0) if weight is None or not need_weights else weight.new_empty(weight.shape)
@@ -187,16 +209,16 @@ def _(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
-    *weights, norm, eps, cos, sin, norm_first = inputs
+    *weights, norm, eps, cos, sin, norm_first, native = inputs
     ctx.save_for_backward(*weights, norm, cos, sin)
-    ctx.options = eps, norm_first
+    ctx.options = eps, norm_first, native
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needed = ctx.needs_input_grad[:10]
     with no_autocast(grad.device):
         found = _expand_backward(grad, *ctx.saved_tensors, *ctx.options, needed[0], any(needed[1:]))
-    return *(d if need else None for d, need in zip(found, needed, strict=True)), None, None, None, None
+    return *(d if need else None for d, need in zip(found, needed, strict=True)), *(None,) * 5
 
 
 _expand.register_autograd(_gradients, setup_context=_save)

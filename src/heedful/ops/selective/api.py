@@ -17,11 +17,11 @@ from heedful.ops.checks import (
     show,
 )
 from heedful.ops.masks import rank_in_segment, visible_keys, voted_keys
+from heedful.ops.native.library import preferred as native_is_preferred
 from heedful.ops.precision import no_autocast, to_autocast_dtype
 from heedful.ops.selective.auto_rule import choose
 from heedful.ops.selective.blocked import selective_blocked
 from heedful.ops.selective.count_blocked import blocked_count
-from heedful.ops.selective.native.library import preferred as native_is_preferred
 from heedful.ops.selective.native.selective import selective_native
 from heedful.ops.selective.one_query import selective_one_query
 from heedful.ops.selective.reference import selective_reference

@@ -5,9 +5,8 @@ from torch import Tensor
 
 from heedful.ops.checks import check_choice
 from heedful.ops.eviction.selectors import most_voted_slot
+from heedful.ops.native.library import check_native, preferred
 from heedful.ops.precision import drop_denormals, no_autocast, to_autocast_dtype, wide_dtype
-from heedful.ops.selective.native.library import preferred
-from heedful.ops.selective.native.selective import check_native
 from heedful.ops.selective.native.slots import attend_slots_native, plain_tensors, run_slots
 from heedful.ops.selective.triton.slots import attend_slots_triton
 

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from heedful.ops.compiling import constant_result
 from heedful.ops.masks import rank_in_segment
+from heedful.ops.native.library import Job, address, check_native, library, pool
 from heedful.ops.precision import wide_dtype
 from heedful.ops.selective import limits
 from heedful.ops.selective.autograd import differentiate
-from heedful.ops.selective.native.library import Job, Unavailable, address, library, pool
 
 BLOCK = 96  # queries of a block; a multiple of 12, the rows of a panel
 TILE = 192  # keys of a tile; a multiple of 32, the columns of a panel
@@ -56,25 +55,6 @@ def plain_native(
     """Causal softmax attention by the same operator, as `plain_blocked`; shapes as there."""
     check_native(q)
     return _forward(q, k, v, None, None, None, key_mask, segment_ids, scale, scale, False)[0].to(v.dtype)
-
-
-def check_native(q: Tensor) -> None:
-    """Raise a ValueError that says why it cannot run."""
-    if q.device.type not in ("cpu", "meta"):
-        raise ValueError(f"impl='native' runs on the CPU, got tensors on {q.device}; use impl='auto'")
-    reason = missing("double" if q.dtype == torch.float64 else "float")
-    if reason:
-        raise ValueError(f"impl='native' is not available: {reason}")
-
-
-@constant_result
-def missing(scalar: str) -> str:
-    """Why there is no library, or nothing."""
-    try:
-        library(torch.float64 if scalar == "double" else torch.float32)
-    except Unavailable as error:
-        return str(error)
-    return ""
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ import ctypes
 import torch
 from torch import Tensor
 
+from heedful.ops.native.library import SlotsJob, address, library, pool
 from heedful.ops.precision import wide_dtype
-from heedful.ops.selective.native.library import SlotsJob, address, library, pool
 
 
 @torch.library.custom_op("heedful::attend_slots_native", mutates_args=("soft_mask",), device_types="cpu")

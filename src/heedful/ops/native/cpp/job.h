@@ -13,7 +13,7 @@ namespace heedful {
 
 typedef void (*ParallelFn)(void (*)(void*), void*, unsigned, unsigned);
 
-// All fields are eight bytes wide; heedful/ops/selective/native/library.py declares the same.
+// All fields are eight bytes wide; heedful/ops/native/library.py declares the same.
 struct Job {
   int64_t batch, heads, groups, length, n_keys, size, v_size;
   int64_t selectors;    // 0: plain attention
@@ -67,7 +67,7 @@ template <class T> class Buffer {
 };
 
 // Runs body(thread) on some threads at once; those of the pool that torch uses, where there is one.
-template <class F> void on_threads(const Job& job, long most_useful, F&& body) {
+template <class J, class F> void on_threads(const J& job, long most_useful, F&& body) {
   long n = least<long>(job.threads, most_useful);
   if (n <= 1) {
     FlushDenormals flush;
@@ -94,7 +94,7 @@ template <class F> void on_threads(const Job& job, long most_useful, F&& body) {
 }
 
 // Items 0, 1, ... in order, each to the next thread that is free.
-template <class F> void each(const Job& job, long items, F&& body) {
+template <class J, class F> void each(const J& job, long items, F&& body) {
   std::atomic<long> next{0};
   on_threads(job, items, [&](int thread) {
     for (long i; (i = next.fetch_add(1)) < items;) body(i, thread);

@@ -44,6 +44,17 @@ template <class T> inline Vec<T> load(const T* p) { return *reinterpret_cast<con
 template <class T> inline void store(T* p, Vec<T> x) { *reinterpret_cast<typename Lanes<T>::U*>(p) = x; }
 template <class T> inline Vec<T> all(T x) { return x - Vec<T>{}; }
 
+// Keeps a vector in its register. GCC would rather load it again with every product that uses it, and loads are scarcer.
+template <class V> inline void in_register(V& x) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(x));
+#elif defined(__SSE__)
+  asm("" : "+x"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+}
+
 template <class T> inline T sum_of(Vec<T> x) {
   T total = 0;
   for (int i = 0; i < LANES<T>; ++i) total += x[i];

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from heedful.ops.compiling import constant_result
-from heedful.ops.selective.native.build import Built, Unavailable, build
+from heedful.ops.native.build import Built, Unavailable, build
 
 SCALARS = {torch.float32: "float", torch.float64: "double"}
 _checks: list[Callable[[ctypes.CDLL, torch.dtype], tuple[dict[str, float], str]]] = []
@@ -21,6 +21,8 @@ _log = logging.getLogger("heedful")
 _INTEGERS = (
     "batch heads groups length n_keys size v_size selectors select_size block tile threads every_key".split()  # noqa: SIM905
 )
+
+EXPANSION_WEIGHTS = "conv1 bias1 conv2 bias2 lin1 lin1_bias lin2 lin2_bias norm".split()  # noqa: SIM905
 
 
 class SlotsJob(ctypes.Structure):
@@ -56,6 +58,27 @@ class Job(ctypes.Structure):
     ]
 
 
+class ExpandJob(ctypes.Structure):
+    """The arguments of an expansion of SAS, as cpp/expand.h declares them."""
+
+    _fields_ = [
+        *(
+            (name, ctypes.c_int64)
+            for name in "batch length heads sim_heads size sim_size width threads norm_first".split()  # noqa: SIM905
+        ),
+        ("eps", ctypes.c_double),
+        ("x", ctypes.c_void_p),
+        ("xs", ctypes.c_int64 * 3),
+        *((name, ctypes.c_void_p) for name in EXPANSION_WEIGHTS),
+        *((name, ctypes.c_void_p) for name in ("cos", "sin")),
+        ("rotation_stride", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("out", "parallel", "grad")),
+        ("gs", ctypes.c_int64 * 3),
+        ("dx", ctypes.c_void_p),
+        *((f"d_{name}", ctypes.c_void_p) for name in EXPANSION_WEIGHTS),
+    ]
+
+
 @dataclass(frozen=True)
 class Status:
     """Whether the native operator of a dtype is active in this process."""
@@ -76,8 +99,8 @@ class Library:
 
 
 def check_with(check: Callable[[ctypes.CDLL, torch.dtype], tuple[dict[str, float], str]]) -> None:
-    """Say what a fresh build has to pass; `verify` does, which stands on this module."""
-    _checks[:] = [check]
+    """Add to what a fresh build has to pass: the errors that were found, and why it is refused, or nothing."""
+    _checks.append(check)
 
 
 def status(dtype: torch.dtype = torch.float32) -> Status:
@@ -115,6 +138,25 @@ def usable(scalar: str = "float") -> bool:
     return not isinstance(_find(scalar), str)
 
 
+def check_native(q: Tensor) -> None:
+    """Raise a ValueError that says why it cannot run."""
+    if q.device.type not in ("cpu", "meta"):
+        raise ValueError(f"impl='native' runs on the CPU, got tensors on {q.device}; use impl='auto'")
+    reason = missing("double" if q.dtype == torch.float64 else "float")
+    if reason:
+        raise ValueError(f"impl='native' is not available: {reason}")
+
+
+@constant_result
+def missing(scalar: str) -> str:
+    """Why there is no library, or nothing."""
+    try:
+        library(torch.float64 if scalar == "double" else torch.float32)
+    except Unavailable as error:
+        return str(error)
+    return ""
+
+
 @cache
 def _find(scalar: str) -> Library | str:
     """The library, or why there is none."""
@@ -134,14 +176,16 @@ def _load(scalar: str) -> Library:
         raise Unavailable(f"{built.path.name} was refused: {note['refused']}; delete it to try again")
     try:
         handle = ctypes.CDLL(str(built.path))
-        known = handle.heedful_job_bytes(), handle.heedful_slots_bytes()
+        known = handle.heedful_job_bytes(), handle.heedful_slots_bytes(), handle.heedful_expand_bytes()
     except (OSError, AttributeError) as error:
         raise Unavailable(f"{built.path} cannot be loaded: {error}") from error
-    given = ctypes.sizeof(Job), ctypes.sizeof(SlotsJob)
+    given = ctypes.sizeof(Job), ctypes.sizeof(SlotsJob), ctypes.sizeof(ExpandJob)
     if known != given:
         raise Unavailable(f"{built.path} expects {known} bytes of arguments, not {given}")
     if "errors" not in note:
-        errors, refused = _checks[0](handle, torch.float32 if scalar == "float" else torch.float64)
+        found = [check(handle, torch.float32 if scalar == "float" else torch.float64) for check in _checks]
+        errors = {name: error for measured, _ in found for name, error in measured.items()}
+        refused = "; ".join(why for _, why in found if why)
         built.write_note(errors=errors, torch=torch.__version__, **({"refused": refused} if refused else {}))
         if refused:
             raise Unavailable(f"{built.path.name} was refused: {refused}")

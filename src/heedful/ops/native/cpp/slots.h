@@ -5,7 +5,7 @@
 
 namespace heedful {
 
-// All fields are eight bytes wide; heedful/ops/selective/native/slots.py declares the same.
+// All fields are eight bytes wide; heedful/ops/native/library.py declares the same.
 struct Slots {
   int64_t batch, heads, groups, n_keys, size, v_size, threads;
   double scale;
