@@ -53,7 +53,7 @@ bench: setup ## measure the speeds of the README again, about 30 minutes; result
 		--threads 1,all --seconds 20 --no-memory --out results/train-demo-size
 	$(BIN)/heedful bench prefill --threads 1,all --out results/prefill
 	$(BIN)/heedful bench decode --context 2048,8192,32768 --threads 1,2 --out results/decode
-	$(BIN)/python benchmarks/sas.py --threads 1,all --out results/sas
+	$(BIN)/python benchmarks/sas.py --threads 1,all --turns 9 --out results/sas
 	$(BIN)/python benchmarks/goals.py results/kernels results/train results/train-demo-size \
 		results/prefill results/decode results/sas
 

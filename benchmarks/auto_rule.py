@@ -22,7 +22,7 @@ from heedful.bench.kernels import Sizes, read, trained, with_every_key
 from heedful.bench.timing import interleaved
 from heedful.cli.bench.common import machine
 
-FORMS = ("reference", "sdpa", "blocked")
+FORMS = ("reference", "sdpa", "blocked", "native")
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 HOPELESS = 2.5
 

@@ -21,7 +21,7 @@ class Token:
         self.column, self.position, self.votes = column, position, 0.0
 
 
-def simulate(votes, budget, evict_every, real, threshold=None):
+def simulate(votes, budget, evict_every, real, threshold=None, grace=1, first=1):
     """For every query the columns it attends to; `votes[i][j]` are Python floats."""
     held, rows, position = [], [], -1
     for i, is_real in enumerate(real):
@@ -31,11 +31,14 @@ def simulate(votes, budget, evict_every, real, threshold=None):
         position += 1
         held.append(Token(i, position))
         if position % evict_every == 0:
+
+            def safe(token, newest=position):
+                return token.position < first or token.position > newest - grace
+
             if threshold is not None:
-                last = len(held) - 1
-                held = [t for n, t in enumerate(held) if n in (0, last) or t.votes <= threshold]
+                held = [token for token in held if safe(token) or token.votes <= threshold]
             while budget is not None and len(held) > budget:
-                candidates = held[1:-1]
+                candidates = [token for token in held if not safe(token)]
                 worst = max(token.votes for token in candidates)
                 victim = next(token for token in candidates if token.votes == worst)
                 held = [token for token in held if token is not victim]
@@ -56,27 +59,31 @@ def cases(draw):
     budget, threshold = draw(st.integers(2, 10)), draw(st.sampled_from([None, 0.5, 3.0, 5.5, 100.0]))
     if threshold is not None and draw(st.booleans()):
         budget = None
-    return votes, budget, draw(st.integers(1, 4)), real, threshold
+    grace, first = draw(st.sampled_from([(1, 1), (1, 1), (3, 1), (1, 4), (4, 2), (9, 3)]))
+    budget = budget if budget is None else max(budget, grace + first)
+    return votes, budget, draw(st.integers(1, 4)), real, threshold, grace, first
 
 
 @given(cases())
 @settings(max_examples=150, deadline=None)
 def test_mask_agrees_with_the_simulator(case):
-    votes, budget, evict_every, real, threshold = case
+    votes, budget, evict_every, real, threshold, grace, first = case
     mask = eviction_mask(
         torch.tensor([votes], dtype=torch.float64),
         budget,
         evict_every=evict_every,
         threshold=threshold,
+        grace=grace,
+        first=first,
         key_mask=torch.tensor([real]),
     )[0]
-    expected = simulate(votes, budget, evict_every, real, threshold)
+    expected = simulate(votes, budget, evict_every, real, threshold, grace, first)
     assert [set(row.nonzero()[:, 0].tolist()) for row in mask] == expected
     if budget is not None:
         assert mask.sum(-1).max() <= budget + evict_every - 1
     for i in (i for i, is_real in enumerate(real) if is_real):
-        assert mask[i, i]
-        assert mask[i, real.index(True)]
+        there = [j for j in range(i + 1) if real[j]]
+        assert mask[i, there[:first]].all() and mask[i, there[-grace:]].all()
 
 
 def layer_of(attention, score, **options):
@@ -93,7 +100,8 @@ def check_what_is_held(memory, held, arrived):
     for row, (positions, n) in enumerate(zip(held, arrived, strict=True)):
         assert len(set(positions)) == len(positions)
         if n:
-            assert {0, n - 1} <= set(positions) <= set(range(n))
+            safe = {*range(n)[: rule.first], *range(n)[-rule.grace :]}
+            assert safe <= set(positions) <= set(range(n))
             assert memory.positions[row, 0] == 0
         else:
             assert positions == []
@@ -148,10 +156,13 @@ FORMS = [
     st.sampled_from([1, 1, 2, 3]),
     st.sampled_from([None, None, 0.5, 2.0, 6.0, 1e6]),
     st.booleans(),
+    st.sampled_from([(1, 1), (1, 1), (3, 1), (2, 4)]),
 )
 @settings(max_examples=10, deadline=None)
-def test_all_ways_of_running_the_same_tokens_agree(form, seed, budget, evict_every, threshold, bounded):
+def test_all_ways_of_running_the_same_tokens_agree(form, seed, budget, evict_every, threshold, bounded, safe):
     attention, score, policy, options = form
+    grace, first_ones = safe
+    budget = max(budget, grace + first_ones)
     threshold = threshold if policy == "selective" else None
     budget = budget if bounded or threshold is None else None
     layer = layer_of(attention, score, **options)
@@ -161,6 +172,7 @@ def test_all_ways_of_running_the_same_tokens_agree(form, seed, budget, evict_eve
     key_mask = torch.ones(2, left + length, dtype=torch.bool)
     key_mask[1, :left] = False
     how = {"budget": budget, "policy": policy, "evict_every": evict_every, "threshold": threshold, "block": 3}
+    how |= {"grace": grace, "first": first_ones}
     whole, held, first = run(layer, x, key_mask, [left + length], **how)
     for pieces in ([1] * (left + length), pieces_of(left + length, generator)):
         out, now_held, memory = run(layer, x, key_mask, pieces, **how)
@@ -179,19 +191,22 @@ def test_all_ways_of_running_the_same_tokens_agree(form, seed, budget, evict_eve
     st.one_of(st.none(), st.integers(2, 8)),
     st.integers(1, 3),
     st.sampled_from([None, 0.7, 3.0, 10.0]),
+    st.sampled_from([(1, 1), (1, 1), (3, 1), (1, 3), (2, 2)]),
 )
 @settings(max_examples=40, deadline=None)
-def test_decoding_evicts_whom_the_simulator_evicts(seed, budget, evict_every, threshold):
+def test_decoding_evicts_whom_the_simulator_evicts(seed, budget, evict_every, threshold, safe):
     budget = 5 if budget is None and threshold is None else budget
+    budget = budget if budget is None else max(budget, sum(safe))
     layer = layer_of("mha", "selective")
     length = 20
     x = torch.randn(1, length, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     q, memory = layer.project(x, torch.arange(length)[None])
     logits = (q[0, 0] @ memory["k"][0, 0].T * layer.config.qk_dim**-0.5).tolist()
     votes = [[max(logits[i][j], 0.0) for j in range(length)] for i in range(length)]
-    expected = simulate(votes, budget, evict_every, [True] * length, threshold)
+    expected = simulate(votes, budget, evict_every, [True] * length, threshold, *safe)
     everyone = torch.ones(1, length, dtype=torch.bool)
     how = {"budget": budget, "evict_every": evict_every, "threshold": threshold}
+    how |= {"grace": safe[0], "first": safe[1]}
     _, held, _ = run(layer, x, everyone, [1] * length, block=4, **how)
     assert [set(rows[0]) for rows in held] == expected
     mask = eviction_mask(torch.tensor([votes], dtype=torch.float64), **how)[0]

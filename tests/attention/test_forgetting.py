@@ -30,6 +30,7 @@ RULES: list[dict[str, Any]] = [
     {"budget": None, "threshold": 2.0, "evict_every": 3},
     {"budget": 6, "threshold": 2.0},
     {"budget": 4, "threshold": 1.0, "evict_every": 2},
+    {"budget": 7, "threshold": 1.0, "grace": 4, "first": 3},
 ]
 
 

@@ -40,8 +40,8 @@ def held_before(draw, rule, slots, seen):
     """Positions in random slots, as the rule may have left them after `seen` tokens."""
     extra = (seen - 1) % rule.evict_every if seen else 0
     n = min(seen, slots if rule.budget is None else rule.budget + extra)
-    kept = {0, seen - 1} | set(draw.sample(range(seen), n)) if seen else set()
-    kept = sorted(kept)[: max(n, 1)] if seen else []
+    safe = {*range(seen)[: rule.first], *range(seen)[-rule.grace :]}
+    kept = sorted(safe) + draw.sample(sorted(set(range(seen)) - safe), max(0, n - len(safe)))
     row = [-1] * slots
     for slot, position in zip(draw.sample(range(slots), len(kept)), kept, strict=True):
         row[slot] = position
@@ -55,7 +55,9 @@ def test_departures_are_the_rule_query_by_query(draw):
     budget, threshold = draw.choice([2, 3, 5, 8, 20, 40]), draw.choice([None, None, 2.0, 3.3, 0.3])
     if threshold is not None and draw.random() < 0.4:
         budget = None
-    rule = Rule(budget, draw.choice([1, 1, 2, 3, 5]), threshold)
+    grace, first = draw.choice([(1, 1), (1, 1), (1, 3), (2, 1), (7, 2), (18, 1), (30, 4)])
+    budget = budget if budget is None else max(budget, grace + first)
+    rule = Rule(budget, draw.choice([1, 1, 2, 3, 5]), threshold, grace, first)
     slots, length = (budget or 30) + rule.evict_every - 1, draw.choice([2, 5, 16, 17, 40, 64, 131])
     dtype = draw.choice([torch.float32, torch.float64])
     rows = []
@@ -118,6 +120,7 @@ RULES = [
     {"budget": BLOCK},
     {"budget": BLOCK + 61},
     {"budget": 9, "evict_every": 3},
+    {"budget": 30, "grace": 20, "first": 4},
     {"budget": 40, "evict_every": BLOCK},
     {"budget": None, "threshold": 6.0},
     {"budget": 30, "threshold": 3.0, "evict_every": 2},

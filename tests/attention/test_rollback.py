@@ -26,6 +26,7 @@ LAYERS: dict[str, dict[str, Any]] = {
 RULES: dict[str, dict[str, Any]] = {
     "selective": {"budget": 5},
     "selective every 2": {"budget": 4, "evict_every": 2},
+    "selective with grace": {"budget": 6, "grace": 3, "first": 2},
     "selective every 3": {"budget": 3, "evict_every": 3},
     "threshold": {"budget": None, "threshold": 3.0, "block": 3},
     "threshold every 2": {"budget": None, "threshold": 2.0, "evict_every": 2, "block": 2},
@@ -38,6 +39,7 @@ RULES: dict[str, dict[str, Any]] = {
     "h2o": {"budget": 5, "policy": "h2o"},
     "h2o every 3": {"budget": 4, "policy": "h2o", "evict_every": 3},
     "tova": {"budget": 5, "policy": "tova"},
+    "tova with grace": {"budget": 5, "policy": "tova", "grace": 2, "first": 2},
     "tova every 2": {"budget": 4, "policy": "tova", "evict_every": 2},
 }
 CASES = [(layer, None) for layer in LAYERS] + [("mha-selective", rule) for rule in RULES]

@@ -29,6 +29,7 @@ CACHES: dict[str, dict[str, Any]] = {
     "budget": {"kv_budget": 6},
     "budgets": {"kv_budget": [4, 9]},
     "every 3": {"kv_budget": [4, 6], "kv_evict_every": 3},
+    "grace": {"kv_budget": 9, "kv_grace": 4, "kv_first": 2},
     "threshold": {"kv_threshold": 1.0},
     "streaming": {"kv_budget": 6, "kv_policy": "streaming"},
     "h2o": {"kv_budget": [4, 9], "kv_policy": "h2o"},

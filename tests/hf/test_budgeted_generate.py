@@ -18,6 +18,7 @@ HOW: dict[str, dict[str, Any]] = {
     "budget": {"kv_budget": 5},
     "budgets": {"kv_budget": [3, 7]},
     "every 3": {"kv_budget": [4, 5], "kv_evict_every": 3},
+    "grace": {"kv_budget": 6, "kv_grace": 3, "kv_first": 2},
     "threshold": {"kv_threshold": 0.7},
     "threshold every 2": {"kv_threshold": 0.7, "kv_evict_every": 2},
     "all": {"kv_budget": 6, "kv_evict_every": 2, "kv_threshold": 0.7},
@@ -49,7 +50,7 @@ def mask(prompt: Tensor) -> Tensor:
 
 
 def cache_of(kv_budget: Any = "full", kv_policy: str = "selective", **more: Any) -> HeedfulCache:
-    return HeedfulCache(2, kv_budget, kv_policy, more.get("kv_evict_every", 1), more.get("kv_threshold"))
+    return HeedfulCache(2, kv_budget, kv_policy, **more)
 
 
 def generate(model: HeedfulForCausalLM, ids: Tensor, **options: Any) -> Any:

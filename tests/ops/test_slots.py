@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from heedful.ops.eviction import least_needed_slot, most_voted_slot
+from heedful.ops.eviction import Rule, least_needed_slot, most_voted_slot
 from heedful.ops.native import status
 from heedful.ops.selective import selective_attention
 from heedful.ops.selective.slots import attend_slots
@@ -53,8 +53,13 @@ def test_the_slot_with_most_votes_the_oldest_among_equals(votes, draw, spread):
     ],
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@given(st.integers(0, 10**6), st.sampled_from([(1, 4, 4), (2, 4, 2), (3, 2, 1)]), st.integers(2, 40))
-def test_attend_slots(impl, dtype, seed, sizes, n):
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from([(1, 4, 4), (2, 4, 2), (3, 2, 1)]),
+    st.integers(2, 40),
+    st.sampled_from([(1, 1), (1, 1), (3, 1), (1, 4), (6, 2)]),
+)
+def test_attend_slots(impl, dtype, seed, sizes, n, safe):
     """In any order of the slots: what the last query of the whole gets, its votes, and who goes next."""
     batch, heads, groups = sizes
     if impl == "triton" and dtype == torch.float64:
@@ -71,12 +76,18 @@ def test_attend_slots(impl, dtype, seed, sizes, n):
     mask = torch.nn.functional.pad(votes[:, 0], (0, 1))[:, order]
     positions = order.expand(batch, -1).contiguous()
     newest = (order == n - 1).nonzero().expand(batch, -1)
-    got, slot = attend_slots(q, k[:, :, order], v[:, :, order], mask, positions, newest, 0.3, impl)
+    grace, first = safe if n >= sum(safe) else (1, 1)
+    shuffled = q, k[:, :, order], v[:, :, order], mask, positions, newest
+    got, slot = attend_slots(*shuffled, 0.3, impl, grace=grace, first=first)
     accuracy = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
     assert got.dtype == dtype
     torch.testing.assert_close(got.double(), out, atol=accuracy, rtol=accuracy)
     torch.testing.assert_close(mask.double(), after[:, 0, order], atol=accuracy, rtol=accuracy)
-    assert torch.equal(slot, least_needed_slot(mask, positions))
+    following = torch.full((batch, 1), n)
+    assert torch.equal(slot, least_needed_slot(mask, positions, following, grace, first))
+    rule, alive = Rule(n, grace=grace, first=first), torch.ones_like(positions, dtype=torch.bool)
+    left = rule.evict(alive, mask, positions, following, room=1)
+    assert torch.equal(left.int().argmin(-1, keepdim=True), slot)
 
 
 def test_under_autocast_votes_stay_float32():

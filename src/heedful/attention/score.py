@@ -145,6 +145,8 @@ class EvictableScore(Score):
         positions: Tensor,
         newest: Tensor,
         scale: float,
+        grace: int = 1,
+        first: int = 1,
     ) -> tuple[Tensor, Tensor | None]:
         """`attend` for one token per row that sees every key; the state is updated in place.
 
@@ -157,10 +159,12 @@ class EvictableScore(Score):
             positions: (B, C) position of each key in its row.
             newest: (B, 1), where the query's own key is.
             scale: multiplies the logits.
+            grace: the newest tokens that never go, the next one included.
+            first: the first tokens that never go.
 
         Returns:
-            out (B, H, 1, E), and the slot with the most votes against it, (B, 1), the oldest among equals, never
-            slot 0; None where nobody votes or it was not looked for.
+            out (B, H, 1, E), and of the slots that may go next the one with the most votes against it, (B, 1), the
+            oldest among equals; None where nobody votes or it was not looked for.
         """
         visible = torch.ones_like(positions, dtype=torch.bool)
         voted = (positions > 0).scatter(-1, newest, False)

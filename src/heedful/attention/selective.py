@@ -142,13 +142,16 @@ class SelectiveScore(EvictableScore):
         positions: Tensor,
         newest: Tensor,
         scale: float,
+        grace: int = 1,
+        first: int = 1,
     ) -> tuple[Tensor, Tensor | None]:
         """`softmax(L - F) v` over slots, the votes in place, and who has most of them."""
         if self.config.impl != "auto":
             return super().attend_slots(
                 q, k, v, x=x, state=state, positions=positions, newest=newest, scale=scale
             )
-        return attend_slots(q, k, v, state["soft_mask"][:, 0], positions, newest, scale)
+        votes = state["soft_mask"][:, 0]
+        return attend_slots(q, k, v, votes, positions, newest, scale, grace=grace, first=first)
 
     def attend_pruned(
         self,

@@ -79,6 +79,8 @@ class SoftmaxScore(EvictableScore):
         positions: Tensor,
         newest: Tensor,
         scale: float,
+        grace: int = 1,
+        first: int = 1,
     ) -> tuple[Tensor, None]:
         """`softmax(q k^T * scale) v` over all slots."""
         visible = torch.ones_like(positions, dtype=torch.bool)[:, None]

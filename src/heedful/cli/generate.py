@@ -38,6 +38,8 @@ def run(arguments: Sequence[str]) -> int:
             flag("kv_policy", str | None, None, "which token is evicted: " + ", ".join(POLICIES)),
             flag("kv_evict_every", int | None, None, "evict at every so many tokens only"),
             flag("kv_threshold", float | None, None, "votes above which a token is forgotten at once, > 0"),
+            flag("kv_grace", int | None, None, "newest tokens that are never evicted"),
+            flag("kv_first", int | None, None, "first tokens that are never evicted"),
             flag("stats", bool, False, "say afterwards what the cache held, and how fast it went"),
         ],
         arguments,
@@ -49,9 +51,11 @@ def run(arguments: Sequence[str]) -> int:
     if values["top_k"] < 0:
         raise UsageError(f"--top-k must be 0 or more, got {values['top_k']}")
     budget = _budget(values["kv_budget"])
-    more = {name: values[name] for name in ("kv_policy", "kv_evict_every", "kv_threshold")}
-    try:  # a budget that is not given may be in the model's config: 2 stands for it
-        Eviction.of(2 if budget is None else budget, **more)
+    more = {
+        name: values[name] for name in ("kv_policy", "kv_evict_every", "kv_threshold", "kv_grace", "kv_first")
+    }
+    try:  # a budget that is not given may be in the model's config: a large one stands for it
+        Eviction.of(10**9 if budget is None else budget, **more)
     except ValueError as error:
         raise UsageError(str(error)) from None
 

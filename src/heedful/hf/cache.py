@@ -99,6 +99,8 @@ class HeedfulCache(Cache):
         kv_policy: which token goes when a layer is full (`heedful.attention.eviction`); default "selective".
         kv_evict_every: evict only at positions divisible by it; up to kv_evict_every - 1 more tokens are held.
         kv_threshold: votes F above which a token goes, whatever the budget; `forgotten` then bounds what was lost.
+        kv_grace: the newest tokens that never go, the one that has just arrived included.
+        kv_first: the first tokens that never go.
 
     Raises:
         ValueError: for what `Eviction` refuses, or a list of the wrong length.
@@ -111,8 +113,10 @@ class HeedfulCache(Cache):
         kv_policy: str | None = None,
         kv_evict_every: int | None = None,
         kv_threshold: float | None = None,
+        kv_grace: int | None = None,
+        kv_first: int | None = None,
     ) -> None:
-        self.eviction = Eviction.of(kv_budget, kv_policy, kv_evict_every, kv_threshold)
+        self.eviction = Eviction.of(kv_budget, kv_policy, kv_evict_every, kv_threshold, kv_grace, kv_first)
         memories = self.eviction.layer_caches(n_layers)
         super().__init__(layers=[_CacheLayer(memory) for memory in memories])
         self._clock: list[tuple[int, float]] = []

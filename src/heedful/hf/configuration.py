@@ -37,7 +37,8 @@ class HeedfulConfig(PreTrainedConfig):
         tie_word_embeddings: the output projection is the token embedding.
         dropout: part of each attention and SwiGLU output that is dropped in training.
         eviction: what `generate` and `evaluate_nll` hold in the cache where nothing else is asked for, as
-            `heedful.Eviction.to_dict` gives it: budget, policy, evict_every, threshold. None keeps all.
+            `heedful.Eviction.to_dict` gives it: budget, policy, evict_every, threshold, grace, first. None keeps
+            all.
 
     Raises:
         ValueError: for unknown forms or options and for contradictions, at construction.

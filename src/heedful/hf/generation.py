@@ -17,11 +17,8 @@ def continue_text(
     max_new_tokens: int,
     temperature: float = 0.8,
     top_k: int = 50,
-    kv_budget: Any = None,
-    kv_policy: str | None = None,
-    kv_evict_every: int | None = None,
-    kv_threshold: float | None = None,
     streamer: Any = None,
+    **kv: Any,
 ) -> tuple[str, HeedfulCache]:
     """Continue `prompt` as the model's training text would begin: after the start-of-text token.
 
@@ -32,11 +29,8 @@ def continue_text(
         max_new_tokens: tokens to add, at most; an end of text ends earlier.
         temperature: 0 takes the most likely token.
         top_k: draw from the k most likely tokens; 0 draws from all.
-        kv_budget: tokens the cache of each layer holds, as in `generate`.
-        kv_policy: which token is evicted.
-        kv_evict_every: evict only at positions divisible by it.
-        kv_threshold: votes above which a token goes, as in `generate`.
         streamer: receives tokens as they come, for `generate`.
+        **kv: kv_budget and all else that begins with `kv_`, as in `generate`.
 
     Returns:
         Prompt and continuation, and the cache as it was at the end.
@@ -50,10 +44,7 @@ def continue_text(
         attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=model.device),
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.bos_token_id,
-        kv_budget=kv_budget,
-        kv_policy=kv_policy,
-        kv_evict_every=kv_evict_every,
-        kv_threshold=kv_threshold,
+        **kv,
         return_dict_in_generate=True,
         streamer=streamer,
         **sampling,

@@ -2,24 +2,22 @@
 
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any, Literal, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from heedful.attention.eviction import Eviction
-from heedful.attention.eviction.settings import AnyBudget
 from heedful.attention.score import LayerLoss
 from heedful.decoder import reset_head
 from heedful.hf.backbone import HeedfulModel, HeedfulPreTrainedModel, returns_dict
+from heedful.hf.budgeted import KV_NAMES, BudgetedGeneration
 from heedful.hf.cache import HeedfulCache, check_cache
 from heedful.hf.configuration import HeedfulConfig
 from heedful.hf.names import CACHE, one_cache, output_cache
 
 PREFIX = "model."
-KV_NAMES = "kv_budget", "kv_policy", "kv_evict_every", "kv_threshold"
 
 
 @dataclass
@@ -32,7 +30,7 @@ class HeedfulOutput(CausalLMOutputWithPast):
     """(B, T) per layer that trains a memory loss: the tokens each query still holds, softly counted."""
 
 
-class HeedfulForCausalLM(HeedfulPreTrainedModel, GenerationMixin):
+class HeedfulForCausalLM(HeedfulPreTrainedModel, BudgetedGeneration):
     """A causal language model with any registered attention and score.
 
     Trains with `Trainer`, samples with `generate`, saves as config.json and safetensors. Weights under the
@@ -180,105 +178,9 @@ class HeedfulForCausalLM(HeedfulPreTrainedModel, GenerationMixin):
         )
         return output.to_tuple() if with_tuple else output
 
-    @torch.no_grad()
-    def generate(
-        self,
-        *args: Any,
-        kv_budget: AnyBudget = None,
-        kv_policy: str | None = None,
-        kv_evict_every: int | None = None,
-        kv_threshold: float | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """`GenerationMixin.generate` with a bound on the tokens that the cache holds.
-
-        Args:
-            *args: as in transformers.
-            kv_budget: tokens held per layer while attending, the first and the newest included: a number >= 2,
-                a list with one per layer, "full", or an `Eviction`. What is left out here is taken from the
-                `generation_config` given, then from `model.generation_config`, then from `config.eviction`; without
-                any, everything is kept.
-            kv_policy: which token is evicted: "selective", the default, needs a selective model; "streaming",
-                "h2o", "tova" and "random" go with any.
-            kv_evict_every: evict only at token positions divisible by it; up to kv_evict_every - 1 more tokens
-                are held.
-            kv_threshold: votes F above which a token goes at once, > 0; needs the policy "selective". The cache
-                returned with the output then bounds the attention mass that was lost, `cache.forgotten`.
-            **kwargs: as in transformers; `prefill_chunk_size` bounds what is held while the prompt is read to
-                the budget and one chunk, and assisted decoding holds the budget and one draft after its first
-                forward pass.
-
-        Raises:
-            ValueError: for an unsound budget or threshold, an unknown policy, or a budget or threshold together
-                with a cache of one's own or `use_cache=False`.
-        """
-        if kwargs.get("segment_ids") is not None:
-            raise ValueError("generate() continues one text per row: leave out segment_ids")
-        if (cache := one_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))) is not None:
-            kwargs[CACHE] = cache
-        given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
-        use_cache = kwargs.get("use_cache", getattr(given, "use_cache", None))
-        asked: dict[str, Any] = {
-            "kv_budget": kv_budget,
-            "kv_policy": kv_policy,
-            "kv_evict_every": kv_evict_every,
-            "kv_threshold": kv_threshold,
-        }
-        asked = {
-            name: getattr(given, name, None) if value is None else value for name, value in asked.items()
-        }
-        if cache is None and use_cache is not False:
-            eviction = self._eviction(**asked)
-            if eviction.evicts:
-                kwargs[CACHE] = HeedfulCache(len(self.layers), eviction)
-        elif Eviction.of(**asked).evicts:
-            raise ValueError(
-                "kv_budget, kv_threshold and kv_evict_every make a cache: leave out past_key_values and "
-                "use_cache=False"
-            )
-        return super().generate(*args, **kwargs)
-
-    @torch.no_grad()
-    def evaluate_nll(
-        self,
-        ids: Tensor,
-        attention_mask: Tensor | None = None,
-        kv_budget: AnyBudget = None,
-        kv_policy: str | None = None,
-        reduction: Literal["mean", "none"] = "mean",
-        kv_evict_every: int | None = None,
-        kv_threshold: float | None = None,
-    ) -> Tensor:
-        """Negative log-likelihood of a text as a cache with a budget would see it, in one forward pass.
-
-        The evictions are replayed exactly: the result is that of decoding token by token with `kv_budget`.
-
-        Args:
-            ids: (B, T) token ids.
-            attention_mask: (B, T), 0 = padding, which is not counted.
-            kv_budget: as in `generate`, as all that begins with `kv_`.
-            kv_policy: "h2o" and "tova" run query by query.
-            reduction: "mean" over the real predicted tokens, or "none".
-            kv_evict_every: as in `generate`.
-            kv_threshold: as in `generate`.
-
-        Returns:
-            A scalar, or (B, T-1), nats; 0 where the token is padding.
-
-        Raises:
-            ValueError: for an unsound budget, policy or reduction.
-        """
-        if reduction not in ("mean", "none"):
-            raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
-        eviction = self._eviction(kv_budget, kv_policy, kv_evict_every, kv_threshold)
-        cache = HeedfulCache(len(self.layers), eviction)
-        logits = self(ids, attention_mask=attention_mask, cache=cache).logits[:, :-1].float()
-        nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-        if attention_mask is not None:
-            counted = (attention_mask[:, 1:] * attention_mask[:, :-1]).bool()
-            nll = nll.masked_fill(~counted, 0.0)
-            return nll.sum() / counted.sum() if reduction == "mean" else nll
-        return nll.mean() if reduction == "mean" else nll
+    def new_cache(self, eviction: Eviction) -> HeedfulCache:
+        """An empty cache for this model that evicts as told."""
+        return HeedfulCache(len(self.layers), eviction)
 
     def _trains_memory(self) -> bool:
         options = self.config.score_options
@@ -295,39 +197,6 @@ class HeedfulForCausalLM(HeedfulPreTrainedModel, GenerationMixin):
                 'gradient_checkpointing_kwargs={"use_reentrant": False}'
             )
         return loss
-
-    def _eviction(
-        self,
-        kv_budget: AnyBudget,
-        kv_policy: str | None,
-        kv_evict_every: int | None,
-        kv_threshold: float | None,
-    ) -> Eviction:
-        """What was asked for, the rest from the generation config, then from the config."""
-        usual = self.generation_config
-
-        def or_usual(name: str, value: Any) -> Any:
-            return getattr(usual, name, None) if value is None else value
-
-        saved = Eviction.of(self.config.eviction)
-        kv_budget, kv_policy = or_usual("kv_budget", kv_budget), or_usual("kv_policy", kv_policy)
-        rest = or_usual("kv_evict_every", kv_evict_every), or_usual("kv_threshold", kv_threshold)
-        if kv_budget is None:
-            eviction = Eviction.of(saved, kv_policy, *rest)
-            if kv_policy is not None and not eviction.evicts:
-                raise ValueError(
-                    f"kv_policy={kv_policy!r} needs a budget or a threshold; nothing is evicted without"
-                )
-            return eviction
-        if kv_policy is None and isinstance(kv_budget, int | list | tuple):
-            kv_policy = saved.policy
-        return Eviction.of(kv_budget, kv_policy, *rest)
-
-    def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Continuous batching needs paged attention: without this it would fail in a thread, unheard."""
-        raise NotImplementedError(
-            "continuous batching and paged caches are not supported; use generate() with its own cache"
-        )
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

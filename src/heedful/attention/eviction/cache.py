@@ -28,17 +28,18 @@ class EvictingCache(KVCache):
     token is written in place.
 
     Args:
-        budget: tokens held while a query attends, the first and the newest included; >= 2. None = no bound,
+        budget: tokens held while a query attends, those that never go included; >= first + grace. None = no bound,
             with a threshold: the slots grow in blocks.
         policy: which token goes: a name or a `Policy`.
         evict_every: evict only at positions divisible by it; up to evict_every - 1 more tokens are held.
         threshold: F above which a token goes, whatever the budget; for the selective policy. The cache then
             keeps a bound on what was lost, `forgotten`.
+        grace: the newest tokens that never go, the one that has just arrived included.
+        first: the first tokens that never go.
         block: slots that are added at once where there is no budget.
 
     Raises:
-        ValueError: for a budget below 2, an `evict_every` below 1, a threshold that is no finite number above
-            0 or does not go with the policy, neither budget nor threshold, or an unknown policy.
+        ValueError: for what `Rule` refuses, a threshold that does not go with the policy, or an unknown policy.
     """
 
     def __init__(
@@ -47,11 +48,13 @@ class EvictingCache(KVCache):
         policy: str | Policy = "selective",
         evict_every: int = 1,
         threshold: float | None = None,
+        grace: int = 1,
+        first: int = 1,
         block: int = 128,
     ) -> None:
         super().__init__()
         self.block = block
-        self.rule = Rule(budget, evict_every, threshold)
+        self.rule = Rule(budget, evict_every, threshold, grace, first)
         self.policy = get_policy(policy) if isinstance(policy, str) else policy
         if threshold is not None and self.policy.ranks_by is None:
             raise ValueError(
@@ -69,6 +72,7 @@ class EvictingCache(KVCache):
         rule = [f"budget={self.rule.budget}", f"policy={self.policy.name!r}"]
         rule += [f"evict_every={self.rule.evict_every}"] if self.rule.evict_every > 1 else []
         rule += [f"threshold={self.rule.threshold}"] if self.rule.threshold is not None else []
+        rule += [f"{name}={getattr(self.rule, name)}" for name in ("grace", "first") if not self.rule.plain]
         return f"EvictingCache({', '.join(rule)}: {self.seen} tokens seen, {self.kept} kept, {self.nbytes:,} bytes)"
 
     @property
@@ -212,7 +216,16 @@ class EvictingCache(KVCache):
             scores = self.scores[:, : positions.shape[1]]
             scores.copy_(self.policy.update(scores, weights))
         out, next_slot = score.attend_slots(
-            tokens.q, k, v, x=tokens.x, state=state, positions=positions, newest=slot, scale=layer.scale
+            tokens.q,
+            k,
+            v,
+            x=tokens.x,
+            state=state,
+            positions=positions,
+            newest=slot,
+            scale=layer.scale,
+            grace=self.rule.grace,
+            first=self.rule.first,
         )
         if self.policy.ranks_by is not None and type(self.policy).priority is Policy.priority:
             self._next_slot = next_slot
@@ -316,7 +329,7 @@ class EvictingCache(KVCache):
             slot = self._next_slot
         else:
             priority = self.policy.priority(self.scores, self.positions, arrived, self.rule.budget)
-            slot = least_needed_slot(priority, self.positions)
+            slot = least_needed_slot(priority, self.positions, arrived, self.rule.grace, self.rule.first)
         self._next_slot = None
         if self.policy.ranks_by is None:
             self.scores.scatter_(-1, slot, self.policy.start(arrived))

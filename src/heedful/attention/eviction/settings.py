@@ -7,7 +7,7 @@ from typing import Any, Union
 from heedful.attention.cache import KVCache, LayerCache
 from heedful.attention.eviction.cache import EvictingCache
 from heedful.attention.eviction.policy import get_policy
-from heedful.ops.eviction.rule import check_budget, check_evict_every, check_threshold
+from heedful.ops.eviction.rule import check_budget, check_count, check_threshold
 
 Budget = int | Sequence[int] | str
 """Tokens held per layer: a number, a list with one per layer, or "full"."""
@@ -20,12 +20,12 @@ class Eviction:
     """How many tokens each layer holds, and who goes.
 
     Raises:
-        ValueError: for a budget below 2, an `evict_every` below 1 or one with nothing to evict, a threshold that is
-            not a finite number above 0, or an unknown policy.
+        ValueError: for a budget below `first + grace`; an `evict_every`, `grace` or `first` below 1, or with
+            nothing to evict; a threshold that is not a finite number above 0; an unknown policy.
     """
 
     budget: int | tuple[int, ...] | None = None
-    """Tokens held while a query attends, the first and the newest included: for all layers, or one per layer.
+    """Tokens held while a query attends, those that never go included: for all layers, or one per layer.
     None: no bound."""
     policy: str = "selective"
     """Which token goes (`heedful.attention.eviction.POLICIES`)."""
@@ -33,8 +33,14 @@ class Eviction:
     """Evict only at positions divisible by it; up to evict_every - 1 more tokens are held in between."""
     threshold: float | None = None
     """Votes F above which a token goes, whatever the budget; needs the policy "selective"."""
+    grace: int = 1
+    """The newest tokens that never go, the one that has just arrived included."""
+    first: int = 1
+    """The first tokens that never go."""
 
     def __post_init__(self) -> None:
+        for name in ("evict_every", "grace", "first"):
+            check_count(name, getattr(self, name))
         if isinstance(self.budget, list | tuple):
             object.__setattr__(self, "budget", tuple(self.budget))
         budgets = self.budget if isinstance(self.budget, tuple) else (self.budget,)
@@ -44,19 +50,19 @@ class Eviction:
                     f'kv_budget must be "full", a whole number or a list with one per layer, got {self.budget!r}'
                 )
             if budget is not None:
-                check_budget(budget)
+                check_budget(budget, self.grace, self.first)
         if not budgets or (isinstance(self.budget, tuple) and None in self.budget):
             raise ValueError(
                 f"a list of budgets holds a whole number for every layer, got {list(budgets)}; "
                 f"a number of at least the longest text keeps all of it"
             )
         get_policy(self.policy)
-        check_evict_every(self.evict_every)
         check_threshold(self.threshold)
-        if self.evict_every != 1 and not self.evicts:
-            raise ValueError(
-                f"evict_every={self.evict_every} needs a budget or a threshold; nothing is evicted without"
-            )
+        for name in ("evict_every", "grace", "first"):
+            if getattr(self, name) != 1 and not self.evicts:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} needs a budget or a threshold; nothing is evicted without"
+                )
 
     @classmethod
     def of(
@@ -65,6 +71,8 @@ class Eviction:
         kv_policy: str | None = None,
         kv_evict_every: int | None = None,
         kv_threshold: float | None = None,
+        kv_grace: int | None = None,
+        kv_first: int | None = None,
     ) -> "Eviction":
         """One value from what callers write.
 
@@ -74,11 +82,14 @@ class Eviction:
             kv_policy: which token goes; default "selective", or that of the `Eviction` given.
             kv_evict_every: likewise, default 1.
             kv_threshold: likewise, default none.
+            kv_grace: the newest tokens that never go; likewise, default 1.
+            kv_first: the first tokens that never go; likewise, default 1.
 
         Raises:
             ValueError: for what is unsound.
         """
         given = {"policy": kv_policy, "evict_every": kv_evict_every, "threshold": kv_threshold}
+        given |= {"grace": kv_grace, "first": kv_first}
         fields = {name: value for name, value in given.items() if value is not None}
         if isinstance(kv_budget, Eviction):
             return cls(**{**asdict(kv_budget), **fields})
@@ -118,7 +129,7 @@ class Eviction:
         Raises:
             ValueError: for a list of budgets of another length, or a threshold with a policy that has no votes.
         """
-        rest = self.policy, self.evict_every, self.threshold
+        rest = self.policy, self.evict_every, self.threshold, self.grace, self.first
         return [
             LayerCache() if budget is None and self.threshold is None else EvictingCache(budget, *rest)
             for budget in self.budgets(n_layers)

@@ -1,8 +1,8 @@
 """The one eviction rule, for prefill, decode and evaluation alike.
 
 At every query: the token arrives; tokens whose priority exceeds the threshold go; if more real tokens are held
-than the budget allows, those with the highest priority go too, never the first real token of the row nor the
-newest, the oldest among equals; then the query attends; then its votes count.
+than the budget allows, those with the highest priority go too, the oldest among equals; then the query attends;
+then its votes count. The first real tokens of the row and the newest ones never go, one of each at least.
 """
 
 import math
@@ -17,29 +17,51 @@ class Rule:
     """When tokens go.
 
     Raises:
-        ValueError: for a budget below 2, an `evict_every` below 1, a threshold that is not a finite number
-            greater than 0, or neither a budget nor a threshold.
+        ValueError: for a budget below `first + grace`; an `evict_every`, `grace` or `first` below 1; a threshold
+            that is not a finite number greater than 0; neither a budget nor a threshold.
     """
 
     budget: int | None
-    """Tokens held at most while a query attends, the first and the newest included; None = no bound."""
+    """Tokens held at most while a query attends, those that never go included; None = no bound."""
     evict_every: int = 1
     """Evict only at positions divisible by it; up to evict_every - 1 more tokens are held in between."""
     threshold: float | None = None
     """Tokens whose priority exceeds it go at once; None = only the budget evicts."""
+    grace: int = 1
+    """The newest tokens that never go, the one that has just arrived included."""
+    first: int = 1
+    """The first tokens that never go."""
 
     def __post_init__(self) -> None:
         if self.budget is None and self.threshold is None:
             raise ValueError("give a budget, a threshold, or both; without either nothing is ever evicted")
+        for name in ("evict_every", "grace", "first"):
+            check_count(name, getattr(self, name))
         if self.budget is not None:
-            check_budget(self.budget)
-        check_evict_every(self.evict_every)
+            check_budget(self.budget, self.grace, self.first)
         check_threshold(self.threshold)
 
     @property
     def n_slots(self) -> int | None:
         """Tokens that can be held at once; None = no bound."""
         return None if self.budget is None else self.budget + self.evict_every - 1
+
+    @property
+    def plain(self) -> bool:
+        """Whether the first token and the newest alone are safe."""
+        return self.grace == 1 and self.first == 1
+
+    def movable(self, positions: Tensor, newest: Tensor) -> Tensor:
+        """Which tokens may go.
+
+        Args:
+            positions: (B, S) position of each token in its row, the first real token has 0; -1 = none.
+            newest: (B, 1) position of the newest token.
+
+        Returns:
+            (B, S) bool.
+        """
+        return (positions >= self.first) & (positions <= newest - self.grace)
 
     def due(self, newest: Tensor) -> Tensor:
         """The rows whose newest token, (B, 1) positions with -1 for padding, is one that evicts: (B,) bool."""
@@ -60,7 +82,7 @@ class Rule:
         Returns:
             (B, S) bool, what is left.
         """
-        movable, due = (positions > 0) & (positions != newest), self.due(newest)
+        movable, due = self.movable(positions, newest), self.due(newest)
         if self.threshold is not None:
             alive = alive & ~(movable & (priority > self.threshold) & due[:, None])
         if self.budget is None:
@@ -78,18 +100,22 @@ class Rule:
         return alive
 
 
-def check_budget(budget: object) -> None:
-    """Raise unless the budget holds at least the first token and the newest."""
-    if not isinstance(budget, int) or isinstance(budget, bool) or budget < 2:
-        raise ValueError(
-            f"budget must be a whole number >= 2 (the first token and the newest are never evicted), got {budget!r}"
-        )
+def check_budget(budget: object, grace: int = 1, first: int = 1) -> None:
+    """Raise unless the budget holds at least the tokens that never go."""
+    if isinstance(budget, int) and not isinstance(budget, bool) and budget >= grace + first:
+        return
+    safe = "the first token and the newest are"
+    if (grace, first) != (1, 1):
+        safe = f"first={first} and grace={grace}: the first {first} tokens and the newest {grace} are"
+    raise ValueError(
+        f"budget must be a whole number >= {grace + first} ({safe} never evicted), got {budget!r}"
+    )
 
 
-def check_evict_every(evict_every: object) -> None:
+def check_count(name: str, value: object) -> None:
     """Raise unless it is a whole number from 1 on."""
-    if not isinstance(evict_every, int) or isinstance(evict_every, bool) or evict_every < 1:
-        raise ValueError(f"evict_every must be a whole number >= 1, got {evict_every!r}")
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
 
 
 def check_threshold(threshold: object) -> None:
@@ -106,27 +132,30 @@ def eviction_mask(
     *,
     evict_every: int = 1,
     threshold: float | None = None,
+    grace: int = 1,
+    first: int = 1,
     key_mask: Tensor | None = None,
 ) -> Tensor:
     """The keys each query attends to when tokens are evicted by their votes: evaluation in parallel.
 
     Args:
         votes: (B, T, T), S of query i on key j; what is above or on the diagonal does not matter.
-        budget: tokens held at most while a query attends, the first and the newest included; >= 2. None =
+        budget: tokens held at most while a query attends, those that never go included; >= first + grace. None =
             only the threshold evicts.
         evict_every: evict only at real-token positions divisible by it; up to budget + evict_every - 1 tokens
             are held in between.
         threshold: a token whose summed votes exceed it goes, whatever the budget; > 0.
+        grace: the newest tokens that never go, the one that has just arrived included.
+        first: the first tokens that never go.
         key_mask: (B, T) bool, False = padding, which never arrives and attends to nothing.
 
     Returns:
         (B, T, T) bool.
 
     Raises:
-        ValueError: for a budget below 2, an `evict_every` below 1, a threshold that is no finite number above
-            0, neither budget nor threshold, or shapes that do not fit.
+        ValueError: for what `Rule` refuses, or shapes that do not fit.
     """
-    rule = Rule(budget, evict_every, threshold)
+    rule = Rule(budget, evict_every, threshold, grace, first)
     if votes.ndim != 3 or votes.shape[1] != votes.shape[2]:
         raise ValueError(f"votes must have shape (B, T, T), got {tuple(votes.shape)}")
     batch, length, _ = votes.shape

@@ -44,7 +44,9 @@ def departures(rule: Rule, priority: Tensor, positions: Tensor) -> Tensor:
     return torch.stack([_of_row(rule, rated, where, alive) for rated, where, alive in rows])
 
 
-def least_needed_slot(priority: Tensor, positions: Tensor) -> Tensor:
+def least_needed_slot(
+    priority: Tensor, positions: Tensor, newest: Tensor | None = None, grace: int = 1, first: int = 1
+) -> Tensor:
     """The slot that the next token may overwrite, as `Rule.evict` with all slots taken.
 
     The highest priority goes, the oldest among equals. Slot 0 holds the first real token and is never chosen.
@@ -52,45 +54,61 @@ def least_needed_slot(priority: Tensor, positions: Tensor) -> Tensor:
     Args:
         priority: (B, C), finite.
         positions: (B, C) integers, from 0 on.
+        newest: (B, 1) position of the token that comes; needed if more than one is safe at either end.
+        grace: the newest tokens that never go, the one that comes included.
+        first: the first tokens that never go.
 
     Returns:
         (B, 1) int64.
     """
     rated, age = priority[:, 1:], positions[:, 1:]
+    if grace > 1 or first > 1:
+        assert newest is not None
+        rated = rated.masked_fill((age < first) | (age > newest - grace), NOBODY)
     # Ties are common, relu gives exact zeros.
     oldest = age.masked_fill(rated != rated.amax(-1, keepdim=True), torch.iinfo(age.dtype).max)
     return oldest.argmin(-1, keepdim=True) + 1
 
 
-def most_voted_slot(soft_mask: Tensor, positions: Tensor) -> Tensor:
+def most_voted_slot(
+    soft_mask: Tensor, positions: Tensor, newest: Tensor | None = None, grace: int = 1, first: int = 1
+) -> Tensor:
     """`least_needed_slot` for F, which is never negative; (B, C) both."""
     if soft_mask.dtype != torch.float32:
-        return least_needed_slot(soft_mask, positions)
+        return least_needed_slot(soft_mask, positions, newest, grace, first)
     # The bits of such a number, read as an integer, grow with it: one minimum settles the ties too.
-    bits = soft_mask[:, 1:].view(torch.int32)
-    return positions[:, 1:].sub(bits, alpha=2**32).argmin(-1, keepdim=True) + 1
+    bits, age = soft_mask[:, 1:].view(torch.int32), positions[:, 1:]
+    rank = age.sub(bits, alpha=2**32)
+    if grace > 1 or first > 1:
+        assert newest is not None
+        rank = rank.masked_fill((age < first) | (age > newest - grace), torch.iinfo(rank.dtype).max)
+    return rank.argmin(-1, keepdim=True) + 1
 
 
 def _of_row(rule: Rule, rated: Tensor, positions: Tensor, alive: int) -> Tensor:
     """`departures` of one row, (T, S) and (S,); `alive` tokens are held at the start."""
     length, total = rated.shape
     before = total - length
-    newest = positions[before:].tolist()
+    places = positions.tolist()
+    newest = places[before:]
     arrived = [sum(p >= 0 for p in newest[start : start + TOGETHER]) for start in range(0, length, TOGETHER)]
     over = [0 if rule.budget is None else alive + n - rule.budget for n in accumulate(arrived)]
     if length % TOGETHER:
         rated = torch.cat((rated, rated[-1:].expand(-length % TOGETHER, -1)))
     parts = rated.unflatten(0, (-1, TOGETHER))
     gone_at = [length] * total
-    for part, columns in enumerate(_candidates(rule, parts, positions, before, over)):
+    for part, columns in enumerate(_candidates(rule, parts, positions, newest, over)):
         start = part * TOGETHER
         left = [column for column in columns if gone_at[column] == length]
         if left:
             priorities = parts[part].index_select(1, _integers(left).to(parts.device)).tolist()
+            youngest = [position - rule.grace for position in newest[start : start + TOGETHER]]
+            least = min((place for place in youngest if place >= -rule.grace), default=0)
             for candidate, column in enumerate(left):
-                if column >= before + start:
-                    for row in priorities[: column - before - start + 1]:
-                        row[candidate] = NOBODY  # not yet there, or the newest
+                if places[column] > least:
+                    for row, place in zip(priorities, youngest, strict=False):
+                        if places[column] > place:
+                            row[candidate] = NOBODY  # not yet there, or too new
             for candidate, query in _in_turn(rule, priorities, newest[start : start + TOGETHER], alive):
                 gone_at[left[candidate]] = start + query
                 alive -= 1
@@ -99,7 +117,7 @@ def _of_row(rule: Rule, rated: Tensor, positions: Tensor, alive: int) -> Tensor:
 
 
 def _candidates(
-    rule: Rule, parts: Tensor, positions: Tensor, before: int, over: list[int]
+    rule: Rule, parts: Tensor, positions: Tensor, newest: list[int], over: list[int]
 ) -> list[list[int]]:
     """The columns of those whom each part of the queries may evict, oldest first.
 
@@ -107,20 +125,24 @@ def _candidates(
         rule: when tokens go.
         parts: (P, n, S), the priorities in P parts of n queries.
         positions: (S,).
-        before: the columns of tokens that were there before the first query.
+        newest: the position of each query, -1 for padding; the columns before theirs were there before the first.
         over: for each part how many tokens are too many by its end, if nobody had gone.
     """
+    before = positions.shape[0] - len(newest)
     most = parts.amax(1)
     may = most > (torch.inf if rule.threshold is None else rule.threshold)
     needed = min(max(over), before)
     bounds = [torch.inf if m <= 0 else NOBODY for m in over]
     if needed > 0:
-        held = positions[:before] > 0
+        earliest = next(
+            (position for position in newest if position >= 0), -1
+        )  # who may go then, may go later
+        held = (positions[:before] >= rule.first) & (positions[:before] <= earliest - rule.grace)
         some = torch.where(held, parts[0, 0, :before], NOBODY).topk(needed).indices
         least = torch.where(held, parts[..., :before].amin(1), NOBODY)[:, some].cummin(1).values.tolist()
         bounds = [least[p][m - 1] if 0 < m <= needed else bounds[p] for p, m in enumerate(over)]
     may |= most >= torch.tensor(bounds, dtype=most.dtype, device=parts.device)[:, None]
-    may &= positions > 0
+    may &= positions >= rule.first
     order = positions.argsort()
     part, column = may[:, order].nonzero(as_tuple=True)
     columns: list[list[int]] = [[] for _ in over]

@@ -29,7 +29,10 @@ class SlotsJob(ctypes.Structure):
     """The arguments of one decoding step, as cpp/slots.h declares them."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in "batch heads groups n_keys size v_size threads".split()),  # noqa: SIM905
+        *(
+            (name, ctypes.c_int64)
+            for name in ["batch", "heads", "groups", "n_keys", "size", "v_size", "threads", "grace", "first"]
+        ),
         ("scale", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("q", "k", "v")),
         ("qs", ctypes.c_int64 * 2),

@@ -20,6 +20,8 @@ def attend_slots(
     newest: Tensor,
     scale: float,
     impl: str = "auto",
+    grace: int = 1,
+    first: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Attend with the newest token, add its votes to `soft_mask`, in place, and say which slot is needed least.
 
@@ -36,6 +38,8 @@ def attend_slots(
         impl: "triton" (one launch), "native" (one call of the C++ operator, on the CPU), "products" (two of them),
             or "auto": on the CPU "native" where it can be had, but for float64; else "products", since no GPU run
             stands in results/ yet that shows the launch faster.
+        grace: the newest tokens that never go, the next one included.
+        first: the first tokens that never go.
 
     Returns:
         out (B, H, 1, E) in the dtype of v, and as `least_needed_slot` the slot the next token may take, (B, 1).
@@ -47,19 +51,22 @@ def attend_slots(
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = to_autocast_dtype(q, k, v)  # type: ignore[assignment]
         with no_autocast(q.device):
-            return attend_slots(q, k, v, soft_mask, positions, newest, scale, impl)
+            return attend_slots(q, k, v, soft_mask, positions, newest, scale, impl, grace, first)
     if impl == "triton":
-        out, voted, next_slot = attend_slots_triton(q, k, v, soft_mask, positions, newest, scale)
+        out, voted, next_slot = attend_slots_triton(
+            q, k, v, soft_mask, positions, newest, scale, grace, first
+        )
         soft_mask.copy_(voted)
         return out, next_slot
     if impl == "native" or (impl == "auto" and preferred(q.device.type, q.dtype)):
         check_native(q)
         step = attend_slots_native if torch.is_grad_enabled() or not plain_tensors(q, k, v) else run_slots
-        return step(q, k, v, soft_mask, positions, newest, scale)
+        return step(q, k, v, soft_mask, positions, newest, scale, grace, first)
     out, votes = _two_products(q, k, v, soft_mask, scale)
     votes.scatter_(1, newest, 0.0)
     soft_mask[:, 1:].add_(votes[:, 1:])
-    return out, most_voted_slot(soft_mask, positions)
+    following = positions.gather(1, newest) + 1
+    return out, most_voted_slot(soft_mask, positions, following, grace, first)
 
 
 def _two_products(q: Tensor, k: Tensor, v: Tensor, soft_mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ namespace heedful {
 // All fields are eight bytes wide; heedful/ops/native/library.py declares the same.
 struct Slots {
   int64_t batch, heads, groups, n_keys, size, v_size, threads;
+  int64_t grace, first;  // tokens that never go: the newest, the next one included, and the first
   double scale;
   const void *q, *k, *v;  // q (B, H, D) and keys and values (B, G, C, .), last stride 1
   int64_t qs[2], ks[3], vs[3];
@@ -95,17 +96,21 @@ template <class T> class Step {
     for (int w = 0; w < W; ++w) store<T>(out + w * L, sums[w] * factor);
   }
 
-  // The most votes, the oldest among equals; slot 0 holds the first token, which nobody votes on and which stays.
+  // The most votes among those that may go, the oldest among equals; slot 0 holds the first token, which nobody votes
+  // on and which stays.
   void vote(long b) {
     const long n = job.n_keys, newest = job.newest[b];
     T* mask = (T*)job.mask + b * n;
     const T* cast = votes + b * n;
     const int64_t* positions = job.positions + b * n;
     for (long j = 1; j < n; ++j) mask[j] += j == newest ? T(0) : cast[j];
-    long best = 1;
-    for (long j = 2; j < n; ++j)
-      if (mask[j] > mask[best] || (mask[j] == mask[best] && positions[j] < positions[best])) best = j;
-    job.next[b] = best;
+    const int64_t youngest = positions[newest] + 1 - job.grace;
+    long best = 0;
+    for (long j = 1; j < n; ++j) {
+      if (positions[j] < job.first || positions[j] > youngest) continue;
+      if (!best || mask[j] > mask[best] || (mask[j] == mask[best] && positions[j] < positions[best])) best = j;
+    }
+    job.next[b] = best ? best : 1;
   }
 };
 

@@ -11,10 +11,18 @@ from heedful.ops.precision import wide_dtype
 
 @torch.library.custom_op("heedful::attend_slots_native", mutates_args=("soft_mask",), device_types="cpu")
 def attend_slots_native(
-    q: Tensor, k: Tensor, v: Tensor, soft_mask: Tensor, positions: Tensor, newest: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    soft_mask: Tensor,
+    positions: Tensor,
+    newest: Tensor,
+    scale: float,
+    grace: int,
+    first: int,
 ) -> tuple[Tensor, Tensor]:
     """`attend_slots` for checked tensors; shapes as there. The votes are added to `soft_mask`."""
-    return run_slots(q, k, v, soft_mask, positions, newest, scale)
+    return run_slots(q, k, v, soft_mask, positions, newest, scale, grace, first)
 
 
 def plain_tensors(*tensors: Tensor) -> bool:
@@ -40,6 +48,8 @@ def run_slots(
     positions: Tensor,
     newest: Tensor,
     scale: float,
+    grace: int = 1,
+    first: int = 1,
     handle: ctypes.CDLL | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attend_slots_native`, by `handle` where it is not verified yet. No gradients."""
@@ -59,6 +69,8 @@ def run_slots(
         size=size,
         v_size=v_size,
         threads=torch.get_num_threads(),
+        grace=grace,
+        first=first,
         scale=scale,
         q=address(wide_q),
         k=address(wide_k),
@@ -85,7 +97,15 @@ def _readable(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 @attend_slots_native.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, soft_mask: Tensor, positions: Tensor, newest: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    soft_mask: Tensor,
+    positions: Tensor,
+    newest: Tensor,
+    scale: float,
+    grace: int,
+    first: int,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, length, _ = q.shape
     return v.new_empty(batch, heads, length, v.shape[-1]), newest.new_empty(batch, 1)

@@ -58,7 +58,7 @@ def _errors(handle: ctypes.CDLL, drawn: list[Tensor], key_mask: Tensor | None) -
     got = [out, after, dq, dk, dv, d_start[..., :EARLIER]]
     if key_mask is None:  # one query more, over keys as slots
         votes, places = after[:, 0].clone(), torch.arange(length).expand(2, -1).contiguous()
-        one, _ = run_slots(q[:, :, -1:], k, v, votes, places, places[:, -1:], scale, handle)
+        one, _ = run_slots(q[:, :, -1:], k, v, votes, places, places[:, -1:], scale, handle=handle)
         got += [one, votes]
 
     leaves = [x.double().requires_grad_() for x in (q, k, v, start)]

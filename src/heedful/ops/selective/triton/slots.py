@@ -9,7 +9,15 @@ from heedful.ops.selective.triton.tilings import decode, padded_size
 
 
 def attend_slots_triton(
-    q: Tensor, k: Tensor, v: Tensor, soft_mask: Tensor, positions: Tensor, newest: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    soft_mask: Tensor,
+    positions: Tensor,
+    newest: Tensor,
+    scale: float,
+    grace: int = 1,
+    first: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attend with the newest token, cast its votes, and pick the slot that the next token may take.
 
@@ -24,6 +32,8 @@ def attend_slots_triton(
             token, which nobody votes on and which is never evicted.
         newest: (B, 1) int64, the slot of the query's own token, which it does not vote on.
         scale: multiplies the logits.
+        grace: the newest tokens that never go, the next one included.
+        first: the first tokens that never go.
 
     Returns:
         out: (B, H, 1, E) in the dtype of v, 0 where all slots are empty.
@@ -37,12 +47,20 @@ def attend_slots_triton(
     reason = unavailable(q, v)
     if reason is not None:
         raise ValueError(f"attend_slots_triton cannot run here: {reason}")
-    return _attend_slots(q, k, v, soft_mask, positions, newest, scale)
+    return _attend_slots(q, k, v, soft_mask, positions, newest, scale, grace, first)
 
 
 @torch.library.custom_op("heedful::attend_slots_triton", mutates_args=())
 def _attend_slots(
-    q: Tensor, k: Tensor, v: Tensor, soft_mask: Tensor, positions: Tensor, newest: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    soft_mask: Tensor,
+    positions: Tensor,
+    newest: Tensor,
+    scale: float,
+    grace: int,
+    first: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from heedful.ops.selective.triton.kernels.slots import attend_and_vote
 
@@ -58,7 +76,7 @@ def _attend_slots(
             attend_and_vote[(batch * groups,)](
                 *(in_heads(x) for x in (q, k, v)),
                 *(in_slots(x) for x in (soft_mask, positions, newest)),
-                *(out, new_mask, next_slot, n_slots, groups, scale),
+                *(out, new_mask, next_slot, n_slots, groups, scale, grace, first),
                 SHARED=shared,
                 ROWS=padded_size(shared),
                 SIZE=size,
@@ -73,7 +91,15 @@ def _attend_slots(
 
 @_attend_slots.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, soft_mask: Tensor, positions: Tensor, newest: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    soft_mask: Tensor,
+    positions: Tensor,
+    newest: Tensor,
+    scale: float,
+    grace: int,
+    first: int,
 ) -> tuple[Tensor, ...]:
     return (
         v.new_empty(*q.shape[:3], v.shape[-1]),

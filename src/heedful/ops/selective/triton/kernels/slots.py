@@ -28,6 +28,8 @@ def attend_and_vote(
     n_slots,
     groups,
     scale,
+    grace,
+    first,
     SHARED: tl.constexpr,
     ROWS: tl.constexpr,
     SIZE: tl.constexpr,
@@ -40,6 +42,9 @@ def attend_and_vote(
     group = tl.program_id(0) % groups
     head = group * SHARED
     own = tl.load(newest.data + batch * newest.batch)
+    youngest = (
+        tl.load(positions.data + batch * positions.batch + own) + 1 - grace
+    )  # that may go when the next comes
     queries = load_rows(q.data + batch * q.batch + head * q.head, q.head, 0, SHARED, ROWS, SIZE)
     rows = tl.arange(0, ROWS)
     largest = tl.full([ROWS], float("-inf"), tl.float32)
@@ -71,9 +76,10 @@ def attend_and_vote(
             votes += tl.where(may_vote, first_head, 0.0)
             tl.store(new_mask + batch * n_slots + slot, votes, mask=slot < n_slots)
             empty = (position < 0) & (slot < n_slots)
-            priority = tl.where(empty, float("inf"), tl.where(position > 0, votes, float("-inf")))
+            may_go = (position >= first) & (position <= youngest)
+            priority = tl.where(empty, float("inf"), tl.where(may_go, votes, float("-inf")))
             highest = tl.max(priority, 0)
-            ties = (priority == highest) & (empty | (position > 0))
+            ties = (priority == highest) & (empty | may_go)
             age = tl.where(ties, tl.where(empty, slot, position), never)
             oldest = tl.min(age, 0)
             found = tl.min(tl.where(ties & (age == oldest), slot, never), 0)
