@@ -14,7 +14,7 @@ from heedful.hf.names import CACHE, one_cache
 KV_NAMES = "kv_budget", "kv_policy", "kv_evict_every", "kv_threshold", "kv_grace", "kv_first"
 
 
-class BudgetedGeneration(GenerationMixin):
+class BudgetedGenerationMixin(GenerationMixin):
     """`generate` and `evaluate_nll` under an `Eviction`; a model says which cache it needs (`new_cache`)."""
 
     def new_cache(self, eviction: Eviction) -> HeedfulCache:

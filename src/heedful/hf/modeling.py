@@ -12,7 +12,7 @@ from heedful.attention.eviction import Eviction
 from heedful.attention.score import LayerLoss
 from heedful.decoder import reset_head
 from heedful.hf.backbone import HeedfulModel, HeedfulPreTrainedModel, returns_dict
-from heedful.hf.budgeted import KV_NAMES, BudgetedGeneration
+from heedful.hf.budgeted import KV_NAMES, BudgetedGenerationMixin
 from heedful.hf.cache import HeedfulCache, check_cache
 from heedful.hf.configuration import HeedfulConfig
 from heedful.hf.names import CACHE, one_cache, output_cache
@@ -30,7 +30,7 @@ class HeedfulOutput(CausalLMOutputWithPast):
     """(B, T) per layer that trains a memory loss: the tokens each query still holds, softly counted."""
 
 
-class HeedfulForCausalLM(HeedfulPreTrainedModel, BudgetedGeneration):
+class HeedfulForCausalLM(HeedfulPreTrainedModel, BudgetedGenerationMixin):
     """A causal language model with any registered attention and score.
 
     Trains with `Trainer`, samples with `generate`, saves as config.json and safetensors. Weights under the
