@@ -92,11 +92,11 @@ def layer_of(attention, score, **options):
     return layer.eval()
 
 
-def check_what_is_held(memory, held, arrived):
+def check_what_is_held(memory, held, arrived, apart=1):
     """The first real token in slot 0, the newest, nobody twice, never more than there may be."""
     rule = memory.rule
     assert memory.kept == max(len(positions) for positions in held)
-    assert memory.evicted == sum(arrived) - sum(len(positions) for positions in held)
+    assert memory.evicted == (sum(arrived) - sum(len(positions) for positions in held)) // apart
     for row, (positions, n) in enumerate(zip(held, arrived, strict=True)):
         assert len(set(positions)) == len(positions)
         if n:
@@ -122,7 +122,10 @@ def run(layer, x, key_mask, pieces, **cache):
             outs.append(layer(x[:, part], key_mask=key_mask[:, part], cache=memory))
             start += n
             held.append([sorted(p for p in row if p >= 0) for row in memory.positions.tolist()])
-            check_what_is_held(memory, held[-1], key_mask[:, :start].sum(-1).tolist())
+            apart = len(held[-1]) // len(x)  # key heads that hold tokens of their own
+            check_what_is_held(
+                memory, held[-1], key_mask[:, :start].sum(-1).repeat_interleave(apart).tolist(), apart
+            )
     return torch.cat(outs, dim=1), held, memory
 
 
@@ -139,6 +142,21 @@ FORMS = [
     ("gqa", "selective", "selective", {"n_kv_heads": 2}),
     ("sas", "selective", "selective", {}),
     ("sas", "selective", "selective", {"cache": "compact"}),
+    ("mha", "selective", "selective", {"selector": "added", "select_dim": 6}),
+    (
+        "gqa",
+        "selective",
+        "selective",
+        {"n_kv_heads": 2, "selector": "added", "selectors": 2, "select_dim": 5},
+    ),
+    ("sas", "selective", "selective", {"selector": "added", "selectors": 12, "select_dim": 2}),
+    ("mha", "selective", "selective", {"subtract": False}),
+    (
+        "gqa",
+        "selective",
+        "selective",
+        {"n_kv_heads": 2, "selector": "added", "selectors": 2, "subtract": False},
+    ),
     ("mha", "selective", "streaming", {}),
     *(("mha", "softmax", policy, {}) for policy in POLICIES if policy != "selective"),
     ("sas", "softmax", "h2o", {"cache": "compact"}),
@@ -163,7 +181,7 @@ def test_all_ways_of_running_the_same_tokens_agree(form, seed, budget, evict_eve
     attention, score, policy, options = form
     grace, first_ones = safe
     budget = max(budget, grace + first_ones)
-    threshold = threshold if policy == "selective" else None
+    threshold = threshold if policy == "selective" and options.get("subtract", True) else None
     budget = budget if bounded or threshold is None else None
     layer = layer_of(attention, score, **options)
     generator = random.Random(seed)
@@ -211,6 +229,51 @@ def test_decoding_evicts_whom_the_simulator_evicts(seed, budget, evict_every, th
     assert [set(rows[0]) for rows in held] == expected
     mask = eviction_mask(torch.tensor([votes], dtype=torch.float64), **how)[0]
     assert [set(row.nonzero()[:, 0].tolist()) for row in mask] == expected
+
+
+@pytest.mark.parametrize("subtract", [True, False])
+@pytest.mark.parametrize("selectors", [1, 2])
+@given(st.integers(0, 10**6), st.integers(4, 8), st.integers(1, 3), st.sampled_from([(1, 1), (3, 1), (2, 2)]))
+@settings(max_examples=10, deadline=None)
+def test_added_selection_heads_evict_whom_the_simulator_evicts(
+    selectors, subtract, seed, budget, evict_every, safe
+):
+    """Outputs too: of each head over what its key head holds, from the formula."""
+    options = {"n_kv_heads": 2, "selector": "added", "selectors": selectors, "select_dim": 5}
+    layer = layer_of("gqa", "selective", subtract=subtract, **options)
+    length, generator = 20, torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for projection in (layer.score.select_q, layer.score.select_k):
+            projection.weight.copy_(
+                torch.randn(projection.weight.shape, generator=generator, dtype=torch.float64)
+            )
+    x = torch.randn(1, length, 16, dtype=torch.float64, generator=generator)
+    how = {"budget": budget, "evict_every": evict_every, "grace": safe[0], "first": safe[1]}
+    everyone = torch.ones(1, length, dtype=torch.bool)
+    out, held, _ = run(layer, x, everyone, [1] * length, **how)
+    with torch.no_grad():
+        q, memory = layer.project(x, torch.arange(length)[None])
+        select_q, select_k = layer.score.selection(x, layer.scale)
+        cast = (select_q @ select_k.mT * layer.scale)[0].relu().tril(-1)
+        cast[:, :, 0] = 0
+        heads = []
+        for h in range(4):
+            group = h // 2
+            votes = cast[group if selectors == 2 else 0]
+            mask = eviction_mask(votes[None], **how)[0]
+            rows = simulate(votes.tolist(), budget, evict_every, [True] * length, None, *safe)
+            assert [set(row.nonzero()[:, 0].tolist()) for row in mask] == rows
+            assert [set(step[group if selectors == 2 else 0]) for step in held] == rows
+            logits = q[0, h] @ memory["k"][0, group].T * layer.scale
+            logits = logits - (votes.cumsum(0) - votes) * subtract
+            heads.append(logits.masked_fill(~mask, -torch.inf).softmax(-1) @ memory["v"][0, group])
+        torch.testing.assert_close(out, layer.aggregate(torch.stack(heads)[None]))
+
+
+def test_a_threshold_needs_votes_that_are_subtracted():
+    layer, cache = layer_of("mha", "selective", subtract=False), EvictingCache(None, threshold=3.0)
+    with torch.no_grad(), pytest.raises(ValueError, match="only say who goes: use a budget"):
+        layer(torch.randn(1, 5, 16, dtype=torch.float64), cache=cache)
 
 
 def weights_decide(logits, policy, budget, evict_every):

@@ -21,6 +21,11 @@ LAYERS: dict[str, dict[str, Any]] = {
     "mha-selective": {"attention": "mha", "score": "selective"},
     "gqa-selective": {"attention": "gqa", "score": "selective", "n_kv_heads": 2},
     "sas-selective": {"attention": "sas", "score": "selective"},
+    "added-selector": {"attention": "gqa", "score": "selective", "n_kv_heads": 2, "selector": "added"},
+    "selectors-apart": {
+        **{"attention": "gqa", "score": "selective", "n_kv_heads": 2},
+        **{"selector": "added", "selectors": 2, "subtract": False},
+    },
     "sas-compact": {"attention": "sas", "score": "selective", "cache": "compact"},
 }
 RULES: dict[str, dict[str, Any]] = {
@@ -44,6 +49,7 @@ RULES: dict[str, dict[str, Any]] = {
 }
 CASES = [(layer, None) for layer in LAYERS] + [("mha-selective", rule) for rule in RULES]
 CASES += [(layer, "budget and threshold") for layer in ("gqa-selective", "sas-selective", "sas-compact")]
+CASES += [(layer, "selective with grace") for layer in ("added-selector", "selectors-apart")]
 CASES += [("mha-softmax", "h2o"), ("mha-softmax", "streaming"), ("sas-compact", "tova")]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,12 @@ def test_it_can_be_switched_off(tmp_path: Path):
     assert not active and reason == "it is switched off by HEEDFUL_NATIVE=0"
     assert found["auto"] == 144 and not lines
     assert not list(tmp_path.iterdir())
+
+
+def test_it_is_active_where_there_is_a_compiler():
+    """Else most tests of it would be left out without a word."""
+    found = [name for name in ("c++", "g++", "clang++") if shutil.which(name)]
+    assert ACTIVE or not found or os.environ.get("HEEDFUL_NATIVE") == "0", status().reason
 
 
 @NEEDS_COMPILER

@@ -95,7 +95,7 @@ def test_attend_slots(seed, sizes, dtype, layouts, others):
     soft_mask = flat(torch.rand(batch, n, generator=generator, dtype=torch.float64).to(wide), others[0])
     order = 1 + torch.stack([torch.randperm(n - 1, generator=generator) for _ in range(batch)])
     positions = flat(torch.cat((torch.zeros(batch, 1, dtype=torch.long), order), dim=1), others[1])
-    newest = torch.randint(1, n, (batch, 1), generator=generator)
+    newest = positions.argmax(-1, keepdim=True)
     everywhere = torch.ones(batch, 1, n, dtype=torch.bool)
     voted = (positions > 0).scatter(1, newest, False)[:, None]
     expected, after = loop(q, k, v, soft_mask, everywhere, voted, 0.4)

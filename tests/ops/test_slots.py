@@ -90,6 +90,35 @@ def test_attend_slots(impl, dtype, seed, sizes, n, safe):
     assert torch.equal(left.int().argmin(-1, keepdim=True), slot)
 
 
+@pytest.mark.parametrize("impl", ["products", pytest.param("native", marks=WITH_NATIVE)])
+@pytest.mark.parametrize("subtract", [True, False])
+@given(st.integers(0, 10**6), st.integers(2, 30), st.booleans(), st.sampled_from([1, 7, 8, 32]))
+def test_a_selection_head_of_its_own(impl, subtract, seed, n, own, size):
+    """Its votes, or those of head 0, subtracted from the logits or not; keys may lie in a larger cache."""
+    shapes = (2, 4, 1, 8), (2, 2, n, 8), (2, 2, n, 5), (2, 1, 1, size), (2, 1, n + 3, size)
+    q, k, v, select_q, wide_k = drawn(seed, *shapes, dtype=torch.float64)
+    select = (select_q, wide_k[:, :, :n]) if own else None
+    before = drawn(seed + 1, (2, n), dtype=torch.float64)[0].abs()
+    before[:, 0] = 0
+    mask, positions = before.clone(), torch.arange(n).expand(2, -1).contiguous()
+    newest = torch.full((2, 1), n - 1)
+    out, _ = attend_slots(q, k, v, mask, positions, newest, 0.3, impl, select=select, subtract=subtract)
+    logits = q @ k.repeat_interleave(2, 1).mT * 0.3
+    chosen = logits[:, 0, 0] if select is None else (select[0] @ select[1].mT * 0.3)[:, 0, 0]
+    votes = chosen.relu()
+    votes[:, [0, n - 1]] = 0
+    torch.testing.assert_close(mask, before + votes)
+    weights = (logits - before[:, None, None] * subtract).softmax(-1)
+    torch.testing.assert_close(out, weights @ v.repeat_interleave(2, 1))
+
+
+def test_triton_has_no_selection_head_of_its_own():
+    q, k, v = drawn(0, (1, 2, 1, 8), (1, 2, 9, 8), (1, 2, 9, 8), dtype=torch.float32)
+    places = torch.arange(9)[None], torch.tensor([[8]])
+    with pytest.raises(ValueError, match="impl='triton' takes the votes of head 0"):
+        attend_slots(q, k, v, torch.zeros(1, 9), *places, 0.3, "triton", subtract=False)
+
+
 def test_under_autocast_votes_stay_float32():
     q, k, v = drawn(0, (1, 2, 1, 8), (1, 2, 9, 8), (1, 2, 9, 8), dtype=torch.float32)
     mask, positions, newest = torch.zeros(1, 9), torch.arange(9)[None], torch.tensor([[8]])
@@ -153,8 +182,9 @@ def test_native_step_in_place_on_slots_of_a_larger_cache(threads, size):
 @WITH_NATIVE
 def test_native_step_is_registered_as_it_should():
     q, k, v = drawn(0, (1, 4, 1, 8), (1, 2, 9, 8), (1, 2, 9, 8), dtype=torch.float32)
-    arguments = (q, k, v, torch.zeros(1, 9), torch.arange(9)[None], torch.tensor([[8]]), 0.3)
-    torch.library.opcheck(torch.ops.heedful.attend_slots_native.default, arguments)
+    arguments = (q, k, v, torch.zeros(1, 9), torch.arange(9)[None], torch.tensor([[8]]), 0.3, 3, 2)
+    for own in ((None, None, True), (*drawn(1, (1, 1, 1, 5), (1, 1, 9, 5), dtype=torch.float32), False)):
+        torch.library.opcheck(torch.ops.heedful.attend_slots_native.default, (*arguments, *own))
 
 
 def test_who_looks_sees_the_operator():

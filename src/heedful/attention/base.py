@@ -11,7 +11,7 @@ from heedful.attention.plain import is_plain
 from heedful.attention.registry import SCORES
 from heedful.attention.score import LayerLoss, Score
 from heedful.attention.signature import ConfigSignature, check_keywords
-from heedful.attention.tokens import Tokens
+from heedful.attention.tokens import SELECT_K, Tokens
 from heedful.ops.checks import check_shape, check_tensor, show
 from heedful.ops.masks import rank_in_segment
 from heedful.ops.precision import wide_dtype
@@ -45,6 +45,11 @@ class Attention(nn.Module):
         self.score: Score = SCORES[str(config.score_config.form)].module_class(
             config.score_config, config.score_heads, config.d_model
         )
+        if self.score.selectors not in (1, config.score_kv_heads):
+            raise ValueError(
+                f"selectors must be 1 or the number of key heads ({config.score_kv_heads}), "
+                f"got {self.score.selectors}"
+            )
         self.o_proj = nn.Linear(config.n_heads * config.v_dim, config.d_model, bias=config.bias)
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(config.qk_dim, eps=config.norm_eps)
@@ -114,7 +119,10 @@ class Attention(nn.Module):
             else:
                 positions = cache.next_positions(*given, batch, length, x.device)
         q, memory = self.project(x, positions)
-        tokens = Tokens(x, q, memory, key_mask, segment_ids)
+        own = self.score.selection(x, self.scale)
+        if own is not None:
+            memory = {**memory, SELECT_K: own[1]}
+        tokens = Tokens(x, q, memory, key_mask, segment_ids, None if own is None else own[0])
         return self.aggregate(self._attend(tokens, losses) if cache is None else cache.attend(self, tokens))
 
     @property
@@ -124,15 +132,15 @@ class Attention(nn.Module):
 
     def _attend(self, tokens: Tokens, losses: list[LayerLoss] | None) -> Tensor:
         """Attend among the tokens alone: the outputs of the heads, (B, H, T, E)."""
-        x, q, memory, key_mask, segment_ids = tokens
+        x, q, memory, key_mask, segment_ids, _ = tokens
         k, v = self.keys_values(memory)
+        rest: dict[str, Any] = {"key_mask": key_mask, "segment_ids": segment_ids, "scale": self.scale}
+        rest |= tokens.selection(memory)
         if losses is not None:
-            own = self.score.layer_loss(q, k, key_mask=key_mask, segment_ids=segment_ids, scale=self.scale)
+            own = self.score.layer_loss(q, k, **rest)
             if own is not None:
                 losses.append(own)
-        out, _ = self.score(
-            q, k, v, x=x, state={}, key_mask=key_mask, segment_ids=segment_ids, scale=self.scale
-        )
+        out, _ = self.score(q, k, v, x=x, state={}, **rest)
         return out
 
     def place_queries(self, q: Tensor, positions: Tensor) -> Tensor:
@@ -191,6 +199,7 @@ class Attention(nn.Module):
             gain = self.config.init_logit_std ** (1 / len(projections))
             for projection in projections:
                 nn.init.normal_(projection.weight, std=gain * projection.in_features**-0.5)
+        self.score.reset_parameters()
 
     def logit_projections(self) -> list[nn.Linear]:
         """The projections that make the logits and nothing else; asked where there is no QK-norm.

@@ -23,6 +23,7 @@ class KVCache(ABC):
         self.seen = 0
         self.recording = False
         self._log = UndoLog()
+        self._apart = 1  # key heads that stand as rows of their own
 
     def attend(self, layer: Layer, tokens: Tokens) -> Tensor:
         """Remember T new tokens and let them attend: the outputs of the heads, (B, H, T, E).
@@ -31,6 +32,11 @@ class KVCache(ABC):
             ValueError: if the tokens do not fit those before: another batch, other names.
             TypeError: for another precision than that of the tokens held.
         """
+        batch, self._apart = tokens.x.shape[0], layer.score.selectors
+        out = self._attend_recorded(layer, tokens.folded(self._apart))
+        return out if self._apart == 1 else out.unflatten(0, (batch, -1)).flatten(1, 2)
+
+    def _attend_recorded(self, layer: Layer, tokens: Tokens) -> Tensor:
         if not self.recording:
             self._forget_record()  # tokens that are not recorded hide those before them
             return self._attend(layer, tokens)
@@ -60,11 +66,15 @@ class KVCache(ABC):
 
     def reorder(self, rows: Tensor) -> None:
         """Keep, repeat or permute the rows of the batch: row i becomes row `rows[i]` (beam search)."""
+        if self._apart > 1:
+            rows = (rows[:, None] * self._apart + torch.arange(self._apart, device=rows.device)).flatten()
         self._change_rows(lambda t: t.index_select(0, rows.to(t.device)))
 
     def repeat(self, times: int) -> None:
         """Repeat every row `times` times, copies next to each other."""
-        self._change_rows(lambda t: t.repeat_interleave(times, dim=0))
+        self._change_rows(
+            lambda t: t.unflatten(0, (-1, self._apart)).repeat_interleave(times, dim=0).flatten(0, 1)
+        )
 
     @property
     @abstractmethod
@@ -105,7 +115,6 @@ class KVCache(ABC):
         """
         raise ValueError("the bound on what was forgotten is kept with a threshold; give one")
 
-    @abstractmethod
     def next_positions(
         self,
         key_mask: Tensor | None,
@@ -115,6 +124,21 @@ class KVCache(ABC):
         device: torch.device,
     ) -> Tensor:
         """Positions (1 or B, T) of T new tokens: counted over the real tokens of each row and segment."""
+        n = self._apart
+        key_mask = None if key_mask is None else key_mask.repeat_interleave(n, 0)
+        segment_ids = None if segment_ids is None else segment_ids.repeat_interleave(n, 0)
+        return self._next_positions(key_mask, segment_ids, batch * n, length, device)[::n]
+
+    @abstractmethod
+    def _next_positions(
+        self,
+        key_mask: Tensor | None,
+        segment_ids: Tensor | None,
+        batch: int,
+        length: int,
+        device: torch.device,
+    ) -> Tensor:
+        """`next_positions`, for the rows that are held."""
 
     @abstractmethod
     def reset(self) -> None:
@@ -183,7 +207,7 @@ class LayerCache(KVCache):
         storage = self._storage[name]
         return storage.narrow(token_axis(storage), 0, self.seen)
 
-    def next_positions(
+    def _next_positions(
         self,
         key_mask: Tensor | None,
         segment_ids: Tensor | None,
@@ -191,7 +215,6 @@ class LayerCache(KVCache):
         length: int,
         device: torch.device,
     ) -> Tensor:
-        """Positions (1 or B, T) of T new tokens: counted over the real tokens of each row and segment."""
         key_mask = self._whole_mask("key_mask", key_mask, (batch, length))
         segment_ids = self._whole_mask("segment_ids", segment_ids, (batch, length))
         return rank_in_segment(self.seen + length, key_mask, segment_ids, device)[:, self.seen :]
@@ -221,14 +244,16 @@ class LayerCache(KVCache):
             tensors.clear()
 
     def _attend(self, layer: Layer, tokens: Tokens) -> Tensor:
-        x, q, memory, key_mask, segment_ids = tokens
+        x, q, memory, key_mask, segment_ids, _ = tokens
         masks = {
             name: self._whole_mask(name, mask, x.shape[:2])
             for name, mask in (("key_mask", key_mask), ("segment_ids", segment_ids))
         }
-        k, v = layer.keys_values(self.append(**memory))
+        everything = self.append(**memory)
+        k, v = layer.keys_values(everything)
         self.masks |= {name: mask for name, mask in masks.items() if mask is not None}
-        out, self.state = layer.score(q, k, v, x=x, state=self.state, scale=layer.scale, **masks)
+        own = tokens.selection(everything)
+        out, self.state = layer.score(q, k, v, x=x, state=self.state, scale=layer.scale, **masks, **own)
         return out
 
     def _whole_mask(self, name: str, new: Tensor | None, shape: Sequence[int]) -> Tensor | None:

@@ -101,8 +101,8 @@ class ScoreConfig:
         """FLOPs of the logits and of the weighted sum; a multiply-add is 2, the full square counts."""
         return 2 * context * n_heads * (qk_dim + v_dim)
 
-    def state_bytes_per_token(self) -> int:
-        """Bytes per cached token that the score adds to keys and values."""
+    def state_bytes_per_token(self, bytes_per_value: int = 4) -> int:
+        """Bytes per cached token that the score adds to keys and values, which take `bytes_per_value` each."""
         return 0
 
 
@@ -194,6 +194,11 @@ class AttentionConfig(HeadOptions):
     def score_heads(self) -> int:
         """The number of heads that attend: H, or Ĥ for SAS."""
         return self.n_heads
+
+    @property
+    def score_kv_heads(self) -> int:
+        """The number of key heads where queries meet them: G, or Ĥ for SAS."""
+        return self.kv_heads
 
     @property
     def qk_dim(self) -> int:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,15 @@ class LayerLoss:
     """(B, T), the tokens that each query still holds, softly counted; 0 at padding. Detached."""
 
 
+Select = tuple[Tensor, Tensor] | None
+"""Queries (B, R, T, D') and keys (B, R, S, D') of selection heads of a score's own."""
+
+
+def given(select: Select) -> dict[str, Any]:
+    """As a keyword argument, for the methods of a score that has some; nothing for the others."""
+    return {} if select is None else {"select": select}
+
+
 class Score(nn.Module):
     """What happens to the logits; write `forward`, and make it an `EvictableScore` if a cache may evict.
 
@@ -33,6 +42,9 @@ class Score(nn.Module):
     Config: ClassVar[type[ScoreConfig]] = ScoreConfig
     formula: ClassVar[str] = ""
     """What it computes, for `heedful show`."""
+
+    selectors: int = 1
+    """Selection heads: one for the layer, or one for each key head, which then holds tokens of its own."""
 
     @property
     def causal_to_the_bit(self) -> bool:
@@ -74,6 +86,21 @@ class Score(nn.Module):
         """
         raise NotImplementedError
 
+    def selection(self, x: Tensor, scale: float) -> Select:
+        """Queries and keys of selection heads of the score's own; None, the default: there are none.
+
+        The keys are remembered with the tokens. All other methods are then given both as `select`: queries
+        (B, R, T, D') and the keys of all tokens, (B, R, S, D').
+
+        Args:
+            x: (B, T, C).
+            scale: what will multiply their logits.
+        """
+        return None
+
+    def reset_parameters(self) -> None:
+        """Fresh weights, for a score whose layers need another start than all linear layers have."""
+
     def layer_loss(
         self,
         q: Tensor,
@@ -101,6 +128,11 @@ class EvictableScore(Score):
     Write `attend`, and `weights` for the policies that evict by attention weights. All of it has to agree with
     `forward`: `heedful.testing.check_form` compares.
     """
+
+    @property
+    def subtracts(self) -> bool:
+        """Whether what it ranks tokens by bounds their weight, so that a threshold can certify what is lost."""
+        return True
 
     state_names: ClassVar[list[str]] = []
     """Names of the per-token tensors (B, R, S) in `state`."""
@@ -147,6 +179,7 @@ class EvictableScore(Score):
         scale: float,
         grace: int = 1,
         first: int = 1,
+        select: Select = None,
     ) -> tuple[Tensor, Tensor | None]:
         """`attend` for one token per row that sees every key; the state is updated in place.
 
@@ -161,6 +194,7 @@ class EvictableScore(Score):
             scale: multiplies the logits.
             grace: the newest tokens that never go, the next one included.
             first: the first tokens that never go.
+            select: as `selection` gave it, for a score that has some.
 
         Returns:
             out (B, H, 1, E), and of the slots that may go next the one with the most votes against it, (B, 1), the
@@ -169,7 +203,15 @@ class EvictableScore(Score):
         visible = torch.ones_like(positions, dtype=torch.bool)
         voted = (positions > 0).scatter(-1, newest, False)
         out, after = self.attend(
-            q, k, v, x=x, state=state, visible=visible[:, None], voted=voted[:, None], scale=scale
+            q,
+            k,
+            v,
+            x=x,
+            state=state,
+            visible=visible[:, None],
+            voted=voted[:, None],
+            scale=scale,
+            **given(select),
         )
         check_one_selector(after)
         for name, value in after.items():
@@ -187,6 +229,7 @@ class EvictableScore(Score):
         positions: Tensor,
         scale: float,
         evict: Callable[[Tensor | None], Tensor | None],
+        select: Select = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """`attend` where keys are evicted as the votes go.
 
@@ -200,6 +243,7 @@ class EvictableScore(Score):
             scale: multiplies the logits.
             evict: from what `running_state` gives, (B, T, S) or None, to the index of the first query that no
                 longer sees each key, (B, S) integers; None = all stay.
+            select: as `selection` gave it, for a score that has some.
 
         Returns:
             out (B, H, T, E) and the state for all S keys.
@@ -208,10 +252,12 @@ class EvictableScore(Score):
         real = (positions >= 0)[:, None] & (positions[:, n_keys - length :, None] >= 0)
         visible = visible_keys(length, n_keys, None, None, q.device) & real
         voted = visible.tril(n_keys - length - 1) & (positions > 0)[:, None]
-        gone_at = evict(self.running_state(q, k, state, voted, scale))
+        gone_at = evict(self.running_state(q, k, state, voted, scale, **given(select)))
         if gone_at is not None:
             visible = visible & (torch.arange(length, device=q.device)[:, None] < gone_at[:, None])
-        return self.attend(q, k, v, x=x, state=state, visible=visible, voted=voted, scale=scale)
+        return self.attend(
+            q, k, v, x=x, state=state, visible=visible, voted=voted, scale=scale, **given(select)
+        )
 
     def running_state(
         self, q: Tensor, k: Tensor, state: dict[str, Tensor], voted: Tensor, scale: float

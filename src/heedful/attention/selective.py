@@ -3,13 +3,16 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from heedful.attention.config import ScoreConfig, option
+from heedful.attention.config import ScoreConfig, check_whole, option
+from heedful.attention.init import fill_
 from heedful.attention.registry import register_score
-from heedful.attention.score import EvictableScore, LayerLoss
+from heedful.attention.score import EvictableScore, LayerLoss, Select
+from heedful.attention.softmax import SoftmaxScore
 from heedful.ops.dot_product import masked_softmax, repeat_kv
 from heedful.ops.precision import wide_dtype
 from heedful.ops.selective import memory_share, selective_attention, unmasked_count
@@ -21,7 +24,12 @@ from heedful.ops.selective.slots import attend_slots
 
 @register_score("selective")
 class SelectiveScore(EvictableScore):
-    """softmax(L - F) with F[i,j] = sum_{u<i} relu(L^0[u,j]): tokens vote earlier tokens away."""
+    """softmax(L - F) with F[i,j] = sum_{u<i} relu(L^0[u,j]): tokens vote earlier tokens away.
+
+    L^0 are the logits of attention head 0, as in the paper, or of selection heads of its own (`selector="added"`),
+    two projections of the layer's input: `select_q` and `select_k`. With as many of those as key heads, each key
+    head and its query heads have an F, and under a budget tokens, of their own.
+    """
 
     formula = """
         S[i,j]   = relu(q^0_i . k^0_j / sqrt(D)),  0 for the first token and for j = i
@@ -34,7 +42,8 @@ class SelectiveScore(EvictableScore):
         """Selective attention: one head's positive logits mask earlier tokens for all heads. No parameters.
 
         Leviathan, Kalman, Matias, arXiv 2410.02703, ICLR 2025. The cache holds one more fp32 number per
-        token, the votes against it; the logits of the selection head are those of attention head 0.
+        token, the votes against it; the logits of the selection head are those of attention head 0. Not in the
+        paper: selection heads of its own, for models that were trained without, and votes that only say who goes.
         """
 
         implementations = ("auto", "reference", "sdpa", "blocked", "native", "triton")
@@ -48,9 +57,24 @@ class SelectiveScore(EvictableScore):
             0.0, "weight of the memory loss, which trains for small caches; paper: 0.1"
         )
         memory_tau: float = option(1.0, "votes at which a token counts as gone in the memory loss")
+        selector: Literal["head", "added"] = option(
+            "head",
+            "who votes: attention head 0 (head, as in the paper) or selection heads of its own (added)",
+        )
+        selectors: int = option(1, "added selection heads: one for the layer, or one for each key/value head")
+        select_dim: int = option(32, "size of an added selection head")
+        subtract: bool = option(True, "subtract the votes from the logits; else they only say who is evicted")
 
         def __post_init__(self) -> None:
             super().__post_init__()
+            check_whole("selectors", self.selectors)
+            check_whole("select_dim", self.select_dim)
+            if self.selector == "head" and self.selectors != 1:
+                raise ValueError(
+                    f"selectors={self.selectors} needs selector='added'; attention head 0 is one selection head"
+                )
+            if not self.subtract and self.memory_loss:
+                raise ValueError("memory_loss trains votes that are subtracted; it needs subtract=True")
             for name, least in (("memory_loss", 0.0), ("memory_tau", None)):
                 value = getattr(self, name)
                 sound = isinstance(value, int | float) and not isinstance(value, bool) and value < math.inf
@@ -58,11 +82,56 @@ class SelectiveScore(EvictableScore):
                     bound = "greater than 0" if least is None else "0 or more"
                     raise ValueError(f"{name} must be a finite number, {bound}, got {value!r}")
 
-        def state_bytes_per_token(self) -> int:
-            """One float32 per token: F."""
-            return 4
+        def state_bytes_per_token(self, bytes_per_value: int = 4) -> int:
+            """One float32 per token and selection head, F, and the keys of added ones."""
+            keys = self.select_dim * bytes_per_value if self.selector == "added" else 0
+            return self.selectors * ((4 if self.subtract else 0) + keys)
+
+        def parameter_count(self, n_heads: int, d_model: int) -> int:
+            """None, or the two projections of added selection heads."""
+            return 2 * self.selectors * self.select_dim * (d_model + 1) if self.selector == "added" else 0
+
+        def flops_per_token(self, context: int, n_heads: int, qk_dim: int, v_dim: int, d_model: int) -> int:
+            """Those of softmax, and of added selection heads."""
+            flops = super().flops_per_token(context, n_heads, qk_dim, v_dim, d_model)
+            if self.selector == "added":
+                flops += 2 * self.selectors * self.select_dim * (context + 2 * d_model)
+            return flops
 
     config: Config
+
+    @property
+    def subtracts(self) -> bool:
+        """Whether votes are subtracted, or only say who goes."""
+        return self.config.subtract
+
+    def __init__(self, config: ScoreConfig, n_heads: int, d_model: int) -> None:
+        super().__init__(config, n_heads, d_model)
+        if self.config.selector == "added":
+            self.selectors = self.config.selectors
+            wide = self.selectors * self.config.select_dim
+            self.select_q = nn.Linear(d_model, wide)
+            self.select_k = nn.Linear(d_model, wide)
+
+    def selection(self, x: Tensor, scale: float) -> Select:
+        """Queries and keys of the added selection heads, (B, R, T, D') both; logits are over sqrt(D')."""
+        if self.config.selector == "head":
+            return None
+        shape = (self.selectors, self.config.select_dim)
+        q, k = (layer(x).unflatten(-1, shape).transpose(1, 2) for layer in (self.select_q, self.select_k))
+        return q * (self.config.select_dim**-0.5 / scale), k
+
+    def reset_parameters(self) -> None:
+        """Added selection heads start with logits as small as all logits do."""
+        if self.config.selector == "added":
+            for layer in (self.select_q, self.select_k):
+                nn.init.normal_(layer.weight, std=(0.2 / layer.in_features) ** 0.5)
+                nn.init.zeros_(layer.bias)
+
+    def silence(self) -> None:
+        """Let the added selection heads cast no vote at all: their keys become zero."""
+        fill_(self.select_k.weight, torch.zeros(self.select_k.weight.shape))
+        fill_(self.select_k.bias, torch.zeros(self.select_k.bias.shape))
 
     @property
     def causal_to_the_bit(self) -> bool:
@@ -80,17 +149,23 @@ class SelectiveScore(EvictableScore):
         key_mask: Tensor | None,
         segment_ids: Tensor | None,
         scale: float,
+        select: Select = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """`softmax(L - F) v`, with the votes on earlier keys in `state["soft_mask"]`, (B, 1, S - T)."""
+        """`softmax(L - F) v`, with the votes on earlier keys in `state["soft_mask"]`, (B, R, S - T)."""
+        masks: dict[str, Any] = {"key_mask": key_mask, "segment_ids": segment_ids}
+        if not self.config.subtract:  # nobody asks for votes while every token stays
+            return self._softmax(q, k, v, x=x, state={}, scale=scale, **masks)
+        select_q, select_k = select or (None, None)
         out, soft_mask = selective_attention(
             q,
             k,
             v,
+            select_q=select_q,
+            select_k=select_k,
             soft_mask=state.get("soft_mask"),
-            key_mask=key_mask,
-            segment_ids=segment_ids,
             scale=scale,
             impl=self.config.impl,
+            **masks,
         )
         return out, {"soft_mask": soft_mask}
 
@@ -102,14 +177,16 @@ class SelectiveScore(EvictableScore):
         key_mask: Tensor | None,
         segment_ids: Tensor | None,
         scale: float,
+        select: Select = None,
     ) -> LayerLoss | None:
-        """The memory loss: the largest share of a row that is held, times `memory_loss`."""
+        """The memory loss: the largest share of a row that is held, times `memory_loss`; the mean of key heads."""
         if not self.config.memory_loss:
             return None
         masks: dict[str, Any] = {"key_mask": key_mask, "segment_ids": segment_ids}
-        counts = unmasked_count(q[:, :1], k[:, :1], tau=self.config.memory_tau, scale=scale, **masks)
-        share = memory_share(counts, **masks)[:, 0]
-        return LayerLoss(self.config.memory_loss * share, counts[:, 0].detach())
+        select_q, select_k = select or (q[:, :1], k[:, :1])
+        counts = unmasked_count(select_q, select_k, tau=self.config.memory_tau, scale=scale, **masks)
+        share = memory_share(counts, **masks).mean(1)
+        return LayerLoss(self.config.memory_loss * share, counts.mean(1).detach())
 
     state_names = ["soft_mask"]
 
@@ -124,10 +201,15 @@ class SelectiveScore(EvictableScore):
         visible: Tensor,
         voted: Tensor,
         scale: float,
+        select: Select = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """`softmax(L - F) v` over the visible keys."""
+        if not self.config.subtract:
+            out, _ = self._softmax.attend(q, k, v, x=x, state={}, visible=visible, voted=voted, scale=scale)
+            votes = soft_masks(self._select_logits(q, k, select, scale), state.get("soft_mask"), voted)
+            return out, {"soft_mask": votes[:, :, -1].clone()}
         out, soft_mask = attend_visible(
-            q, k, v, state.get("soft_mask"), visible, voted, scale, impl=self.config.impl
+            q, k, v, state.get("soft_mask"), visible, voted, scale, impl=self.config.impl, select=select
         )
         return out, {"soft_mask": soft_mask}
 
@@ -144,14 +226,21 @@ class SelectiveScore(EvictableScore):
         scale: float,
         grace: int = 1,
         first: int = 1,
+        select: Select = None,
     ) -> tuple[Tensor, Tensor | None]:
         """`softmax(L - F) v` over slots, the votes in place, and who has most of them."""
         if self.config.impl != "auto":
             return super().attend_slots(
-                q, k, v, x=x, state=state, positions=positions, newest=newest, scale=scale
+                q, k, v, x=x, state=state, positions=positions, newest=newest, scale=scale, select=select
             )
-        votes = state["soft_mask"][:, 0]
-        return attend_slots(q, k, v, votes, positions, newest, scale, grace=grace, first=first)
+        votes, subtract = state["soft_mask"][:, 0], self.config.subtract
+        return attend_slots(
+            *(q, k, v, votes, positions, newest, scale),
+            grace=grace,
+            first=first,
+            select=select,
+            subtract=subtract,
+        )
 
     def attend_pruned(
         self,
@@ -164,22 +253,39 @@ class SelectiveScore(EvictableScore):
         positions: Tensor,
         scale: float,
         evict: Callable[[Tensor | None], Tensor | None],
+        select: Select = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """`softmax(L - F) v` over what is left; F is computed once, for the evictions and the attention."""
-        if self.config.impl != "auto" or q.shape[2] == 1:
+        if self.config.impl != "auto" or q.shape[2] == 1 or not self.config.subtract:
             return super().attend_pruned(
-                q, k, v, x=x, state=state, positions=positions, scale=scale, evict=evict
+                q, k, v, x=x, state=state, positions=positions, scale=scale, evict=evict, select=select
             )
-        out, soft_mask = attend_pruned(q, k, v, state.get("soft_mask"), positions, scale, evict)
+        out, soft_mask = attend_pruned(q, k, v, state.get("soft_mask"), positions, scale, evict, select)
         return out, {"soft_mask": soft_mask}
 
     def running_state(
-        self, q: Tensor, k: Tensor, state: dict[str, Tensor], voted: Tensor, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        state: dict[str, Tensor],
+        voted: Tensor,
+        scale: float,
+        select: Select = None,
     ) -> Tensor:
         """F before every query, (B, T, S): it depends on the votes only, not on what is evicted."""
+        return soft_masks(self._select_logits(q, k, select, scale), state.get("soft_mask"), voted)[:, 0, :-1]
+
+    @property
+    def _softmax(self) -> SoftmaxScore:
+        """Attention from which nothing is subtracted."""
+        impl = "reference" if self.config.impl == "reference" else "auto"
+        return SoftmaxScore(SoftmaxScore.Config(impl=impl), self.n_heads, self.d_model)
+
+    @staticmethod
+    def _select_logits(q: Tensor, k: Tensor, select: Select, scale: float) -> Tensor:
+        select_q, select_k = select or (q[:, :1], k[:, :1])
         dtype = wide_dtype(q)
-        logits = q[:, :1].to(dtype) @ k[:, :1].to(dtype).transpose(-1, -2) * scale
-        return soft_masks(logits, state.get("soft_mask"), voted)[:, 0, :-1]
+        return select_q.to(dtype) @ select_k.to(dtype).transpose(-1, -2) * scale
 
     def weights(
         self, q: Tensor, k: Tensor, state: dict[str, Tensor], visible: Tensor, scale: float
@@ -187,4 +293,6 @@ class SelectiveScore(EvictableScore):
         """softmax(L - F), (B, H, T, S), for a state that covers all keys."""
         dtype = wide_dtype(q)
         logits = q.to(dtype) @ repeat_kv(k, q.shape[1]).to(dtype).transpose(-1, -2) * scale
-        return masked_softmax(logits - state["soft_mask"][:, :, None], visible[:, None])
+        if self.config.subtract:
+            logits = logits - state["soft_mask"][:, :, None]
+        return masked_softmax(logits, visible[:, None])

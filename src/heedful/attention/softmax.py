@@ -7,7 +7,7 @@ from torch import Tensor
 
 from heedful.attention.config import ScoreConfig
 from heedful.attention.registry import register_score
-from heedful.attention.score import EvictableScore
+from heedful.attention.score import EvictableScore, Select
 from heedful.ops.causal import causal_attention
 from heedful.ops.dot_product import attention_reference, attention_sdpa, masked_softmax, repeat_kv
 from heedful.ops.masks import visible_keys
@@ -81,6 +81,7 @@ class SoftmaxScore(EvictableScore):
         scale: float,
         grace: int = 1,
         first: int = 1,
+        select: Select = None,
     ) -> tuple[Tensor, None]:
         """`softmax(q k^T * scale) v` over all slots."""
         visible = torch.ones_like(positions, dtype=torch.bool)[:, None]

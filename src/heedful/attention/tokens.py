@@ -1,10 +1,13 @@
 """What travels from a layer to its cache and its score."""
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from heedful.attention.score import Score
+
+SELECT_K = "select_k"
+"""The name of the keys of selection heads among what is remembered."""
 
 
 class Tokens(NamedTuple):
@@ -20,6 +23,8 @@ class Tokens(NamedTuple):
     """(B, T) bool, False = padding; None: all are real."""
     segment_ids: Tensor | None
     """(B, T) integers of packed documents; None: one per row."""
+    select_q: Tensor | None = None
+    """(B, R, T, D'), the queries of selection heads of the score's own; their keys are in `memory`. None: none."""
 
     @property
     def length(self) -> int:
@@ -29,8 +34,33 @@ class Tokens(NamedTuple):
     def part(self, start: int, n: int) -> "Tokens":
         """Tokens start to start + n."""
         memory = {name: tensor.narrow(token_axis(tensor), start, n) for name, tensor in self.memory.items()}
-        masks = (mask if mask is None else mask[:, start : start + n] for mask in self[3:])
-        return Tokens(self.x[:, start : start + n], self.q[:, :, start : start + n], memory, *masks)
+        key_mask, segment_ids = (mask if mask is None else mask[:, start : start + n] for mask in self[3:5])
+        select_q = None if self.select_q is None else self.select_q[:, :, start : start + n]
+        x, q = self.x[:, start : start + n], self.q[:, :, start : start + n]
+        return Tokens(x, q, memory, key_mask, segment_ids, select_q)
+
+    def selection(self, memory: dict[str, Tensor]) -> dict[str, Any]:
+        """What a score with selection heads of its own is given beside q and k; `memory`: of all keys."""
+        return {} if self.select_q is None else {"select": (self.select_q, memory[SELECT_K])}
+
+    def folded(self, groups: int) -> "Tokens":
+        """Each of `groups` key heads with its queries and its selection head as a row of its own, (B·G, ...)."""
+        if groups == 1:
+            return self
+
+        def rows(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.repeat_interleave(groups, 0)
+
+        def apart(x: Tensor) -> Tensor:
+            return (
+                x.unflatten(1, (groups, -1)).flatten(0, 1) if x.ndim == 4 else x.repeat_interleave(groups, 0)
+            )
+
+        memory = {name: apart(tensor) for name, tensor in self.memory.items()}
+        select_q = None if self.select_q is None else apart(self.select_q)
+        masks = rows(self.key_mask), rows(self.segment_ids)
+        x = self.x[..., :0].repeat_interleave(groups, 0)  # scores that vote per key head read no x
+        return Tokens(x, apart(self.q), memory, *masks, select_q)
 
 
 class Layer(Protocol):

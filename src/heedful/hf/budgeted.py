@@ -17,6 +17,8 @@ KV_NAMES = "kv_budget", "kv_policy", "kv_evict_every", "kv_threshold", "kv_grace
 class BudgetedGenerationMixin(GenerationMixin):
     """`generate` and `evaluate_nll` under an `Eviction`; a model says which cache it needs (`new_cache`)."""
 
+    config: Any
+
     def new_cache(self, eviction: Eviction) -> HeedfulCache:
         """An empty cache for this model that evicts as told."""
         raise NotImplementedError
@@ -68,7 +70,7 @@ class BudgetedGenerationMixin(GenerationMixin):
         given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
         use_cache = kwargs.get("use_cache", getattr(given, "use_cache", None))
         values = kv_budget, kv_policy, kv_evict_every, kv_threshold, kv_grace, kv_first
-        asked = {
+        asked: dict[str, Any] = {
             name: getattr(given, name, None) if value is None else value
             for name, value in zip(KV_NAMES, values, strict=True)
         }
@@ -120,7 +122,8 @@ class BudgetedGenerationMixin(GenerationMixin):
         if reduction not in ("mean", "none"):
             raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
         eviction = self._eviction(kv_budget, kv_policy, kv_evict_every, kv_threshold, kv_grace, kv_first)
-        output = self(ids, attention_mask=attention_mask, **{CACHE: self.new_cache(eviction)})
+        forward: Any = self
+        output = forward(ids, attention_mask=attention_mask, **{CACHE: self.new_cache(eviction)})
         logits = output.logits[:, :-1].float()
         nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
         if attention_mask is not None:
@@ -141,7 +144,7 @@ class BudgetedGenerationMixin(GenerationMixin):
         """What was asked for, the rest from the generation config, then from the config."""
         given = kv_budget, kv_policy, kv_evict_every, kv_threshold, kv_grace, kv_first
         usual = self.generation_config
-        asked = {
+        asked: dict[str, Any] = {
             name: getattr(usual, name, None) if value is None else value
             for name, value in zip(KV_NAMES, given, strict=True)
         }

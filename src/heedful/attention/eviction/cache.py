@@ -88,8 +88,9 @@ class EvictingCache(KVCache):
 
     @property
     def evicted(self) -> int:
-        """The number of real tokens that are gone, over all rows."""
-        return int(self.slots.arrived.sum() - (self.positions >= 0).sum()) if self.slots.filled else 0
+        """The number of real tokens that are gone, over all rows; the mean of key heads that evict apart."""
+        gone = int(self.slots.arrived.sum() - (self.positions >= 0).sum()) if self.slots.filled else 0
+        return gone // self._apart
 
     @property
     def padded(self) -> bool:
@@ -119,11 +120,12 @@ class EvictingCache(KVCache):
         """
         if self.rule.threshold is None:
             return super().forgotten
-        return torch.zeros(0) if self._bound is None else self._bound.mass()
+        mass = torch.zeros(0) if self._bound is None else self._bound.mass()
+        return mass.unflatten(0, (-1, self._apart)).amax(-1)
 
     @property
     def positions(self) -> Tensor:
-        """(B, C) position of the token in each slot, -1 = empty."""
+        """(B, C) position of the token in each slot, -1 = empty; (B·G, C) if each key head evicts for itself."""
         return self.slots.positions
 
     @property
@@ -132,7 +134,7 @@ class EvictingCache(KVCache):
         ranks_by = self.policy.ranks_by
         return self.slots.book["scores"] if ranks_by is None else self.slots.state[ranks_by][:, 0]
 
-    def next_positions(
+    def _next_positions(
         self,
         key_mask: Tensor | None,
         segment_ids: Tensor | None,
@@ -140,7 +142,6 @@ class EvictingCache(KVCache):
         length: int,
         device: torch.device,
     ) -> Tensor:
-        """Positions (B, T) of T new tokens, 0 at padding."""
         self.slots.check({}, batch)
         return self._positions_of(_real_tokens(key_mask, batch, length, device)).clamp(min=0)
 
@@ -194,6 +195,11 @@ class EvictingCache(KVCache):
                 f"the eviction policy {self.policy.name!r} needs score 'selective', this layer has {name!r}; "
                 f"use another policy, e.g. 'streaming'"
             )
+        if self.rule.threshold is not None and not score.subtracts:
+            raise ValueError(
+                "a threshold bounds what is lost where votes are subtracted from the logits (subtract=True); this "
+                "layer's only say who goes: use a budget"
+            )
         self.slots.check(tokens.memory, tokens.x.shape[0])
         return score
 
@@ -210,6 +216,7 @@ class EvictingCache(KVCache):
         slot = self._overwrite(tokens.memory)
         held, state, positions = self._in_use()
         k, v = layer.keys_values(held)
+        own = tokens.selection(held)
         if self.policy.needs_weights:
             visible = torch.ones_like(positions, dtype=torch.bool)[:, None]
             weights = score.weights(tokens.q, k, state, visible, layer.scale)[:, :, 0]
@@ -226,6 +233,7 @@ class EvictingCache(KVCache):
             scale=layer.scale,
             grace=self.rule.grace,
             first=self.rule.first,
+            **own,
         )
         if self.policy.ranks_by is not None and type(self.policy).priority is Policy.priority:
             self._next_slot = next_slot
@@ -235,7 +243,9 @@ class EvictingCache(KVCache):
         """One token per row, or padding, under any rule."""
         newest = self._positions_of(real)
         self._replace_one(tokens.memory, newest)
-        k, v = layer.keys_values(self.slots.held())
+        held = self.slots.held()
+        k, v = layer.keys_values(held)
+        own = tokens.selection(held)
         positions, state = self.positions, self.slots.state
         if self._bound is not None:
             self._bound = self._bound.met(layer.logit_sizes(tokens.q, k, real, positions >= 0))
@@ -246,7 +256,7 @@ class EvictingCache(KVCache):
             updated = self.policy.update(self.scores, weights)
             self.scores.copy_(torch.where(visible[:, 0], updated, self.scores))
         out, after = score.attend(
-            tokens.q, k, v, x=tokens.x, state=state, visible=visible, voted=voted, scale=layer.scale
+            tokens.q, k, v, x=tokens.x, state=state, visible=visible, voted=voted, scale=layer.scale, **own
         )
         check_one_selector(after)
         for name, value in after.items():
@@ -292,7 +302,15 @@ class EvictingCache(KVCache):
             return gone_at
 
         out, state = score.attend_pruned(
-            tokens.q, k, v, x=tokens.x, state=state, positions=positions, scale=layer.scale, evict=evict
+            tokens.q,
+            k,
+            v,
+            x=tokens.x,
+            state=state,
+            positions=positions,
+            scale=layer.scale,
+            evict=evict,
+            **tokens.selection(everything),
         )
         check_one_selector(state)
         alive = positions >= 0

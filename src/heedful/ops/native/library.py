@@ -31,10 +31,16 @@ class SlotsJob(ctypes.Structure):
     _fields_ = [
         *(
             (name, ctypes.c_int64)
-            for name in ["batch", "heads", "groups", "n_keys", "size", "v_size", "threads", "grace", "first"]
+            for name in (
+                *("batch", "heads", "groups", "n_keys", "size", "v_size"),
+                *("threads", "grace", "first", "subtract", "select_size"),
+            )
         ),
         ("scale", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("q", "k", "v")),
+        ("select_q", ctypes.c_void_p),
+        ("select_k", ctypes.c_void_p),
+        ("ss", ctypes.c_int64 * 3),
         ("qs", ctypes.c_int64 * 2),
         *((name, ctypes.c_int64 * 3) for name in ("ks", "vs")),
         *((name, ctypes.c_void_p) for name in ("mask", "positions", "newest", "out", "next", "parallel")),

@@ -151,21 +151,23 @@ def attend_visible(
     voted: Tensor,
     scale: float,
     impl: str = "auto",
+    select: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`selective_attention` with head 0 selecting, over keys in any order and with ready masks.
+    """`selective_attention` over keys in any order and with ready masks.
 
     Args:
         q: (B, H, T, D).
         k: (B, G, S, D).
         v: (B, G, S, E).
-        soft_mask: (B, 1, N) votes on the first N <= S keys; the others start at 0.
+        soft_mask: (B, R, N) votes on the first N <= S keys; the others start at 0.
         visible: (B, T, S) bool, the keys each query attends to.
         voted: (B, T, S) bool, the keys each query may vote on.
         scale: multiplies the logits.
         impl: "reference", "sdpa", or "auto", which is "sdpa".
+        select: queries (B, R, T, D') and keys (B, R, S, D') of R selection heads; None: head 0.
 
     Returns:
-        out (B, H, T, E) and soft_mask (B, 1, S).
+        out (B, H, T, E) and soft_mask (B, R, S).
 
     Raises:
         ValueError: for an `impl` that takes no ready masks.
@@ -178,8 +180,13 @@ def attend_visible(
             f"impl='auto', 'sdpa' or 'reference'"
         )
     q, k, v = to_autocast_dtype(q, k, v)  # type: ignore[assignment]
+    own = None
+    if select is not None:
+        select_q, select_k = to_autocast_dtype(*select)
+        assert select_q is not None and select_k is not None
+        own = select_q, select_k, scale
     with no_autocast(q.device):
-        return DENSE[impl](q, k, v, None, soft_mask, visible, voted, scale)
+        return DENSE[impl](q, k, v, own, soft_mask, visible, voted, scale)
 
 
 def unmasked_count(

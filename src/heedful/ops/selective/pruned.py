@@ -21,8 +21,9 @@ def attend_pruned(
     positions: Tensor,
     scale: float,
     evict: Callable[[Tensor], Tensor | None],
+    select: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`softmax(L - F) v` over the keys that are left, head 0 selecting. No gradients.
+    """`softmax(L - F) v` over the keys that are left. No gradients.
 
     Votes do not depend on who was evicted, so F before every query comes first, then the evictions, then the
     attention of all heads. Keys whose votes leave them less than exp(-30) of any row's weight are left out of that
@@ -37,21 +38,25 @@ def attend_pruned(
         scale: multiplies the logits.
         evict: from F before every query, (B, T, S), to the index of the first query that no longer sees each
             key, (B, S) integers; None = all stay.
+        select: queries (B, 1, T, D') and keys (B, 1, S, D') of a selection head; None: head 0.
 
     Returns:
         out (B, H, T, E) in the dtype of v, 0 at padding, and F after the last query, (B, 1, S).
 
     Source: Leviathan, Kalman, Matias, arXiv 2410.02703, section 4.
     """
-    q, k, v = to_autocast_dtype(q, k, v)  # type: ignore[assignment]
+    select_q, select_k = select or (q[:, :1], k[:, :1])
+    q, k, v, select_q, select_k = to_autocast_dtype(q, k, v, select_q, select_k)  # type: ignore[assignment]
     with no_autocast(q.device):
-        return _attend(q, k, v, soft_mask, positions, scale, evict)
+        return _attend(q, k, v, select_q, select_k, soft_mask, positions, scale, evict)
 
 
 def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    select_q: Tensor,
+    select_k: Tensor,
     soft_mask: Tensor | None,
     positions: Tensor,
     scale: float,
@@ -63,7 +68,7 @@ def _attend(
     own, real = slice(n_keys - length, n_keys), positions[:, n_keys - length :, None] >= 0
     padded = not bool(real.all())
 
-    votes = (q[:, 0] @ k[:, 0].mT).relu_()
+    votes = (select_q[:, 0].to(dtype) * scale @ select_k[:, 0].to(dtype).mT).relu_()
     votes[..., own].tril_(-1)
     votes *= (positions > 0).to(dtype)[:, None]
     if padded:

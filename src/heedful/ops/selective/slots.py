@@ -22,6 +22,8 @@ def attend_slots(
     impl: str = "auto",
     grace: int = 1,
     first: int = 1,
+    select: tuple[Tensor, Tensor] | None = None,
+    subtract: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Attend with the newest token, add its votes to `soft_mask`, in place, and say which slot is needed least.
 
@@ -40,6 +42,8 @@ def attend_slots(
             stands in results/ yet that shows the launch faster.
         grace: the newest tokens that never go, the next one included.
         first: the first tokens that never go.
+        select: queries (B, 1, 1, D') and keys (B, 1, C, D') of a selection head; None: head 0.
+        subtract: whether the votes are subtracted from the logits; else they only say who goes.
 
     Returns:
         out (B, H, 1, E) in the dtype of v, and as `least_needed_slot` the slot the next token may take, (B, 1).
@@ -50,9 +54,18 @@ def attend_slots(
     check_choice("impl", impl, ("auto", "native", "products", "triton"))
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = to_autocast_dtype(q, k, v)  # type: ignore[assignment]
+        if select is not None:
+            select = to_autocast_dtype(*select)  # type: ignore[assignment]
         with no_autocast(q.device):
-            return attend_slots(q, k, v, soft_mask, positions, newest, scale, impl, grace, first)
+            return attend_slots(
+                q, k, v, soft_mask, positions, newest, scale, impl, grace, first, select, subtract
+            )
     if impl == "triton":
+        if select is not None or not subtract:
+            raise ValueError(
+                "impl='triton' takes the votes of head 0 and subtracts them, got a selection head of its own or "
+                "subtract=False; use impl='auto'"
+            )
         out, voted, next_slot = attend_slots_triton(
             q, k, v, soft_mask, positions, newest, scale, grace, first
         )
@@ -61,16 +74,22 @@ def attend_slots(
     if impl == "native" or (impl == "auto" and preferred(q.device.type, q.dtype)):
         check_native(q)
         step = attend_slots_native if torch.is_grad_enabled() or not plain_tensors(q, k, v) else run_slots
-        return step(q, k, v, soft_mask, positions, newest, scale, grace, first)
-    out, votes = _two_products(q, k, v, soft_mask, scale)
+        select_q, select_k = select or (None, None)
+        return step(q, k, v, soft_mask, positions, newest, scale, grace, first, select_q, select_k, subtract)
+    out, votes = _two_products(q, k, v, soft_mask if subtract else None, scale)
+    if select is not None:
+        select_q, select_k = (x[:, 0].to(votes.dtype) for x in select)
+        votes = ((select_q * scale) @ select_k.mT)[:, 0].relu()
     votes.scatter_(1, newest, 0.0)
     soft_mask[:, 1:].add_(votes[:, 1:])
     following = positions.gather(1, newest) + 1
     return out, most_voted_slot(soft_mask, positions, following, grace, first)
 
 
-def _two_products(q: Tensor, k: Tensor, v: Tensor, soft_mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """`softmax(L - F) v` of one query, (B, H, 1, E), and relu of the logits of head 0, (B, C)."""
+def _two_products(
+    q: Tensor, k: Tensor, v: Tensor, soft_mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`softmax(L - F) v` of one query, (B, H, 1, E), and relu of the logits of head 0, (B, C); None: F = 0."""
     batch, heads, _, size = q.shape
     groups, dtype = k.shape[1], wide_dtype(q)
     grouped = q.to(dtype).reshape(batch * groups, heads // groups, size)
@@ -78,6 +97,8 @@ def _two_products(q: Tensor, k: Tensor, v: Tensor, soft_mask: Tensor, scale: flo
     flat = torch.baddbmm(grouped.new_empty(()), grouped, keys.mT, beta=0, alpha=scale)
     logits = flat.view(batch, heads, k.shape[2])
     votes = logits[:, 0].relu()
-    weights = drop_denormals(logits.sub_(soft_mask[:, None]).softmax(-1))
+    if soft_mask is not None:
+        logits.sub_(soft_mask[:, None])
+    weights = drop_denormals(logits.softmax(-1))
     out = torch.bmm(weights.view(flat.shape), values)
     return out.view(batch, heads, 1, v.shape[-1]).to(v.dtype), votes

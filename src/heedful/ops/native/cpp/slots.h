@@ -9,8 +9,12 @@ namespace heedful {
 struct Slots {
   int64_t batch, heads, groups, n_keys, size, v_size, threads;
   int64_t grace, first;  // tokens that never go: the newest, the next one included, and the first
+  int64_t subtract;      // 0: votes only say who goes
+  int64_t select_size;   // 0: head 0 votes
   double scale;
   const void *q, *k, *v;  // q (B, H, D) and keys and values (B, G, C, .), last stride 1
+  const void *select_q, *select_k;  // (B, D'), (B, C, D'), last stride 1
+  int64_t ss[3];
   int64_t qs[2], ks[3], vs[3];
   void* mask;  // (B, C), F before; F after in the end
   const int64_t *positions, *newest;  // (B, C), (B)
@@ -60,8 +64,8 @@ template <class T> class Step {
       T logit = sum_of<T>(sums + more);
       for (; d < job.size; ++d) logit += q[d] * k[d];
       logit *= scale;
-      if (h == 0) votes[b * n + j] = logit < 0 ? T(0) : logit;
-      weights[j] = logit - mask[j];
+      if (h == 0 && !job.select_size) votes[b * n + j] = logit < 0 ? T(0) : logit;
+      weights[j] = job.subtract ? logit - mask[j] : logit;
       if (weights[j] > top) top = weights[j];
     }
     for (long j = n; j < whole; ++j) weights[j] = -INF<T>;
@@ -96,10 +100,26 @@ template <class T> class Step {
     for (int w = 0; w < W; ++w) store<T>(out + w * L, sums[w] * factor);
   }
 
+  // What a selection head of its own casts.
+  void select(long b) {
+    const T* q = (const T*)job.select_q + b * job.ss[0];
+    const T* k = (const T*)job.select_k + b * job.ss[1];
+    for (long j = 0; j < job.n_keys; ++j, k += job.ss[2]) {
+      Vec<T> sums{};
+      long d = 0;
+      for (; d + LANES<T> <= job.select_size; d += LANES<T>) sums += load<T>(q + d) * load<T>(k + d);
+      T logit = sum_of<T>(sums);
+      for (; d < job.select_size; ++d) logit += q[d] * k[d];
+      logit *= T(job.scale);
+      votes[b * job.n_keys + j] = logit < 0 ? T(0) : logit;
+    }
+  }
+
   // The most votes among those that may go, the oldest among equals; slot 0 holds the first token, which nobody votes
   // on and which stays.
   void vote(long b) {
     const long n = job.n_keys, newest = job.newest[b];
+    if (job.select_size) select(b);
     T* mask = (T*)job.mask + b * n;
     const T* cast = votes + b * n;
     const int64_t* positions = job.positions + b * n;

@@ -20,9 +20,12 @@ def attend_slots_native(
     scale: float,
     grace: int,
     first: int,
+    select_q: Tensor | None,
+    select_k: Tensor | None,
+    subtract: bool,
 ) -> tuple[Tensor, Tensor]:
     """`attend_slots` for checked tensors; shapes as there. The votes are added to `soft_mask`."""
-    return run_slots(q, k, v, soft_mask, positions, newest, scale, grace, first)
+    return run_slots(q, k, v, soft_mask, positions, newest, scale, grace, first, select_q, select_k, subtract)
 
 
 def plain_tensors(*tensors: Tensor) -> bool:
@@ -50,6 +53,9 @@ def run_slots(
     scale: float,
     grace: int = 1,
     first: int = 1,
+    select_q: Tensor | None = None,
+    select_k: Tensor | None = None,
+    subtract: bool = True,
     handle: ctypes.CDLL | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attend_slots_native`, by `handle` where it is not verified yet. No gradients."""
@@ -59,6 +65,7 @@ def run_slots(
     groups, n_keys, v_size = k.shape[1], k.shape[2], v.shape[3]
     wide_q, wide_k, wide_v = _readable(q, dtype), _readable(k, dtype), _readable(v, dtype)
     mask, places, own = soft_mask.contiguous(), positions.contiguous(), newest.contiguous()
+    own_q, own_k = (None if x is None else _readable(x, dtype) for x in (select_q, select_k))
     out = wide_q.new_empty(batch, heads, 1, v_size)
     following = newest.new_empty(batch, 1)
     job = SlotsJob(
@@ -71,6 +78,10 @@ def run_slots(
         threads=torch.get_num_threads(),
         grace=grace,
         first=first,
+        subtract=subtract,
+        select_size=0 if own_q is None else own_q.shape[-1],
+        select_q=address(own_q),
+        select_k=address(own_k),
         scale=scale,
         q=address(wide_q),
         k=address(wide_k),
@@ -83,6 +94,8 @@ def run_slots(
         parallel=pool(),
     )
     job.qs[:], job.ks[:], job.vs[:] = wide_q.stride()[:2], wide_k.stride()[:3], wide_v.stride()[:3]
+    if own_q is not None and own_k is not None:
+        job.ss[:] = own_q.stride(0), own_k.stride(0), own_k.stride(2)
     handle.heedful_slots(ctypes.byref(job))
     if mask is not soft_mask:
         soft_mask.copy_(mask)
@@ -106,6 +119,9 @@ def _(
     scale: float,
     grace: int,
     first: int,
+    select_q: Tensor | None,
+    select_k: Tensor | None,
+    subtract: bool,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, length, _ = q.shape
     return v.new_empty(batch, heads, length, v.shape[-1]), newest.new_empty(batch, 1)
