@@ -9,12 +9,14 @@ from heedful.hf.backbone import HeedfulForSequenceClassification, HeedfulModel
 from heedful.hf.cache import HeedfulCache
 from heedful.hf.configuration import HeedfulConfig
 from heedful.hf.convert import from_decoder, to_decoder
+from heedful.hf.converted.families import register_configs
 from heedful.hf.modeling import HeedfulForCausalLM
 
 AutoConfig.register("heedful", HeedfulConfig, exist_ok=True)
 AutoModel.register(HeedfulConfig, HeedfulModel, exist_ok=True)
 AutoModelForCausalLM.register(HeedfulConfig, HeedfulForCausalLM, exist_ok=True)
 AutoModelForSequenceClassification.register(HeedfulConfig, HeedfulForSequenceClassification, exist_ok=True)
+register_configs()
 
 __all__ = [
     "HeedfulCache",

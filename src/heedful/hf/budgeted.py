@@ -8,7 +8,7 @@ from transformers import GenerationMixin
 
 from heedful.attention.eviction import Eviction
 from heedful.attention.eviction.settings import AnyBudget
-from heedful.hf.cache import HeedfulCache
+from heedful.hf.cache import HeedfulCache, check_cache
 from heedful.hf.names import CACHE, one_cache
 
 KV_NAMES = "kv_budget", "kv_policy", "kv_evict_every", "kv_threshold", "kv_grace", "kv_first"
@@ -169,3 +169,33 @@ class BudgetedGenerationMixin(GenerationMixin):
         raise NotImplementedError(
             "continuous batching and paged caches are not supported; use generate() with its own cache"
         )
+
+    def keep_kv_settings(self) -> None:
+        """Before saving: see to it that a `kv_budget` of the generation config is kept, too."""
+        kept = self.generation_config
+        if any(getattr(kept, name, None) is not None for name in KV_NAMES):
+            # Else transformers takes it for a copy of the config, and makes it anew when the model is loaded.
+            kept._from_model_config = False
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        # True would let generate() build a cache that knows keys and values only.
+        return False
+
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        implementation = generation_config.cache_implementation
+        if implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation={implementation!r} is not supported: heedful has its own cache; "
+                f"leave it out"
+            )
+        cache = model_kwargs.get(CACHE)
+        if cache is not None:
+            check_cache(cache, len(self.new_cache(Eviction()).layers))
+        elif generation_config.use_cache:
+            cache = model_kwargs[CACHE] = self.new_cache(Eviction())
+        for memory in cache.memories if cache is not None else []:
+            # Assisted decoding turns it on; a cache that comes from there must not go on recording.
+            memory.recording = bool(generation_config.is_assistant)

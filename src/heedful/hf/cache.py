@@ -1,11 +1,12 @@
 """All contact with transformers' cache API: its names in front, `LayerCache` behind."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
 
 from heedful.attention.cache import KVCache
 from heedful.attention.eviction import Eviction
@@ -78,6 +79,20 @@ class _CacheLayer(CacheLayerMixin):
         self.memory.crop(-tokens_to_remove)
 
 
+class ConvertedCacheLayer(_CacheLayer):
+    """One layer of a converted model: the source's code calls `update`, and then our attention function attends."""
+
+    expected = False
+    """Whether a converted attention module is about to call `update`."""
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        """The new keys and values as they are: the memory takes them when they attend."""
+        if not self.expected:
+            super().update()
+        self.expected = False
+        return args[:2]
+
+
 @dataclass(frozen=True)
 class CacheStats:
     """What a `HeedfulCache` has been through."""
@@ -101,6 +116,8 @@ class HeedfulCache(Cache):
         kv_threshold: votes F above which a token goes, whatever the budget; `forgotten` then bounds what was lost.
         kv_grace: the newest tokens that never go, the one that has just arrived included.
         kv_first: the first tokens that never go.
+        windows: per layer, the sliding window where it keeps its own attention and cache, else None.
+        converted: for a converted model, whose layers hand over keys and values by `update`.
 
     Raises:
         ValueError: for what `Eviction` refuses, or a list of the wrong length.
@@ -115,10 +132,17 @@ class HeedfulCache(Cache):
         kv_threshold: float | None = None,
         kv_grace: int | None = None,
         kv_first: int | None = None,
+        *,
+        windows: Sequence[int | None] | None = None,
+        converted: bool = False,
     ) -> None:
         self.eviction = Eviction.of(kv_budget, kv_policy, kv_evict_every, kv_threshold, kv_grace, kv_first)
-        memories = self.eviction.layer_caches(n_layers)
-        super().__init__(layers=[_CacheLayer(memory) for memory in memories])
+        layer = ConvertedCacheLayer if converted else _CacheLayer
+        layers: list[Any] = [layer(memory) for memory in self.eviction.layer_caches(n_layers)]
+        for i, window in enumerate(windows or []):
+            if window is not None:
+                layers[i] = DynamicSlidingWindowLayer(sliding_window=window)
+        super().__init__(layers=layers)
         self._clock: list[tuple[int, float]] = []
 
     def __repr__(self) -> str:
@@ -129,7 +153,7 @@ class HeedfulCache(Cache):
 
     @property
     def memories(self) -> list[KVCache]:
-        """The cache of each layer."""
+        """The cache of each layer, but for those with a sliding window."""
         return [layer.memory for layer in self.layers if isinstance(layer, _CacheLayer)]
 
     @property

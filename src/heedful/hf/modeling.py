@@ -12,8 +12,8 @@ from heedful.attention.eviction import Eviction
 from heedful.attention.score import LayerLoss
 from heedful.decoder import reset_head
 from heedful.hf.backbone import HeedfulModel, HeedfulPreTrainedModel, returns_dict
-from heedful.hf.budgeted import KV_NAMES, BudgetedGenerationMixin
-from heedful.hf.cache import HeedfulCache, check_cache
+from heedful.hf.budgeted import BudgetedGenerationMixin
+from heedful.hf.cache import HeedfulCache
 from heedful.hf.configuration import HeedfulConfig
 from heedful.hf.names import CACHE, one_cache, output_cache
 
@@ -52,10 +52,7 @@ class HeedfulForCausalLM(HeedfulPreTrainedModel, BudgetedGenerationMixin):
 
     def save_pretrained(self, save_directory: str | PathLike, *args: Any, **kwargs: Any) -> None:
         """As in transformers; a `kv_budget` of the generation config is kept, too."""
-        kept = self.generation_config
-        if any(getattr(kept, name, None) is not None for name in KV_NAMES):
-            # Else transformers takes it for a copy of the config, and makes it anew when the model is loaded.
-            kept._from_model_config = False
+        self.keep_kv_settings()
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def reset_own(self) -> None:
@@ -197,29 +194,6 @@ class HeedfulForCausalLM(HeedfulPreTrainedModel, BudgetedGenerationMixin):
                 'gradient_checkpointing_kwargs={"use_reentrant": False}'
             )
         return loss
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        # True would let generate() build a cache that knows keys and values only.
-        return False
-
-    def _prepare_cache_for_generation(  # type: ignore[override]
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
-        implementation = generation_config.cache_implementation
-        if implementation not in (None, "dynamic"):
-            raise ValueError(
-                f"cache_implementation={implementation!r} is not supported: heedful has its own cache; "
-                f"leave it out"
-            )
-        cache = model_kwargs.get(CACHE)
-        if cache is not None:
-            check_cache(cache, len(self.layers))
-        elif generation_config.use_cache:
-            cache = model_kwargs[CACHE] = HeedfulCache(len(self.layers))
-        for memory in cache.memories if cache is not None else []:
-            # Assisted decoding turns it on; a cache that comes from there must not go on recording.
-            memory.recording = bool(generation_config.is_assistant)
 
 
 def hugging_face_name(name: str) -> str:

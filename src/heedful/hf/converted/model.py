@@ -1,0 +1,166 @@
+"""What a converted causal model adds to its source's."""
+
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from heedful.attention.eviction import Eviction
+from heedful.attention.registry import SCORES
+from heedful.attention.score import LayerLoss, Score
+from heedful.hf.budgeted import BudgetedGenerationMixin
+from heedful.hf.cache import HeedfulCache
+from heedful.hf.converted.attention import NAME, ConvertedAttention, converted_class
+from heedful.hf.converted.settings import Conversion
+from heedful.hf.converted.softcap import cap_logits
+from heedful.hf.names import CACHE, one_cache
+from heedful.hf.saved import write_beside
+
+
+class ConvertedGenerationMixin(BudgetedGenerationMixin):
+    """Stands before the source's causal model: installs the attention, the cache, `generate` under a budget."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        install(self)
+
+    def new_cache(self, eviction: Eviction | None = None) -> HeedfulCache:
+        """An empty cache for this model; layers with a sliding window hold that, whatever the eviction says."""
+        n_layers, windows = self.config.num_hidden_layers, windows_of(self)
+        return HeedfulCache(n_layers, eviction or Eviction(), windows=windows, converted=True)
+
+    def saved_eviction(self) -> Eviction:
+        """What the model's config asks for."""
+        return Eviction.of(Conversion.of(self.config).eviction)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the source's; a cache is one of ours, and under labels the score's own loss is added."""
+        cache = one_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
+        use_cache = kwargs.pop("use_cache", None)
+        if use_cache is None:
+            use_cache = self.config.use_cache and not torch.is_grad_enabled()
+        if cache is None and use_cache:
+            cache = self.new_cache()
+        given: dict[str, Any] = {} if cache is None else {CACHE: cache}
+        output: Any = super().forward(*args, use_cache=cache is not None, **given, **kwargs)  # type: ignore[misc]
+        if isinstance(cache, HeedfulCache):
+            cache.tick()
+        return output
+
+    def save_pretrained(
+        self, save_directory: str | PathLike, is_main_process: bool = True, **kwargs: Any
+    ) -> None:
+        """As in transformers; the folder also gets a model card, and a module by which it loads anywhere."""
+        if is_main_process and not Path(save_directory).is_file():
+            write_beside(self, Path(save_directory))
+        self.keep_kv_settings()
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)  # type: ignore[misc]
+
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        """Raises a ValueError: a converted model attends as its config's `heedful` says."""
+        self._check_and_adjust_attn_implementation(attn_implementation)
+
+    def _check_and_adjust_attn_implementation(
+        self, attn_implementation: str | None, *args: Any, **kwargs: Any
+    ) -> str:
+        if attn_implementation not in (None, NAME):
+            raise ValueError(
+                f"attn_implementation={attn_implementation!r} is not supported by a converted model: it would "
+                f"attend without selection; leave it out, or convert it back (heedful convert --back)"
+            )
+        return NAME
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, Score):
+            start(module)
+        elif not getattr(module, "_of_a_score", False):
+            super()._init_weights(module)  # type: ignore[misc]
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Nothing to do: transformers would copy the source of this class into every saved folder."""
+
+
+def attention_layers(model: nn.Module) -> list[Any]:
+    """The attention modules of a model, by layer."""
+    found = [
+        module
+        for module in model.modules()
+        if isinstance(module, ConvertedAttention)
+        or (
+            hasattr(module, "layer_idx")
+            and hasattr(module, "is_causal")
+            and "Attention" in type(module).__name__
+        )
+    ]
+    return sorted(found, key=lambda module: module.layer_idx)
+
+
+def windows_of(model: Any) -> list[int | None]:
+    """The sliding window of each layer, None where it attends to all tokens."""
+    config = model.config
+    window = getattr(config, "sliding_window", None)
+    n = config.num_hidden_layers
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return [window] * n
+    return [window if "sliding" in kind else None for kind in kinds]
+
+
+def install(model: Any) -> None:
+    """Give the attention modules of a source's model heedful's attention; new parameters start without effect.
+
+    Raises:
+        ValueError: if the model has layers that cannot be converted, or none that can.
+    """
+    conversion, layers, windows = Conversion.of(model.config), attention_layers(model), windows_of(model)
+    heads = model.config.num_attention_heads
+    groups = getattr(model.config, "num_key_value_heads", None) or heads
+    if len(layers) != len(windows):
+        raise ValueError(
+            f"{type(model).__name__} has {len(windows)} layers but {len(layers)} attention modules that are "
+            f"known; it cannot be converted"
+        )
+    if all(window is not None for window in windows):
+        raise ValueError(
+            f"every layer of this model has a sliding window of {windows[0]:,} tokens and holds no more; there is "
+            f"nothing to convert. For texts within the window set sliding_window to null in its config.json"
+        )
+    score_config = conversion.score_config()
+    selectors = getattr(score_config, "selectors", 1)
+    if selectors not in (1, groups):
+        raise ValueError(f"selectors must be 1 or the number of key/value heads ({groups}), got {selectors}")
+    for module, window in zip(layers, windows, strict=True):
+        if not isinstance(module, ConvertedAttention):
+            source: Any = type(module)
+            module.__class__ = converted_class(source)
+        module.slides, module.losses = window is not None, None
+        if module.slides:
+            continue
+        like = next(module.parameters())
+        score = SCORES[conversion.score].module_class(score_config, heads, model.config.hidden_size)
+        cap = getattr(model.config, "attn_logit_softcapping", None)
+        if cap is not None:
+            cap_logits(score, cap)
+        for part in score.children():
+            part._of_a_score = True
+        module.score = score.to(like.device, like.dtype)
+        start(module.score)
+
+
+def start(score: Score) -> None:
+    """Fresh weights of a score in a converted model: none of its votes is cast."""
+    score.reset_parameters()
+    silence = getattr(score, "silence", None)
+    if silence is not None:
+        silence()
+
+
+def take_losses(model: nn.Module) -> list[LayerLoss] | None:
+    """A list that receives the losses of the layers' own during the next forward pass."""
+    losses: list[LayerLoss] = []
+    for module in attention_layers(model):
+        module.losses = losses
+    return losses
