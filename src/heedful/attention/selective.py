@@ -129,7 +129,9 @@ class SelectiveScore(EvictableScore):
                 nn.init.zeros_(layer.bias)
 
     def silence(self) -> None:
-        """Let the added selection heads cast no vote at all: their keys become zero."""
+        """Let added selection heads cast no vote at all: their keys become zero."""
+        if self.config.selector == "head":
+            return
         fill_(self.select_k.weight, torch.zeros(self.select_k.weight.shape))
         fill_(self.select_k.bias, torch.zeros(self.select_k.bias.shape))
 

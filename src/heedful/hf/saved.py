@@ -49,13 +49,12 @@ def write_beside(model: Any, folder: Path, facts: dict[str, str] | None = None) 
 def card(model: Any, facts: dict[str, str]) -> str:
     """A model card in Markdown: what the model is, and how to load it."""
     config = model.config
-    budgets = kept_words(model)
     lines = {
         "form": f"attention {words(config.attention)}, score {words(config.score)}",
         "size": f"{model.num_parameters() / 1e6:.3g} M parameters, {config.num_hidden_layers} layers of width "
         f"{config.hidden_size}, vocabulary of {config.vocab_size}",
         **facts,
-        "cache": budgets,
+        "cache": kept_by(Eviction.of(config.eviction), config.num_hidden_layers),
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in lines.items())
     causal = type(model).__name__ == "HeedfulForCausalLM"
@@ -96,12 +95,11 @@ def words(form: str | list[str]) -> str:
     return form if isinstance(form, str) else ", ".join(form)
 
 
-def kept_words(model: Any) -> str:
+def kept_by(eviction: Eviction, n_layers: int) -> str:
     """How much the cache holds by default."""
-    eviction = Eviction.of(model.config.eviction)
     if not eviction.evicts:
         return "holds every token, unless generate is given a kv_budget"
     if eviction.budget is None:
         return f"forgets tokens with more than {eviction.threshold:g} votes against them"
-    budgets = eviction.budgets(model.config.num_hidden_layers)
+    budgets = eviction.budgets(n_layers)
     return f"holds {', '.join(map(str, budgets))} tokens, by layer; who goes: {eviction.policy}"

@@ -4,6 +4,10 @@ from functools import cache
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -60,6 +64,12 @@ def model_class(family: str) -> Any:
     )
 
 
+def renames(family: str) -> bool:
+    """Whether transformers renames or joins the weights of a family while it loads them."""
+    names = family, model_class(family).__name__.removeprefix("Heedful")
+    return any(get_checkpoint_conversion_mapping(name) is not None for name in names)
+
+
 def register_configs() -> None:
     """Let `AutoConfig` know the model types."""
     for family in FAMILIES:
@@ -68,7 +78,12 @@ def register_configs() -> None:
 
 @cache
 def register_model(family: str) -> None:
-    """Let `AutoModelForCausalLM` know the model of a family."""
+    """Let `AutoModelForCausalLM` know the model of a family, and how its weights are named in files."""
+    own = model_class(family).__name__
+    for theirs, ours in ((family, PREFIX + family), (own.removeprefix("Heedful"), own)):
+        mapping = get_checkpoint_conversion_mapping(theirs)
+        if mapping is not None:
+            register_checkpoint_conversion_mapping(ours, mapping, overwrite=True)
     AutoModelForCausalLM.register(config_class(family), model_class(family), exist_ok=True)
 
 

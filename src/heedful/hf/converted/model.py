@@ -13,10 +13,10 @@ from heedful.attention.score import LayerLoss, Score
 from heedful.hf.budgeted import BudgetedGenerationMixin
 from heedful.hf.cache import HeedfulCache
 from heedful.hf.converted.attention import NAME, ConvertedAttention, converted_class
+from heedful.hf.converted.beside import write_beside
 from heedful.hf.converted.settings import Conversion
 from heedful.hf.converted.softcap import cap_logits
 from heedful.hf.names import CACHE, one_cache
-from heedful.hf.saved import write_beside
 
 
 class ConvertedGenerationMixin(BudgetedGenerationMixin):
