@@ -1,4 +1,4 @@
-"""The commands as functions: `heedful.train`, `heedful.compare` and `heedful.load`.
+"""The commands as functions: `heedful.train`, `heedful.compare`, `heedful.convert`, and `heedful.load`.
 
 Their options are those of the commands, the fields of `TrainSettings` and `CompareSettings`, declared there.
 What they need beside torch is imported when they are called.
@@ -17,8 +17,9 @@ from heedful.training.settings import TrainSettings
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+    from heedful.attention.eviction.settings import AnyBudget
     from heedful.hf.modeling import HeedfulForCausalLM
     from heedful.training.result import RunResult
 
@@ -36,7 +37,7 @@ class Loaded(NamedTuple):
     """What `load` finds in the folder of a run."""
 
     model: "HeedfulForCausalLM"
-    """In evaluation mode."""
+    """In evaluation mode; after a conversion that of its family."""
     tokenizer: "PreTrainedTokenizerFast | None"
     """None where the model was not trained on text."""
 
@@ -155,8 +156,107 @@ def compare(
     return run(CompareSettings.of(**given), out, console=console)
 
 
+def convert(
+    source: str | Path,
+    out: str | Path,
+    *,
+    score: str = "selective",
+    selector: str = "added",
+    per: str = "layer",
+    select_dim: int = 32,
+    rank_only: bool = False,
+    eviction: "AnyBudget" = None,
+    back: bool = False,
+    force: bool = False,
+) -> Path:
+    """Give a Hugging Face checkpoint heedful's attention, or take it back.
+
+        heedful.convert("SmolLM2-135M", "out")
+        model, tokenizer = heedful.load("out")
+
+    The model's own blocks stay. With an added selection head, whose votes start at zero, the converted model
+    predicts what its source predicts. Weights are copied as files.
+
+    Args:
+        source: folder of a checkpoint with safetensors, or a .gguf file.
+        out: folder for the result.
+        score: what happens to the logits: "selective", or "softmax", which evicts by other policies alone.
+        selector: who votes: "added" selection heads of their own, or attention "head" 0, as in the paper.
+        per: an added selection head per "layer", or per "kv_head", which then holds tokens of its own.
+        select_dim: size of an added selection head.
+        rank_only: votes only say who is evicted; they are not subtracted from the logits.
+        eviction: what `generate` holds by default: a number of tokens, a list with one per layer, or an `Eviction`.
+        back: the other way: `source` is a converted model, `out` becomes the stock one. Fine-tuned weights are
+            kept, selection heads are dropped. The options above do not matter then.
+        force: replace `out` if it is there.
+
+    Returns:
+        `out`.
+
+    Raises:
+        FileNotFoundError: if `source` is no checkpoint.
+        FileExistsError: if `out` is there, without `force`.
+        ValueError: if it cannot be converted, saying why; nothing is written then.
+        ImportError: if the extras of `heedful[lm]` are missing.
+    """
+    _require("heedful.convert", "transformers", "safetensors")
+    from heedful.attention.eviction import Eviction
+    from heedful.hf.converted.convert import convert_back
+    from heedful.hf.converted.request import convert_path
+
+    if back:
+        convert_back(source, out, force=force)
+        return Path(out)
+    options = {"score": score, "selector": selector, "per": per, "select_dim": select_dim}
+    return convert_path(
+        source, out, force=force, eviction=Eviction.of(eviction), rank_only=rank_only, **options
+    )
+
+
+def patch(
+    model: "PreTrainedModel",
+    *,
+    score: str = "selective",
+    selector: str = "added",
+    per: str = "layer",
+    select_dim: int = 32,
+    rank_only: bool = False,
+    eviction: "AnyBudget" = None,
+) -> Any:
+    """Give a stock transformers model in memory heedful's attention, in place: `convert`, for experiments.
+
+        model = heedful.patch(AutoModelForCausalLM.from_pretrained("SmolLM2-135M"), score="softmax")
+        model.generate(**inputs, kv_budget=256, kv_policy="streaming")
+
+    Its class becomes that of a converted model: what `save_pretrained` writes loads as one, never as a stock model.
+
+    Args:
+        model: a causal language model of a family that `convert` knows.
+        score: as in `convert`, as all options.
+        selector: as in `convert`.
+        per: as in `convert`.
+        select_dim: as in `convert`.
+        rank_only: as in `convert`.
+        eviction: as in `convert`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: if it cannot be converted, saying why; it is as it was then.
+    """
+    _require("heedful.patch", "transformers", "safetensors")
+    from heedful.attention.eviction import Eviction
+    from heedful.hf.converted.convert import patch as run
+    from heedful.hf.converted.request import conversion_of
+
+    options: dict[str, Any] = {"score": score, "selector": selector, "per": per, "select_dim": select_dim}
+    options |= {"rank_only": rank_only, "eviction": Eviction.of(eviction)}
+    return run(model, conversion_of(model.config.to_dict(), **options))
+
+
 def load(run: str | Path) -> Loaded:
-    """The model and the tokenizer that a training run left in its folder.
+    """The model and the tokenizer that a training run, or a conversion, left in its folder.
 
         model, tokenizer = heedful.load("runs/a")
 

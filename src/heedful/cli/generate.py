@@ -10,7 +10,7 @@ from rich.console import Console
 
 from heedful.attention.eviction import POLICIES, Eviction
 from heedful.cli.errors import UsageError
-from heedful.cli.parsing import flag, parse, positional
+from heedful.cli.parsing import flag, kv_budget_of, parse, positional
 from heedful.screen import spinner
 
 DESCRIPTION = """Continue a prompt with a trained model.
@@ -50,7 +50,7 @@ def run(arguments: Sequence[str]) -> int:
         raise UsageError(f"--temperature must be 0 or more and finite, got {values['temperature']}")
     if values["top_k"] < 0:
         raise UsageError(f"--top-k must be 0 or more, got {values['top_k']}")
-    budget = _budget(values["kv_budget"])
+    budget = kv_budget_of(values["kv_budget"])
     more = {
         name: values[name] for name in ("kv_policy", "kv_evict_every", "kv_threshold", "kv_grace", "kv_first")
     }
@@ -96,14 +96,3 @@ def _stats(cache: Any, certified: bool) -> str:
     if stats.tokens_per_second is not None:
         lines.append(f"{stats.tokens_per_second:,.0f} tokens/s after the prompt")
     return "; ".join(lines)
-
-
-def _budget(text: str) -> int | list[int] | str | None:
-    """`64`, `64,32`, `full`, or nothing: what the model's config says."""
-    if text in ("", "full"):
-        return text or None
-    try:
-        budgets = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UsageError(f"--kv-budget takes a number, one per layer, or full; got {text!r}") from None
-    return budgets[0] if len(budgets) == 1 else budgets

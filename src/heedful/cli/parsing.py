@@ -137,3 +137,14 @@ def _changed(section: Any) -> dict[str, Any]:
         for f in dataclasses.fields(section)
         if getattr(section, f.name) != f.default
     }
+
+
+def kv_budget_of(text: str) -> int | list[int] | str | None:
+    """`64`, `64,32`, `full`, or nothing: what the model's config says."""
+    if text in ("", "full"):
+        return text or None
+    try:
+        budgets = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--kv-budget takes a number, one per layer, or full; got {text!r}") from None
+    return budgets[0] if len(budgets) == 1 else budgets

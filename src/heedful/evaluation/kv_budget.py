@@ -87,7 +87,7 @@ def evaluate_budgets(
     """
     policies = default_policies(model) if policies is None else tuple(policies)
     check_policies(model, policies)
-    check_budgets(budgets, len(model.layers))
+    check_budgets(budgets, model.config.num_hidden_layers)
     if "segment_ids" in rows.tensors:
         raise ValueError(
             "expected one text per row, got packed rows (segment_ids), which a cache that evicts cannot hold; "
@@ -160,11 +160,11 @@ def _measure(
     report: Callable[[str | None, Budget, int], None],
 ) -> BudgetResult:
     def new_cache() -> HeedfulCache:
-        return HeedfulCache(len(model.layers), "full" if policy is None else budget, policy or "streaming")
+        return model.new_cache(Eviction() if policy is None else Eviction.of(budget, policy))
 
     report(policy, budget, 0)
     tally, divergence, cache_bytes = Tally(), 0.0, 0
-    kept = [0] * len(model.layers)
+    kept: list[int] = []
     with measuring(model):
         for batch in batches(model, rows, batch_size):
             n_rows, cache = len(batch["labels"]), new_cache()
@@ -173,7 +173,7 @@ def _measure(
             if policy is not None:
                 divergence += _divergence(labelled_logits(model, batch)[0], logits)
             cache_bytes = max(cache_bytes, held_bytes(cache) // n_rows)
-            kept = [max(pair) for pair in zip(kept, cache.kept, strict=True)]
+            kept = [max(pair) for pair in zip(kept or cache.kept, cache.kept, strict=True)]
             report(policy, budget, n_rows)
         speed = _decoding_speed(model, _longest_row(rows)[:decoded], new_cache())
     result = tally.evaluation()

@@ -62,7 +62,7 @@ def evaluate(
         for batch in batches(model, rows, batch_size):
             cache = None
             if eviction.evicts:
-                cache = HeedfulCache(len(model.layers), eviction)  # type: ignore[arg-type]
+                cache = model.new_cache(eviction)  # type: ignore[operator]
             tally.add(*labelled_logits(model, batch, cache))
     return tally.evaluation()
 

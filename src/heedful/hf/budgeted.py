@@ -23,6 +23,11 @@ class BudgetedGenerationMixin(GenerationMixin):
         """An empty cache for this model that evicts as told."""
         raise NotImplementedError
 
+    @property
+    def scores(self) -> list[Any]:
+        """The score of every layer that a cache may evict from."""
+        raise NotImplementedError
+
     def saved_eviction(self) -> Eviction:
         """What the model's config asks for."""
         return Eviction.of(self.config.eviction)

@@ -35,7 +35,9 @@ def continue_text(
     Returns:
         Prompt and continuation, and the cache as it was at the end.
     """
-    ids = [tokenizer.bos_token_id, *tokenizer(prompt)["input_ids"]]
+    ids = tokenizer(prompt)["input_ids"]
+    if model.config.model_type == "heedful" or not ids:  # as our training texts begin; others know themselves
+        ids = [tokenizer.bos_token_id, *ids]
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k}
@@ -43,7 +45,7 @@ def continue_text(
         torch.tensor([ids], device=model.device),
         attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=model.device),
         max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.bos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         **kv,
         return_dict_in_generate=True,
         streamer=streamer,

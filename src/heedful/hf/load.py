@@ -7,11 +7,12 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, logging
 
 from heedful.hf.configuration import HeedfulConfig
+from heedful.hf.converted.families import FAMILIES, family_of, model_class
 from heedful.hf.modeling import HeedfulForCausalLM
 
 
-def load_model(folder: str | Path) -> HeedfulForCausalLM:
-    """The model in `folder`, in evaluation mode.
+def load_model(folder: str | Path) -> Any:
+    """The model in `folder`, trained with heedful or converted, in evaluation mode.
 
     Raises:
         FileNotFoundError: if there is no model.
@@ -30,11 +31,13 @@ def load_model(folder: str | Path) -> HeedfulForCausalLM:
     logging.disable_progress_bar()
     try:
         config, _ = HeedfulConfig.get_config_dict(folder)
-        if config.get("model_type") != "heedful":
-            raise ValueError(f"{folder} holds a {config.get('model_type')!r} model, expected a heedful one")
-        loaded: Any = HeedfulForCausalLM.from_pretrained(
-            folder, local_files_only=True, output_loading_info=True
-        )
+        kind = str(config.get("model_type"))
+        family = family_of(kind)
+        if kind != "heedful" and family is None:
+            more = "; `heedful convert` makes one of it" if kind in FAMILIES else ""
+            raise ValueError(f"{folder} holds a {kind!r} model, expected a heedful one{more}")
+        own: Any = HeedfulForCausalLM if family is None else model_class(family)
+        loaded: Any = own.from_pretrained(folder, local_files_only=True, output_loading_info=True)
     except (SafetensorError, OSError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         reason = (str(error) or type(error).__name__).strip().split("\n")[0]
         raise ValueError(

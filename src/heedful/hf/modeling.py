@@ -175,6 +175,12 @@ class HeedfulForCausalLM(HeedfulPreTrainedModel, BudgetedGenerationMixin):
         )
         return output.to_tuple() if with_tuple else output
 
+    @property
+    def scores(self) -> list[Any]:
+        """The score of every layer."""
+        layers: Any = self.layers
+        return [block.attention.score for block in layers]
+
     def new_cache(self, eviction: Eviction) -> HeedfulCache:
         """An empty cache for this model that evicts as told."""
         return HeedfulCache(len(self.layers), eviction)

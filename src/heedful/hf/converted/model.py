@@ -31,6 +31,12 @@ class ConvertedGenerationMixin(BudgetedGenerationMixin):
         n_layers, windows = self.config.num_hidden_layers, windows_of(self)
         return HeedfulCache(n_layers, eviction or Eviction(), windows=windows, converted=True)
 
+    @property
+    def scores(self) -> list[Score]:
+        """The score of every layer without a sliding window."""
+        model: Any = self
+        return [module.score for module in attention_layers(model) if not module.slides]
+
     def saved_eviction(self) -> Eviction:
         """What the model's config asks for."""
         return Eviction.of(Conversion.of(self.config).eviction)

@@ -1,0 +1,92 @@
+"""`heedful convert`."""
+
+from collections.abc import Sequence
+from dataclasses import MISSING
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from heedful.attention.eviction import POLICIES, Eviction
+from heedful.cli.errors import UsageError
+from heedful.cli.parsing import flag, kv_budget_of, parse, positional
+from heedful.screen import spinner
+
+DESCRIPTION = """Make a checkpoint forget: convert a Hugging Face model into one with heedful's attention.
+
+The model's own blocks stay; the attention of every layer gets a selection head whose votes start at zero, so that
+the converted model predicts what its source predicts. Weights are copied as files. Known are Llama (SmolLM),
+Mistral, Mixtral, Qwen 2 and 3, Gemma 2 and 3 (text), OLMo 2, Phi-3, GPT-2 and GPT-NeoX (Pythia): folders with
+safetensors, or .gguf files. Then: heedful generate OUT "a prompt" --kv-budget 256."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Convert, or convert back."""
+    values = parse(
+        "convert",
+        DESCRIPTION,
+        [
+            positional("source", str, MISSING, "folder of a checkpoint, or a .gguf file"),
+            positional("out", str, MISSING, "folder for the converted model"),
+            flag(
+                "score", str, "selective", "what happens to the logits: selective, or softmax (nobody votes)"
+            ),
+            flag(
+                "selector", Literal["added", "head"], "added", "who votes: an added selection head, or head 0"
+            ),
+            flag(
+                "per",
+                Literal["layer", "kv_head"],
+                "layer",
+                "an added selection head per layer, or per KV head",
+            ),
+            flag("select_dim", int, 32, "size of an added selection head"),
+            flag("rank_only", bool, False, "votes only say who is evicted, instead of being subtracted too"),
+            flag("kv_budget", str, "", "tokens that each layer holds by default: 256, 256,128,..., or full"),
+            flag("kv_policy", str | None, None, "which token is evicted by default: " + ", ".join(POLICIES)),
+            flag("kv_grace", int | None, None, "newest tokens that are never evicted by default"),
+            flag("kv_first", int | None, None, "first tokens that are never evicted by default"),
+            flag("back", bool, False, "the other way: give the stock checkpoint back"),
+            flag("force", bool, False, "replace OUT if it is there"),
+        ],
+        arguments,
+    )
+    source, out, force = Path(values["source"]), Path(values["out"]), values["force"]
+    console = Console(stderr=True, highlight=False)
+    if values["back"]:
+        with spinner(console, "converting back"):
+            from heedful.hf.converted.convert import convert_back
+
+            dropped = convert_back(source, out, force=force)
+        what = f"{dropped:,} parameters of selection heads were dropped" if dropped else "nothing was dropped"
+        print(f"{out}: the stock model; {what}")
+        return 0
+    options = {name: values[name] for name in ("score", "selector", "per", "select_dim", "rank_only")}
+    try:
+        kv = {name: values[name] for name in ("kv_policy", "kv_grace", "kv_first")}
+        eviction = Eviction.of(kv_budget_of(values["kv_budget"]), **kv)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    with spinner(console, "converting"):
+        from heedful.hf.converted.request import convert_path
+
+        convert_path(source, out, force=force, eviction=eviction, **options)
+    _say(out, options)
+    return 0
+
+
+def _say(out: Path, options: dict[str, Any]) -> None:
+    from heedful.hf.converted.checkpoint import Checkpoint
+    from heedful.hf.converted.convert import OF_SCORES
+
+    shapes = Checkpoint.read(out).shapes
+    sizes = {name: 1 for name in shapes}
+    for name, shape in shapes.items():
+        for n in shape:
+            sizes[name] *= n
+    added, total = sum(n for name, n in sizes.items() if OF_SCORES in name), sum(sizes.values())
+    print(
+        f"{out}: converted, {total - added:,} parameters as they were and {added:,} added ({added / total:.1%})"
+    )
+    if options["score"] == "selective" and options["selector"] == "added":
+        print(f"its votes are zero until it is adapted: heedful adapt {out} --data my.txt")

@@ -1,0 +1,51 @@
+"""From what a caller asks for to a `Conversion`, and the conversion done."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from heedful.attention.eviction import Eviction
+from heedful.hf.converted.checkpoint import CONFIG, read_json
+from heedful.hf.converted.convert import convert_folder
+from heedful.hf.converted.gguf import from_gguf
+from heedful.hf.converted.settings import Conversion
+
+
+def conversion_of(
+    config: Mapping[str, Any],
+    *,
+    score: str,
+    selector: str,
+    per: str,
+    select_dim: int,
+    rank_only: bool,
+    eviction: Eviction,
+) -> Conversion:
+    """The conversion of a model with this config.
+
+    Raises:
+        ValueError: for an unsound option.
+    """
+    if per not in ("layer", "kv_head"):
+        raise ValueError(f"per must be 'layer' or 'kv_head', got {per!r}")
+    options: dict[str, Any] = {}
+    if score == "selective":
+        options = {"selector": selector, "subtract": not rank_only}
+        if selector == "added":
+            heads = config.get("num_attention_heads", config.get("n_head"))
+            groups = config.get("num_key_value_heads") or heads
+            options |= {"select_dim": select_dim, "selectors": groups if per == "kv_head" else 1}
+        elif per == "kv_head":
+            raise ValueError("per='kv_head' needs selector='added': attention head 0 is one selection head")
+    eviction.budgets(config.get("num_hidden_layers", config.get("n_layer", 0)))
+    return Conversion(score, options, eviction.to_dict() if eviction.evicts else None)
+
+
+def convert_path(source: str | Path, out: str | Path, *, force: bool = False, **options: Any) -> Path:
+    """Convert the checkpoint at `source`, a folder or a .gguf file, into the folder `out`; see `convert_folder`."""
+    source = Path(source)
+    if source.suffix == ".gguf" and source.is_file():
+        with from_gguf(source, Path(out)) as folder:
+            return convert_path(folder, out, force=force, **options)
+    config = read_json(source / CONFIG, "the config of a model")
+    return convert_folder(source, out, conversion_of(config, **options), force=force)
