@@ -251,7 +251,14 @@ def test_other_policies_are_kept_with_their_budgets(
     assert "'selective' needs a model with score 'selective' in every layer, layer 0 has 'softmax'" in message
     done = heedful("budget", run, "--policy", "streaming", "--target-loss", "5")
     assert done.code == 0, done.err
-    kept = {"budget": [2, 2], "policy": "streaming", "evict_every": 1, "threshold": None}
+    kept = {
+        "budget": [2, 2],
+        "policy": "streaming",
+        "evict_every": 1,
+        "threshold": None,
+        "grace": 1,
+        "first": 1,
+    }
     assert json.loads((run / "config.json").read_text()) == {**config, "eviction": kept}
     assert "written in" in done.out
     assert "lowest budget" in done.out

@@ -17,6 +17,7 @@ from heedful.hf.converted.beside import write_beside
 from heedful.hf.converted.settings import Conversion
 from heedful.hf.converted.softcap import cap_logits
 from heedful.hf.names import CACHE, one_cache
+from heedful.hf.packing import segments_of
 
 
 class ConvertedGenerationMixin(BudgetedGenerationMixin):
@@ -47,7 +48,7 @@ class ConvertedGenerationMixin(BudgetedGenerationMixin):
         use_cache = kwargs.pop("use_cache", None)
         if use_cache is None:
             use_cache = self.config.use_cache and not torch.is_grad_enabled()
-        if cache is None and use_cache:
+        if cache is None and use_cache and not _packed(kwargs):
             cache = self.new_cache()
         given: dict[str, Any] = {} if cache is None else {CACHE: cache}
         output: Any = super().forward(*args, use_cache=cache is not None, **given, **kwargs)  # type: ignore[misc]
@@ -87,6 +88,14 @@ class ConvertedGenerationMixin(BudgetedGenerationMixin):
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
         """Nothing to do: transformers would copy the source of this class into every saved folder."""
+
+
+def _packed(inputs: dict[str, Any]) -> bool:
+    """Whether positions start over: packed documents, which transformers tells apart only without a cache."""
+    positions = inputs.get("position_ids")
+    if positions is None or inputs.get("attention_mask") is not None or torch.compiler.is_compiling():
+        return False
+    return segments_of(positions, positions.shape[0]) is not None
 
 
 def attention_layers(model: nn.Module) -> list[Any]:
