@@ -89,4 +89,4 @@ def _say(out: Path, options: dict[str, Any]) -> None:
         f"{out}: converted, {total - added:,} parameters as they were and {added:,} added ({added / total:.1%})"
     )
     if options["score"] == "selective" and options["selector"] == "added":
-        print(f"its votes are zero until it is adapted: heedful adapt {out} --data my.txt")
+        print("its votes are zero until they are trained: until then it predicts what its source predicts")

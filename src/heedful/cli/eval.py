@@ -20,6 +20,7 @@ DESCRIPTION = """Measure a trained model with a KV cache that holds few tokens.
     heedful eval runs/a                                            # each policy with 8, 16, 32, 64 tokens
     heedful eval runs/a --kv-budget 4,16,full --policy streaming,tova --rows 64
     heedful eval runs/a --data other.txt --out runs/a/eval-other
+    heedful eval converted --data book.txt --kv-budget 256,512,full --kv-grace 64 --kv-first 4 --rows 8
 
 A budget is how many tokens the cache of each layer holds while a query attends, the first and the newest
 included; the policy says which token goes when one more arrives. The text is read as decoding would read it,
@@ -35,6 +36,7 @@ Writes eval.csv (anew after every measurement, so that Ctrl-C loses only the one
 
 TABLE, FIGURE = "eval.csv", "eval.png"
 MOST_ROWS = 256
+MOST_LOGITS = 2**27  # of a batch, half a gigabyte
 LINE_EVERY = 10.0  # seconds, where there is no bar
 
 
@@ -59,12 +61,23 @@ def run(arguments: Sequence[str]) -> int:
                 None,
                 f"of {', '.join(POLICIES)}; if left out: selective (where the model is), streaming and h2o",
             ),
+            flag(
+                "context",
+                int | None,
+                None,
+                "tokens in a row; the run's if left out, for a converted model 2048",
+            ),
+            flag("kv_grace", int, 1, "newest tokens that are never evicted"),
+            flag("kv_first", int, 1, "first tokens that are never evicted"),
             flag("rows", int | None, None, f"rows to measure on, evenly spread; {MOST_ROWS} if left out"),
             flag("out", str | None, None, "folder for table and figure; eval in the folder of the model"),
         ],
         arguments,
     )
-    budgets = _budgets(values["kv_budget"])
+    safe = values["kv_grace"], values["kv_first"]
+    budgets = _budgets(values["kv_budget"], *safe)
+    if values["context"] is not None and values["context"] < 2:
+        raise UsageError(f"--context must be 2 or more, got {values['context']}")
     policies = None if values["policy"] is None else _policies(values["policy"])
     if values["text_column"] is not None and values["data"] is None:
         raise UsageError(f"--text-column {values['text_column']} belongs to --data, and none is given")
@@ -72,11 +85,12 @@ def run(arguments: Sequence[str]) -> int:
         raise UsageError(f"--rows must be 1 or more, got {values['rows']}")
     folder = Path(values["run"])
     out = folder / "eval" if values["out"] is None else Path(values["out"])
-    _evaluate(folder, values["data"], values["text_column"], budgets, policies, values["rows"], out)
+    data = values["data"], values["text_column"], values["context"]
+    _evaluate(folder, *data, budgets, policies, safe, values["rows"], out)
     return 0
 
 
-def _budgets(text: str) -> list[int | str]:
+def _budgets(text: str, grace: int, first: int) -> list[int | str]:
     from heedful.evaluation.kv_budget import check_budgets
 
     try:
@@ -88,7 +102,7 @@ def _budgets(text: str) -> list[int | str]:
             f"--kv-budget takes whole numbers and full, separated by commas, got {text!r}"
         ) from None
     try:
-        check_budgets(budgets)
+        check_budgets(budgets, 1, grace, first)
     except ValueError as error:
         raise UsageError(f"--kv-budget: {error}") from None
     return budgets
@@ -110,8 +124,10 @@ def _evaluate(
     folder: Path,
     data: str | None,
     text_column: str | None,
+    context: int | None,
     budgets: list[int | str],
     policies: tuple[str, ...] | None,
+    safe: tuple[int, int],
     most: int | None,
     out: Path,
 ) -> None:
@@ -139,7 +155,7 @@ def _evaluate(
         raise UsageError(f"--policy: {error}") from None
     with spinner(screen, "reading the data"):
         tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").exists() else None
-        held = held_out(folder, tokenizer, data, text_column=text_column)
+        held = held_out(folder, tokenizer, data, text_column=text_column, context=context)
         total = len(held.rows)
         n_rows = min(most or MOST_ROWS, total)
         spread = [i * total // n_rows for i in range(n_rows)]
@@ -161,7 +177,15 @@ def _evaluate(
     try:
         with progress:
             for result in evaluate_budgets(
-                model, rows, budgets, policies, n_bytes=n_bytes, progress=progress.update
+                model,
+                rows,
+                budgets,
+                policies,
+                grace=safe[0],
+                first=safe[1],
+                n_bytes=n_bytes,
+                batch_size=max(1, min(32, MOST_LOGITS // (held.context * model.config.vocab_size))),
+                progress=progress.update,
             ):
                 results.append(result)
                 (out / FIGURE).unlink(missing_ok=True)  # an earlier one would not belong to this table
@@ -187,7 +211,8 @@ def _evaluate(
 
 def _form(model: Any) -> str:
     config = model.config
-    return f"{config.attention} x {config.score}, {config.num_hidden_layers} layers"
+    form = f"{config.attention} x {config.score}" if config.model_type == "heedful" else type(model).__name__
+    return f"{form}, {config.num_hidden_layers} layers"
 
 
 class _Progress:

@@ -56,6 +56,8 @@ def evaluate_budgets(
     budgets: Sequence[Budget] = BUDGETS,
     policies: Sequence[str] | None = None,
     *,
+    grace: int = 1,
+    first: int = 1,
     n_bytes: int | None = None,
     batch_size: int = 32,
     decoded: int = 128,
@@ -67,12 +69,14 @@ def evaluate_budgets(
     those of all rows.
 
     Args:
-        model: a `HeedfulForCausalLM`.
+        model: a `HeedfulForCausalLM`, or a converted model.
         rows: `input_ids` (N, T), `labels` (N, T) with -100 = not counted, shifted here, and `attention_mask`
             (N, T) where rows are padded. One text per row (`heedful.data.by_document`).
         budgets: tokens held per layer: numbers, lists with one per layer, or "full", which is measured once.
             A budget of a whole row or more evicts nothing.
         policies: which token is evicted (`heedful.attention.eviction`); default: `default_policies(model)`.
+        grace: the newest tokens that never go, the one that has just arrived included.
+        first: the first tokens that never go.
         n_bytes: UTF-8 bytes that the labelled tokens stand for, for bits per byte.
         batch_size: rows at a time.
         decoded: tokens decoded one by one to measure the speed, at most; the first few do not count.
@@ -87,7 +91,7 @@ def evaluate_budgets(
     """
     policies = default_policies(model) if policies is None else tuple(policies)
     check_policies(model, policies)
-    check_budgets(budgets, model.config.num_hidden_layers)
+    check_budgets(budgets, model.config.num_hidden_layers, grace, first)
     if "segment_ids" in rows.tensors:
         raise ValueError(
             "expected one text per row, got packed rows (segment_ids), which a cache that evicts cannot hold; "
@@ -100,7 +104,11 @@ def evaluate_budgets(
     plan: list[tuple[str | None, Budget]] = [(None, "full")] if "full" in budgets else []
     plan += [(policy, budget) for policy in policies for budget in budgets if budget != "full"]
     report = progress or (lambda policy, budget, n_rows: None)
-    return (_measure(model, rows, p, b, n_bytes, batch_size, decoded, report) for p, b in plan)
+    evictions = [
+        (p, b, Eviction() if p is None else Eviction.of(b, p, kv_grace=grace, kv_first=first))
+        for p, b in plan
+    ]
+    return (_measure(model, rows, p, b, e, n_bytes, batch_size, decoded, report) for p, b, e in evictions)
 
 
 def default_policies(model: Any) -> tuple[str, ...]:
@@ -121,11 +129,15 @@ def check_policies(model: Any, policies: Sequence[str]) -> None:
         check_policy(model, name)
 
 
-def check_budgets(budgets: Sequence[Budget], n_layers: int = 1) -> None:
+def check_budgets(budgets: Sequence[Budget], n_layers: int = 1, grace: int = 1, first: int = 1) -> None:
     """Raise ValueError unless all `budgets` are sound and differ."""
     if not budgets:
         raise ValueError("expected one budget or more, got none")
-    _check_different("budget", [tuple(Eviction.of(budget).budgets(n_layers)) for budget in budgets], budgets)
+    evictions = [
+        Eviction() if budget == "full" else Eviction.of(budget, kv_grace=grace, kv_first=first)
+        for budget in budgets
+    ]
+    _check_different("budget", [tuple(eviction.budgets(n_layers)) for eviction in evictions], budgets)
 
 
 def to_csv(results: Sequence[BudgetResult]) -> str:
@@ -154,13 +166,14 @@ def _measure(
     rows: TokenDataset,
     policy: str | None,
     budget: Budget,
+    eviction: Eviction,
     n_bytes: int | None,
     batch_size: int,
     decoded: int,
     report: Callable[[str | None, Budget, int], None],
 ) -> BudgetResult:
     def new_cache() -> HeedfulCache:
-        return model.new_cache(Eviction() if policy is None else Eviction.of(budget, policy))
+        return model.new_cache(eviction)
 
     report(policy, budget, 0)
     tally, divergence, cache_bytes = Tally(), 0.0, 0

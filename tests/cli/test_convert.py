@@ -1,0 +1,108 @@
+"""`heedful convert`, and what the other commands make of its result."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+TEXT = (
+    "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want. "
+    * 8
+)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A tiny stock llama with a tokenizer, as it would lie on a disk."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([TEXT], trainer)
+    folder = tmp_path / "stock"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(
+        folder
+    )
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (folder / "LICENSE").write_text("free")
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": len(tokenizer.get_vocab())}
+    LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=256)).save_pretrained(folder)
+    return folder
+
+
+def test_there_and_back(heedful: Callable[..., Any], source: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    done = heedful(
+        "convert", source, out, "--per", "kv_head", "--select-dim", 8, "--kv-budget", 32, "--kv-grace", 4
+    )
+    assert done.code == 0, done.err
+    assert f"{out}: converted, " in done.out and "2,112 added" in done.out
+    assert {"tokenizer.json", "chat_template.jinja", "LICENSE", "README.md"} <= {
+        p.name for p in out.iterdir()
+    }
+    settings = json.loads((out / "config.json").read_text())["heedful"]
+    assert settings["eviction"]["budget"] == 32 and settings["eviction"]["grace"] == 4
+    text = heedful("generate", out, "It is a truth", "--max-new-tokens", 60, "--stats")
+    assert text.code == 0 and text.out.startswith("It is a truth")
+    assert "32, 32 kept per layer" in text.err
+    done = heedful("convert", out, tmp_path / "back", "--back")
+    assert done.code == 0 and "2,112 parameters of selection heads were dropped" in done.out
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (
+        source / "model.safetensors"
+    ).read_bytes()
+    assert (tmp_path / "back" / "config.json").read_bytes() == (source / "config.json").read_bytes()
+
+
+def test_it_is_measured_under_budgets(heedful: Callable[..., Any], source: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    assert heedful("convert", source, out).code == 0
+    (tmp_path / "book.txt").write_text(TEXT)
+    how = ["--context", 64, "--rows", 2, "--kv-budget", "16,full", "--kv-grace", 4, "--kv-first", 4]
+    done = heedful("eval", out, "--data", tmp_path / "book.txt", *how)
+    assert done.code == 0, done.err
+    assert "book.txt, 2 of" in done.out and "64 tokens" in done.out
+    rows = [line.split(",") for line in (out / "eval" / "eval.csv").read_text().splitlines()]
+    assert [row[:2] for row in rows[1:]] == [
+        ["", "full"],
+        *([p, "16"] for p in ("selective", "streaming", "h2o")),
+    ]
+    assert rows[2][4] == rows[3][4]  # without votes the oldest goes
+    assert "name a text it has not seen with --data" in heedful("eval", out).error(1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["stock", "out", "--selector", "tail"], 2, "--selector"),
+        (["stock", "out", "--kv-budget", "8", "--kv-grace", "9"], 2, "budget must be a whole number >= 10"),
+        (["stock", "out", "--kv-grace", "9"], 2, "grace=9 needs a budget or a threshold"),
+        (["nowhere", "out"], 1, "has no config.json"),
+        (["stock", "stock"], 1, "is the source itself"),
+        (["stock", "out", "--back"], 1, "is no converted model"),
+        (["stock", "out", "--per", "kv_head", "--selector", "head"], 1, "needs selector='added'"),
+    ],
+)
+def test_errors_are_one_line(
+    arguments: list[str],
+    code: int,
+    message: str,
+    heedful: Callable[..., Any],
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.chdir(tmp_path)
+    assert message in heedful("convert", *arguments).error(code)
+    assert [path.name for path in tmp_path.iterdir()] == ["stock"]
+
+
+def test_commands_for_trained_models_say_what_a_stock_one_needs(heedful: Callable[..., Any], source: Path):
+    assert "`heedful convert` makes one of it" in heedful("generate", source, "a").error(1)
