@@ -14,6 +14,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from tests.stock import save_stock_model
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -55,6 +56,7 @@ def place(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the text that README calls my.txt."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "my.txt").write_text(text_file.read_text(encoding="utf-8") * 4, encoding="utf-8")
+    save_stock_model(folder / "SmolLM2-135M", [text_file.read_text(encoding="utf-8")])
     return folder
 
 
@@ -106,6 +108,9 @@ def test_every_command(place: Path):
                 command += ["--data", "my.txt"]
         if command[0] == "generate":
             command += ["--max-new-tokens", "8"]
+        if command[0] == "eval" and "--context" in command:
+            command[command.index("--context") + 1] = "64"
+            command[command.index("--kv-budget") + 1] = "16,full"
         if command[0] == "bench":
             command += shlex.split(SMALLEST[command[1]])
         code = "import sys; from heedful.cli import main; sys.exit(main(sys.argv[1:]))"

@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tests.stock import save_stock_model
 
 TEXT = (
     "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want. "
@@ -18,24 +16,7 @@ TEXT = (
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A tiny stock llama with a tokenizer, as it would lie on a disk."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
-    tokenizer.train_from_iterator([TEXT], trainer)
-    folder = tmp_path / "stock"
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(
-        folder
-    )
-    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
-    (folder / "LICENSE").write_text("free")
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": len(tokenizer.get_vocab())}
-    LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=256)).save_pretrained(folder)
-    return folder
+    return save_stock_model(tmp_path / "stock", [TEXT])
 
 
 def test_there_and_back(heedful: Callable[..., Any], source: Path, tmp_path: Path):
