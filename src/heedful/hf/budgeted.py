@@ -128,7 +128,10 @@ class BudgetedGenerationMixin(GenerationMixin):
             raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
         eviction = self._eviction(kv_budget, kv_policy, kv_evict_every, kv_threshold, kv_grace, kv_first)
         forward: Any = self
-        output = forward(ids, attention_mask=attention_mask, **{CACHE: self.new_cache(eviction)})
+        more: dict[str, Any] = {CACHE: self.new_cache(eviction)}
+        if attention_mask is not None:
+            more["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        output = forward(ids, attention_mask=attention_mask, **more)
         logits = output.logits[:, :-1].float()
         nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
         if attention_mask is not None:
@@ -201,6 +204,7 @@ class BudgetedGenerationMixin(GenerationMixin):
             check_cache(cache, len(self.new_cache(Eviction()).layers))
         elif generation_config.use_cache:
             cache = model_kwargs[CACHE] = self.new_cache(Eviction())
-        for memory in cache.memories if cache is not None else []:
+        layers: list[Any] = [] if cache is None else cache.layers
+        for layer in layers:
             # Assisted decoding turns it on; a cache that comes from there must not go on recording.
-            memory.recording = bool(generation_config.is_assistant)
+            layer.record_past = bool(generation_config.is_assistant)

@@ -7,7 +7,8 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, logging
 
 from heedful.hf.configuration import HeedfulConfig
-from heedful.hf.converted.families import FAMILIES, family_of, model_class
+from heedful.hf.converted.families import model_class
+from heedful.hf.converted.known import FAMILIES, family_of
 from heedful.hf.modeling import HeedfulForCausalLM
 
 
@@ -46,6 +47,10 @@ def load_model(folder: str | Path) -> Any:
     finally:
         logging.set_verbosity(verbosity)
     model, report = loaded
+    if (
+        family is not None
+    ):  # buffers of old checkpoints, heads of other tasks: stock models leave them out as well
+        report.pop("unexpected_keys", None)
     wrong = {
         kind: sorted(map(str, names)) for kind, names in report.items() if names and kind != "error_msgs"
     }

@@ -1,6 +1,7 @@
 """Every family: converted it is its source; under a budget all ways of running agree; back it is bit for bit."""
 
 import filecmp
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -50,7 +51,8 @@ def test_converted_it_is_its_source(
     family: str, how: str, save_source: Callable[..., Path], tmp_path: Path, ids: Tensor
 ):
     source = save_source(family)
-    stock = AutoModelForCausalLM.from_pretrained(source).eval()
+    # the reference: transformers' other attentions left out the cap of logits at times
+    stock = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager").eval()
     model = loaded(heedful.convert(source, tmp_path / "out", **HOWS[how]))
     assert type(model).__name__ == f"Heedful{type(stock).__name__}"
     assert model.config.model_type == f"heedful_{family}"
@@ -88,7 +90,8 @@ def test_under_a_budget_all_ways_of_running_agree(
             assert sum(cache.stats.evictions) > 0
         mask = torch.ones_like(ids)
         mask[1, :6] = 0
-        padded = model(ids, attention_mask=mask, **{CACHE: model.new_cache(eviction)}).logits
+        inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+        padded = model(ids, **inputs, **{CACHE: model.new_cache(eviction)}).logits
         alone = model(ids[1:, 6:], **{CACHE: model.new_cache(eviction)}).logits
         torch.testing.assert_close(padded[1:, 6:], alone, rtol=1e-4, atol=1e-4)
         output = model.generate(
@@ -159,3 +162,10 @@ def test_gradients_reach_votes_through_every_layer(make_source: Callable[..., An
     grads = [p.grad for name, p in model.named_parameters() if ".score.select" in name]
     assert len(grads) == 12 and all(g is not None and bool(g.abs().sum() > 0) for g in grads)
     assert kv_heads("qwen3") == 2
+
+
+@families
+def test_it_says_what_it_takes(family: str, make_source: Callable[..., Any]):
+    """`generate` and `Trainer` ask the signature."""
+    stock, model = make_source(family), heedful.patch(make_source(family), select_dim=4)
+    assert inspect.signature(model.forward) == inspect.signature(stock.forward)

@@ -119,7 +119,7 @@ def test_out_is_never_overwritten(save_source: Callable[..., Path], tmp_path: Pa
     other = tmp_path / "mine"
     other.mkdir()
     (other / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="is no folder of a model; it is not replaced"):
+    with pytest.raises(ValueError, match="holds more than a model; it is not replaced"):
         heedful.convert(source, other, force=True)
     assert (other / "thesis.txt").read_text() == "years of work"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out", "source"]
@@ -128,7 +128,8 @@ def test_out_is_never_overwritten(save_source: Callable[..., Path], tmp_path: Pa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"score": "nonesuch"}, "nonesuch"),
+        ({"score": "gated"}, "score must be 'selective' or 'softmax'"),
+        ({"score": "softmax", "eviction": 16}, "casts no votes to evict by; name another policy"),
         ({"per": "token"}, "per must be 'layer' or 'kv_head'"),
         ({"selector": "head", "per": "kv_head"}, "needs selector='added'"),
         ({"select_dim": 0}, "select_dim must be a whole number >= 1"),

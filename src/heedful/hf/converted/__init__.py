@@ -6,7 +6,8 @@ of a family, such as `HeedfulLlamaForCausalLM`, are made when they are first ask
 
 from typing import Any
 
-from heedful.hf.converted.families import FAMILIES, class_named, register_configs
+from heedful.hf.converted.families import class_named, register_configs
+from heedful.hf.converted.known import FAMILIES
 
 __all__ = ["FAMILIES"]
 

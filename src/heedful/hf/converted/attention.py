@@ -15,9 +15,10 @@ from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
-from heedful.attention.score import LayerLoss, Score
+from heedful.attention.score import Score
 from heedful.attention.tokens import SELECT_K, Tokens
 from heedful.hf.cache import ConvertedCacheLayer, HeedfulCache
+from heedful.hf.converted.known import FAMILIES, source_module
 from heedful.hf.converted.norms import largest_norm
 from heedful.hf.converted.softcap import capped_window
 from heedful.hf.packing import segments_of_lengths
@@ -44,7 +45,8 @@ class ConvertedAttention(nn.Module):
     layer_idx: int
     slides: bool
     """Whether the layer has a sliding window, and keeps its own attention."""
-    losses: list[LayerLoss] | None
+    stretch: float
+    """What its rotation multiplies lengths by."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the source's; the attention function is told the layer's input and cache."""
@@ -85,7 +87,7 @@ class ConvertedAttention(nn.Module):
         for i, name in enumerate(("q_norm", "k_norm")):
             allowed = largest_norm(getattr(self, name, None))
             if allowed is not None:
-                sizes[i] = torch.maximum(sizes[i], allowed.to(dtype) * root)
+                sizes[i] = torch.maximum(sizes[i], allowed.to(dtype) * (self.stretch * root))
         return torch.stack(sizes, dim=-1)
 
 
@@ -93,6 +95,15 @@ class ConvertedAttention(nn.Module):
 def converted_class(source: type) -> Any:
     """The class of the source's attention module with `ConvertedAttention` in front."""
     return type(f"Heedful{source.__name__}", (ConvertedAttention, source), {"__module__": __name__})
+
+
+def __getattr__(name: str) -> Any:
+    """The class of that name, for pickle, which looks classes up in their module."""
+    for family in FAMILIES if name.startswith("Heedful") and name.endswith("Attention") else ():
+        source = getattr(source_module(family), name.removeprefix("Heedful"), None)
+        if source is not None:
+            return converted_class(source)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def attend(
@@ -142,8 +153,6 @@ def attend(
     if held is None:
         rest: dict[str, Any] = {"key_mask": key_mask, "segment_ids": segment_ids, "scale": module.scale}
         rest |= tokens.selection(memory)
-        if module.losses is not None and (loss := module.score.layer_loss(query, key, **rest)) is not None:
-            module.losses.append(loss)
         out, _ = module.score(query, key, value, x=heedful.x, state={}, **rest)
     else:
         assert isinstance(held, ConvertedCacheLayer)

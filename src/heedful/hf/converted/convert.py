@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from heedful.files import write_json, write_text
 from heedful.hf.converted.beside import auto_map, card, module_source
 from heedful.hf.converted.checkpoint import CONFIG, INDEX, ONE, Checkpoint, copy, tensors
-from heedful.hf.converted.families import FAMILIES, PREFIX, config_class, family_of, model_class, renames
+from heedful.hf.converted.families import config_class, model_class, renames
+from heedful.hf.converted.known import FAMILIES, PREFIX, family_of
 from heedful.hf.converted.model import install, start
 from heedful.hf.converted.settings import FIELD, Conversion
 from heedful.hf.saved import CARD, MODULE
@@ -94,15 +95,13 @@ def convert_back(source: str | Path, out: str | Path, *, force: bool = False) ->
             f"{source} is no converted model (model_type {checkpoint.config.get('model_type')!r}): nothing to "
             f"convert back"
         )
-    ours = {"model_type", "architectures", "auto_map", FIELD, *_DROPOUTS}
-    config = {
-        name: value if name in ours else checkpoint.config.get(name, value)
-        for name, value in original.items()
-    }
+    ours = {"model_type", "architectures", "auto_map", *_DROPOUTS}
+    config = {name: value for name, value in checkpoint.config.items() if name not in ours | {FIELD}}
+    config |= {name: value for name, value in original.items() if name in ours}
     dropped = [name for name in checkpoint.shapes if OF_SCORES in name]
     with _replaced(out, checkpoint.folder, force) as new:
         _write_without(checkpoint, set(dropped), new)
-        write_json(new / CONFIG, config, sort_keys=list(original) == sorted(original))
+        write_json(new / CONFIG, config, sort_keys=True)
         for path in checkpoint.others():
             copy(path, new / path.name)
     return sum(torch.Size(checkpoint.shapes[name]).numel() for name in dropped)
@@ -114,7 +113,7 @@ def patch(model: Any, conversion: Conversion) -> Any:
     Its class and its config become those of a converted model, so that what is saved loads as one.
 
     Raises:
-        ValueError: if it cannot be converted.
+        ValueError: if it cannot be converted; it is as it was then.
     """
     family = str(getattr(model.config, "model_type", None))
     _check_family(family, "this model")
@@ -123,6 +122,23 @@ def patch(model: Any, conversion: Conversion) -> Any:
         raise ValueError(
             f"expected a {source_class.__name__}, the causal model of {family}, got a {type(model).__name__}"
         )
+    before = [(thing, thing.__class__, dict(thing.__dict__)) for thing in (model.config, *model.modules())]
+    dropouts = [(m, m.p) for m in model.modules() if isinstance(m, torch.nn.Dropout)]
+    try:
+        return _patched(model, family, conversion)
+    except BaseException:
+        for thing, its_class, state in before:
+            thing.__class__ = its_class
+            thing.__dict__.clear()
+            thing.__dict__.update(state)
+            if isinstance(thing, torch.nn.Module):
+                thing._modules.pop("score", None)
+        for module, p in dropouts:
+            module.p = p
+        raise
+
+
+def _patched(model: Any, family: str, conversion: Conversion) -> Any:
     source = model.config.to_dict()
     settings = asdict(conversion) | {"source": _plain(source)}
     model.config.__class__ = config_class(family)
@@ -145,7 +161,7 @@ def patch(model: Any, conversion: Conversion) -> Any:
 def _family(checkpoint: Checkpoint) -> str:
     family = checkpoint.config.get("model_type")
     _check_family(family, str(checkpoint.folder))
-    if "quantization_config" in checkpoint.config:
+    if checkpoint.config.get("quantization_config"):
         raise ValueError(f"{checkpoint.folder} is quantized; convert the checkpoint it was made from")
     return str(family)
 
@@ -183,6 +199,8 @@ def _added_weights(checkpoint: Checkpoint, family: str, config: dict[str, Any]) 
     Raises:
         ValueError: if the weights do not fit the config.
     """
+    if config.get("use_bidirectional_attention"):
+        raise ValueError(f"{checkpoint.folder} attends in both directions; converted layers attend causally")
     layers = config.get("num_hidden_layers", config.get("n_layer"))
     if not isinstance(layers, int) or not 0 < layers <= len(checkpoint.shapes):
         raise ValueError(
@@ -254,8 +272,11 @@ def _write_weights(checkpoint: Checkpoint, added: dict[str, torch.Tensor], new: 
         copy(checkpoint.folder / name, new / renamed)
     weight_map = {tensor: names[name] for tensor, name in checkpoint.home.items()}
     if added:
-        save_file(added, new / "model-heedful.safetensors", {"format": "pt"})
-        weight_map |= dict.fromkeys(added, "model-heedful.safetensors")
+        own = "model-heedful.safetensors"
+        while own in names.values():
+            own = f"more-{own}"
+        save_file(added, new / own, {"format": "pt"})
+        weight_map |= dict.fromkeys(added, own)
     _write_index(new, weight_map)
 
 
@@ -291,19 +312,14 @@ def _write_index(new: Path, weight_map: dict[str, str]) -> None:
 def _replaced(out: str | Path, source: Path, force: bool) -> Iterator[Path]:
     """A new folder that takes the place of `out` when all is written; nothing changes if anything fails."""
     out = Path(out)
-    if out.resolve() == source.resolve():
-        raise ValueError(f"{out} is the source itself; name another folder for the result")
-    if (out.exists() or out.is_symlink()) and not force:
-        raise FileExistsError(
-            f"{out} exists; name another folder, or give --force (force=True) to replace it"
-        )
-    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / CONFIG).is_file())):
-        raise ValueError(f"{out} is no folder of a model; it is not replaced, name another")
+    check_out(out, source, force)
     out.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         yield new
         new.chmod(0o755)
+        for path in new.iterdir():
+            path.chmod(0o644)
         if out.exists():
             old = new.with_name(new.name + "-old")
             os.replace(out, old)
@@ -314,6 +330,27 @@ def _replaced(out: str | Path, source: Path, force: bool) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
+
+
+def check_out(out: Path, source: Path, force: bool) -> None:
+    """Raise unless `out` may be made, or replaced."""
+    here, there = out.resolve(), source.resolve()
+    if here == there:
+        raise ValueError(f"{out} is the source itself; name another folder for the result")
+    if here in there.parents or there in here.parents:
+        raise ValueError(f"one of {source} and {out} lies in the other; name another folder for the result")
+    if here in (Path.cwd(), *Path.cwd().parents):
+        raise ValueError(f"{out} is where you are, or above; name a folder that can be replaced")
+    if (out.exists() or out.is_symlink()) and not force:
+        raise FileExistsError(
+            f"{out} exists; name another folder, or give --force (force=True) to replace it"
+        )
+    if out.is_symlink():
+        raise ValueError(f"{out} is a symbolic link; name the folder itself")
+    if out.exists():
+        held = list(out.iterdir()) if out.is_dir() else [out]
+        if held and (any(path.is_dir() for path in held) or not (out / CONFIG).is_file()):
+            raise ValueError(f"{out} holds more than a model; it is not replaced, name another")
 
 
 def _plain(value: Any) -> Any:

@@ -1,28 +1,19 @@
 """The families of models that can be converted, and their classes: the source's own, with another attention."""
 
+import inspect
 from functools import cache
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
-PREFIX = "heedful_"
-FAMILIES = (
-    *("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe"),
-    *("gemma2", "gemma3_text", "olmo2", "phi3", "gpt2", "gpt_neox"),
-)
-"""Their model types in transformers; SmolLM is a llama, Pythia a gpt_neox."""
-
-
-def family_of(model_type: str) -> str | None:
-    """The family of a converted model's type, None for any other."""
-    family = model_type.removeprefix(PREFIX)
-    return family if family in FAMILIES and model_type.startswith(PREFIX) else None
+from heedful.hf.converted.known import FAMILIES, PREFIX, source_of
 
 
 @cache
@@ -52,7 +43,14 @@ def model_class(family: str) -> Any:
     """`HeedfulLlamaForCausalLM` for "llama": the source's model with converted attention."""
     from heedful.hf.converted.model import ConvertedGenerationMixin
 
-    source: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[family]]
+    source = source_of(family)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return ConvertedGenerationMixin.forward(self, *args, **kwargs)
+
+    # generate and Trainer look up what a model takes
+    forward.__signature__ = inspect.signature(source.forward)  # type: ignore[attr-defined]
+    forward.__doc__ = source.forward.__doc__
     return type(
         f"Heedful{source.__name__}",
         (ConvertedGenerationMixin, source),
@@ -60,6 +58,7 @@ def model_class(family: str) -> Any:
             "__module__": "heedful.hf.converted",
             "__doc__": f"`{source.__name__}` with the attention that its config's `heedful` says.",
             "config_class": config_class(family),
+            "forward": forward,
         },
     )
 
@@ -79,6 +78,10 @@ def register_configs() -> None:
 @cache
 def register_model(family: str) -> None:
     """Let `AutoModelForCausalLM` know the model of a family, and how its weights are named in files."""
+    tokenizer = TOKENIZER_MAPPING.get(CONFIG_MAPPING[family], None)
+    for one in tokenizer if isinstance(tokenizer, tuple) else (tokenizer,):
+        if one is not None:
+            AutoTokenizer.register(config_class(family), fast_tokenizer_class=one, exist_ok=True)
     own = model_class(family).__name__
     for theirs, ours in ((family, PREFIX + family), (own.removeprefix("Heedful"), own)):
         mapping = get_checkpoint_conversion_mapping(theirs)

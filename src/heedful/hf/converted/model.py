@@ -9,7 +9,7 @@ from torch import nn
 
 from heedful.attention.eviction import Eviction
 from heedful.attention.registry import SCORES
-from heedful.attention.score import LayerLoss, Score
+from heedful.attention.score import Score
 from heedful.hf.budgeted import BudgetedGenerationMixin
 from heedful.hf.cache import HeedfulCache
 from heedful.hf.converted.attention import NAME, ConvertedAttention, converted_class
@@ -43,7 +43,7 @@ class ConvertedGenerationMixin(BudgetedGenerationMixin):
         return Eviction.of(Conversion.of(self.config).eviction)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the source's; a cache is one of ours, and under labels the score's own loss is added."""
+        """As the source's; a cache is one of ours."""
         cache = one_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         use_cache = kwargs.pop("use_cache", None)
         if use_cache is None:
@@ -55,6 +55,14 @@ class ConvertedGenerationMixin(BudgetedGenerationMixin):
         if isinstance(cache, HeedfulCache):
             cache.tick()
         return output
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As the source's; where that drops the cache, as Phi-3 does to read anew, a new one evicts alike."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
+        held = kwargs.get(CACHE)
+        if isinstance(held, HeedfulCache) and inputs.get(CACHE) is None:
+            inputs[CACHE] = self.new_cache(held.eviction)
+        return inputs
 
     def save_pretrained(
         self, save_directory: str | PathLike, is_main_process: bool = True, **kwargs: Any
@@ -151,7 +159,7 @@ def install(model: Any) -> None:
         if not isinstance(module, ConvertedAttention):
             source: Any = type(module)
             module.__class__ = converted_class(source)
-        module.slides, module.losses = window is not None, None
+        module.slides, module.stretch = window is not None, stretch_of(model)
         if module.slides:
             continue
         like = next(module.parameters())
@@ -173,9 +181,8 @@ def start(score: Score) -> None:
         silence()
 
 
-def take_losses(model: nn.Module) -> list[LayerLoss] | None:
-    """A list that receives the losses of the layers' own during the next forward pass."""
-    losses: list[LayerLoss] = []
-    for module in attention_layers(model):
-        module.losses = losses
-    return losses
+def stretch_of(model: nn.Module) -> float:
+    """What rotation multiplies lengths by, as YaRN and LongRoPE do; the most of any layer."""
+    names = "attention_scaling", "full_attention_attention_scaling", "sliding_attention_attention_scaling"
+    found = [getattr(module, name, None) for module in model.modules() for name in names]
+    return max([1.0, *(float(value) for value in found if isinstance(value, int | float))])

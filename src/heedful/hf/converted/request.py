@@ -6,7 +6,7 @@ from typing import Any
 
 from heedful.attention.eviction import Eviction
 from heedful.hf.converted.checkpoint import CONFIG, read_json
-from heedful.hf.converted.convert import convert_folder
+from heedful.hf.converted.convert import check_out, convert_folder
 from heedful.hf.converted.gguf import from_gguf
 from heedful.hf.converted.settings import Conversion
 
@@ -26,6 +26,14 @@ def conversion_of(
     Raises:
         ValueError: for an unsound option.
     """
+    if score not in ("selective", "softmax"):
+        raise ValueError(
+            f"score must be 'selective' or 'softmax', which keep a model what it is, got {score!r}"
+        )
+    if score == "softmax" and eviction.evicts and eviction.policy == "selective":
+        raise ValueError(
+            "score 'softmax' casts no votes to evict by; name another policy, such as 'streaming'"
+        )
     if per not in ("layer", "kv_head"):
         raise ValueError(f"per must be 'layer' or 'kv_head', got {per!r}")
     options: dict[str, Any] = {}
@@ -45,6 +53,7 @@ def convert_path(source: str | Path, out: str | Path, *, force: bool = False, **
     """Convert the checkpoint at `source`, a folder or a .gguf file, into the folder `out`; see `convert_folder`."""
     source = Path(source)
     if source.suffix == ".gguf" and source.is_file():
+        check_out(Path(out), source, force)
         with from_gguf(source, Path(out)) as folder:
             return convert_path(folder, out, force=force, **options)
     config = read_json(source / CONFIG, "the config of a model")

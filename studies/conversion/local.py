@@ -1,0 +1,175 @@
+"""Stage 0, forward only: selection heads learn, layer by layer, whom the future pays no attention to.
+
+    python studies/conversion/local.py record MODEL DATA --texts 48 --context 1024 a.txt b.txt ...
+    python studies/conversion/local.py train DATA OUT --layers 0 15      # two processes may share the layers
+    python studies/conversion/local.py measure MODEL OUT TEXT --budgets 128 256
+
+The target of query i is the attention that later queries, i included, pay to each key, summed over the heads that
+share a selector, as a distribution over the keys that may go by then. The prediction is softmax(-F): the loss is
+their KL. Votes are relu(q.k) / 64, so that F, a sum over up to a thousand queries, and its gradient have a sound
+size; they start small and equal, which makes F grow with age: recency. (Started 7 times larger, half of the layers
+ended with no vote at all; with a gradient below zero, votes of a third of the layers grew without bound.)
+"""
+
+import argparse
+import json
+import math
+import random
+import time
+from pathlib import Path
+
+import torch
+from simulate import Ranking, Rule, Seen, Simulated, measure, texts_of
+from torch import Tensor, nn
+
+SHARE = 1 / 64
+EVERY = 16  # one query in so many is a target
+
+
+def record(model: Simulated, texts: Tensor, out: Path) -> None:
+    """Keep what each layer sees: inputs (N, T, C) and for some queries the attention to come (N, G, n, T), bf16."""
+    context, layers = texts.shape[1], len(model.model.model.layers)
+    queries = torch.arange(3 * EVERY, context - 2 * EVERY, EVERY)
+    inputs: list[list[Tensor]] = [[] for _ in range(layers)]
+    targets: list[list[Tensor]] = [[] for _ in range(layers)]
+
+    def see(seen: Seen) -> None:
+        paid = seen.weights.unflatten(0, (seen.groups, -1)).sum(1)
+        to_come = paid.flip(1).cumsum(1).flip(1)[:, queries]
+        inputs[seen.layer].append(seen.x.bfloat16())
+        targets[seen.layer].append(to_come.bfloat16())
+
+    for i, ids in enumerate(texts):
+        started = time.perf_counter()
+        model.run(ids, see)
+        print(f"text {i + 1} of {len(texts)}, {time.perf_counter() - started:.1f} s", flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    for layer in range(layers):
+        kept = {"x": torch.stack(inputs[layer]), "to_come": torch.stack(targets[layer]), "queries": queries}
+        torch.save(kept, out / f"layer{layer}.pt")
+
+
+class Selector(nn.Module):
+    """F of every query, (R, T, T), from a layer's input (T, C)."""
+
+    def __init__(self, width: int, selectors: int, size: int, scale: float) -> None:
+        super().__init__()
+        self.shape, self.scale = (selectors, size), scale
+        self.q, self.k = nn.Linear(width, selectors * size), nn.Linear(width, selectors * size)
+        for layer, bias in ((self.q, 0.1), (self.k, 2.0 * size**0.5)):
+            nn.init.normal_(layer.weight, std=(0.2 / width) ** 0.5)
+            nn.init.zeros_(layer.bias)
+            with torch.no_grad():
+                layer.bias.view(self.shape)[:, 0] = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = (
+            layer(x / self.scale).unflatten(-1, self.shape).transpose(-3, -2) for layer in (self.q, self.k)
+        )
+        votes = (q @ k.mT * self.shape[1] ** -0.5 * SHARE).relu().tril(-1)
+        votes = votes * (torch.arange(votes.shape[-1]) > 0)
+        return votes.cumsum(-2) - votes
+
+
+def learn(data: Path, layer: int, selectors: int, size: int, steps: int, rate: float, grace: int) -> Selector:
+    """One layer's selector."""
+    kept = torch.load(data / f"layer{layer}.pt", weights_only=True)
+    x, to_come, queries = kept["x"], kept["to_come"], kept["queries"]
+    keys = torch.arange(x.shape[1])
+    may_go = (keys <= queries[:, None] - grace) & (keys >= 1)
+    torch.manual_seed(layer)
+    own = Selector(x.shape[-1], selectors, size, float(x[:4].float().square().mean().sqrt()))
+    optimizer, losses, started = torch.optim.Adam(own.parameters(), lr=rate), [], time.perf_counter()
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1.0, (step + 1) / 20) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        rows = torch.randint(len(x), (2,))
+        target = to_come[rows].float().unflatten(1, (selectors, -1)).sum(2).masked_fill(~may_go, 0.0)
+        target = target / target.sum(-1, keepdim=True)
+        predicted = (-own(x[rows].float())[:, :, queries]).masked_fill(~may_go, -1e9).log_softmax(-1)
+        loss = nn.functional.kl_div(predicted, target, reduction="none").sum(-1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(own.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    n = max(1, steps // 10)
+    first, last = sum(losses[:n]) / n, sum(losses[-n:]) / n
+    print(f"layer {layer}: KL {first:.3f} -> {last:.3f}, {time.perf_counter() - started:.0f} s", flush=True)
+    return own
+
+
+def ranked_by(selectors: dict[int, Selector]) -> Ranking:
+    """Who has most votes goes."""
+
+    @torch.no_grad()
+    def rank(seen: Seen) -> Tensor:
+        return selectors[seen.layer](seen.x)
+
+    return rank
+
+
+def main() -> None:
+    """Record, train or measure."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parts = parser.add_subparsers(dest="part", required=True)
+    one = parts.add_parser("record")
+    one.add_argument("model")
+    one.add_argument("data", type=Path)
+    one.add_argument("files", nargs="+")
+    one.add_argument("--texts", type=int, default=48)
+    two = parts.add_parser("train")
+    two.add_argument("data", type=Path)
+    two.add_argument("out", type=Path)
+    two.add_argument("--layers", type=int, nargs=2, default=[0, 30])
+    two.add_argument("--selectors", type=int, default=1)
+    two.add_argument("--size", type=int, default=32)
+    two.add_argument("--steps", type=int, default=200)
+    two.add_argument("--rate", type=float, default=2e-3)
+    three = parts.add_parser("measure")
+    three.add_argument("model")
+    three.add_argument("out", type=Path)
+    three.add_argument("text")
+    three.add_argument("--texts", type=int, default=2)
+    three.add_argument("--budgets", type=int, nargs="+", default=[128, 256])
+    for part in (one, three):
+        part.add_argument("--context", type=int, default=1024)
+    for part in (two, three):
+        part.add_argument("--grace", type=int, default=16)
+    values = parser.parse_args()
+    if values.part == "record":
+        model, draw, rows = Simulated(values.model), random.Random(0), []
+        books = [Path(name).read_text(encoding="utf-8", errors="replace") for name in values.files]
+        while len(rows) < values.texts:
+            book = books[len(rows) % len(books)]
+            at = book.find("\n", draw.randrange(max(1, len(book) - 8 * values.context))) + 1
+            ids = model.tokenizer(book[at : at + 8 * values.context])["input_ids"][: values.context]
+            rows += [ids] if len(ids) == values.context else []
+        record(model, torch.tensor(rows), values.data)
+    elif values.part == "train":
+        torch.set_num_threads(1)
+        values.out.mkdir(parents=True, exist_ok=True)
+        for layer in range(*values.layers):
+            how = values.selectors, values.size, values.steps, values.rate, values.grace
+            torch.save(learn(values.data, layer, *how), values.out / f"selector{layer}.pt")
+    else:
+        model = Simulated(values.model)
+        paths = sorted(values.out.glob("selector*.pt"))
+        own = {int(p.stem.removeprefix("selector")): torch.load(p, weights_only=False) for p in paths}
+        texts = texts_of(model.tokenizer, values.text, values.context, values.texts)
+        full = [model.run(ids) for ids in texts]
+        for budget in values.budgets:
+            rule = Rule(budget, grace=values.grace, first=4)
+            row = {
+                "ranking": str(values.out),
+                "context": values.context,
+                "budget": budget,
+                "grace": values.grace,
+            }
+            print(json.dumps(row | measure(model, texts, full, ranked_by(own), rule)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
