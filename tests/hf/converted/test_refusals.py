@@ -245,6 +245,7 @@ def run(source: str, *arguments: object) -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_without_heedful_loading_says_what_to_do(save_source: Callable[..., Path], tmp_path: Path):
     out = heedful.convert(save_source("llama"), tmp_path / "out")
     assert 'pip install "heedful[lm]"' in run(WITHOUT, out, "trusted")

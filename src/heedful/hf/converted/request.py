@@ -45,7 +45,8 @@ def conversion_of(
             options |= {"select_dim": select_dim, "selectors": groups if per == "kv_head" else 1}
         elif per == "kv_head":
             raise ValueError("per='kv_head' needs selector='added': attention head 0 is one selection head")
-    eviction.budgets(config.get("num_hidden_layers", config.get("n_layer", 0)))
+    if isinstance(eviction.budget, tuple):
+        eviction.budgets(config.get("num_hidden_layers", config.get("n_layer", 0)))
     return Conversion(score, options, eviction.to_dict() if eviction.evicts else None)
 
 
