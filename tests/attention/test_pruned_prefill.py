@@ -58,7 +58,10 @@ def test_departures_are_the_rule_query_by_query(draw):
     grace, first = draw.choice([(1, 1), (1, 1), (1, 3), (2, 1), (7, 2), (18, 1), (30, 4)])
     budget = budget if budget is None else max(budget, grace + first)
     rule = Rule(budget, draw.choice([1, 1, 2, 3, 5]), threshold, grace, first)
-    slots, length = (budget or 30) + rule.evict_every - 1, draw.choice([2, 5, 16, 17, 40, 64, 131])
+    slots, length = (
+        (budget or max(30, grace + first)) + rule.evict_every - 1,
+        draw.choice([2, 5, 16, 17, 40, 64, 131]),
+    )
     dtype = draw.choice([torch.float32, torch.float64])
     rows = []
     for _ in range(draw.choice([1, 2])):

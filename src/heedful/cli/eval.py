@@ -20,7 +20,7 @@ DESCRIPTION = """Measure a trained model with a KV cache that holds few tokens.
     heedful eval runs/a                                            # each policy with 8, 16, 32, 64 tokens
     heedful eval runs/a --kv-budget 4,16,full --policy streaming,tova --rows 64
     heedful eval runs/a --data other.txt --out runs/a/eval-other
-    heedful eval converted --data book.txt --kv-budget 256,512,full --kv-grace 64 --kv-first 4 --rows 8
+    heedful eval converted --data book.txt --kv-budget 256,512,full --kv-grace 64 --rows 8
 
 A budget is how many tokens the cache of each layer holds while a query attends, the first and the newest
 included; the policy says which token goes when one more arrives. The text is read as decoding would read it,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from heedful.data import (
     TokenDataset,
@@ -17,6 +17,7 @@ from heedful.data import (
     read_validation,
     token_bytes,
 )
+from heedful.hf.converted.known import family_of
 from heedful.training.settings import SETTINGS, TrainSettings
 
 
@@ -69,7 +70,7 @@ def held_out(
             f"--text-column {text_column} belongs to --data, and none is given; leave it out or name the data"
         )
     path = Path(run) / SETTINGS
-    if not path.exists() and (Path(run) / "config.json").exists():
+    if not path.exists() and _is_converted(Path(run)):
         if data is None or tokenizer is None:
             raise ValueError(f"{run} was not trained here: name a text it has not seen with --data")
         most = AutoConfig.from_pretrained(run, local_files_only=True).max_position_embeddings
@@ -96,6 +97,13 @@ def held_out(
         text = load_text(settings.data, settings.val_data, column=settings.text_column)
         documents, name = text.validation, f"{text.name} (validation)"
     return _of_text(name, documents, tokenizer, context or settings.context)
+
+
+def _is_converted(run: Path) -> bool:
+    if not (run / "config.json").exists():
+        return False
+    config, _ = PreTrainedConfig.get_config_dict(run, local_files_only=True)
+    return family_of(str(config.get("model_type"))) is not None
 
 
 def _of_text(name: str, documents: Sequence[str], tokenizer: Any, context: int) -> HeldOut:
