@@ -46,7 +46,9 @@ def let_them_vote(model: Any, seed: int = 3) -> None:
 
 
 @families
-@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize(
+    "how", [how if i in (0, 3) else pytest.param(how, marks=pytest.mark.slow) for i, how in enumerate(HOWS)]
+)
 def test_converted_it_is_its_source(
     family: str, how: str, save_source: Callable[..., Path], tmp_path: Path, ids: Tensor
 ):
@@ -107,7 +109,7 @@ def test_under_a_budget_all_ways_of_running_agree(
 
 
 @families
-@pytest.mark.parametrize("shard", ["5GB", "20KB"])
+@pytest.mark.parametrize("shard", [pytest.param("5GB", marks=pytest.mark.slow), "20KB"])
 def test_back_it_is_bit_for_bit(family: str, shard: str, save_source: Callable[..., Path], tmp_path: Path):
     source = save_source(family, shard=shard)
     heedful.convert(source, tmp_path / "out", per="kv_head", select_dim=4, eviction=Eviction(64, grace=8))
