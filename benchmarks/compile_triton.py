@@ -109,7 +109,7 @@ def report(dtype: str, size: int, coded: bool = False, only: Any = None) -> Iter
         out, after, before, log_sum = op._forward(q, k, v, None, None, None, code, 0.125, 0.125)
         op._backward(q, k, v, None, None, code, out, before, log_sum, out, after, 0.125, 0.125)
         if not coded:
-            slots._attend_slots(q[:, :, :1], k[:, :4], v[:, :4], *held, 0.125)
+            slots._attend_slots(q[:, :, :1], k[:, :4], v[:, :4], *held, 0.125, 64, 4)
     seen = set()
     for kernel, args, options in found:
         if kernel.__name__ not in seen and (only is None or only(kernel.__name__, options)):

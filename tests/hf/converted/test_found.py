@@ -28,10 +28,11 @@ def test_a_family_that_drops_its_cache_keeps_its_budget(length: int, make_source
     more = {"rope_parameters": LONG, "original_max_position_embeddings": 32, "eos_token_id": None}
     model = heedful.patch(make_source("phi3", **more))
     ids = torch.randint(3, 97, (1, length), generator=torch.Generator().manual_seed(0))
-    output = model.generate(
-        ids, max_new_tokens=10, do_sample=False, kv_budget=9, return_dict_in_generate=True, pad_token_id=0
-    )
-    assert output_cache(output).kept == [9, 9, 9]
+    how = {"max_new_tokens": 10, "do_sample": False, "return_dict_in_generate": True, "pad_token_id": 0}
+    output = model.generate(ids, kv_budget=9, **how)
+    # early versions of transformers go on from the last token alone
+    stock = output_cache(make_source("phi3", **more).generate(ids, **how)).get_seq_length()
+    assert output_cache(output).kept == [min(9, stock)] * 3
 
 
 def test_force_never_deletes_what_is_not_the_model_in_its_way(
