@@ -149,7 +149,6 @@ FORMS = [
         "selective",
         {"n_kv_heads": 2, "selector": "added", "selectors": 2, "select_dim": 5},
     ),
-    ("sas", "selective", "selective", {"selector": "added", "selectors": 12, "select_dim": 2}),
     ("mha", "selective", "selective", {"subtract": False}),
     (
         "gqa",

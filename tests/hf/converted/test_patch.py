@@ -54,6 +54,7 @@ def test_what_is_no_causal_model_is_refused(make_source: Callable[..., Any]):
         heedful.patch(model)
 
 
+@pytest.mark.slow
 def test_a_backbone_alone_is_not_taken_for_the_stock_one(make_source: Callable[..., Any], tmp_path: Path):
     heedful.patch(make_source("llama"), select_dim=4).save_pretrained(tmp_path / "saved")
     with pytest.raises(ValueError, match="HeedfulLlamaConfig"):
