@@ -1,5 +1,6 @@
 """The base class of attention forms. Read this first, then `score.py`: a Score uses the q, k, v made here."""
 
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +16,7 @@ from heedful.attention.tokens import SELECT_K, Tokens
 from heedful.ops.checks import check_shape, check_tensor, show
 from heedful.ops.masks import rank_in_segment
 from heedful.ops.precision import wide_dtype
-from heedful.ops.rope import rope
+from heedful.ops.rope import in_order, rope
 
 
 class Attention(nn.Module):
@@ -254,13 +255,8 @@ class Attention(nn.Module):
         gains = getattr(norm, "weight", None)
         if isinstance(gains, Tensor):
             x = x.to(gains.dtype)  # under autocast x is bf16 and the gain is not
-        if norm is not None and config.qk_norm_position == "before_rope":
-            x = norm(x)
-        if config.rope:
-            x = rope(x, positions, theta=config.rope_theta, base_dim=config.size)
-        if norm is not None and config.qk_norm_position == "after_rope":
-            x = norm(x)
-        return x
+        turn = partial(rope, positions=positions, theta=config.rope_theta, base_dim=config.size)
+        return in_order(x, norm, turn if config.rope else None, config.qk_norm_position == "before_rope")
 
     def _check_mask(self, name: str, mask: Tensor | None, shape: tuple[int, int]) -> None:
         if mask is None:

@@ -1,5 +1,7 @@
 """Rotary position embedding (Su et al., arXiv 2104.09864) in the rotate-half layout."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -56,3 +58,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.to(cos.dtype).chunk(2, dim=-1)
     rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return rotated.to(x.dtype)
+
+
+def in_order(
+    x: Tensor,
+    norm: Callable[[Tensor], Tensor] | None,
+    turn: Callable[[Tensor], Tensor] | None,
+    norm_first: bool,
+) -> Tensor:
+    """What queries and keys go through before they meet: QK-norm and rotation, either of them or none."""
+    for step in (norm, turn) if norm_first else (turn, norm):
+        if step is not None:
+            x = step(x)
+    return x

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from heedful.ops.precision import wide_dtype
-from heedful.ops.rope import rotate
+from heedful.ops.rope import in_order, rotate
 
 
 class Placement(NamedTuple):
@@ -39,14 +39,9 @@ class Placement(NamedTuple):
 def place(x: Tensor, placement: Placement) -> Tensor:
     """Norm and rotation of (B, Ĥ, T, D̂), in the order of `placement`."""
     norm, eps, cos, sin, norm_first = placement
-    x = x.to(placement.result_dtype(x))
-    if norm is not None and norm_first:
-        x = F.rms_norm(x, norm.shape, norm, eps)
-    if cos is not None and sin is not None:
-        x = rotate(x, cos[:, None], sin[:, None])
-    if norm is not None and not norm_first:
-        x = F.rms_norm(x, norm.shape, norm, eps)
-    return x
+    normed = None if norm is None else lambda x: F.rms_norm(x, norm.shape, norm, eps)
+    turned = None if cos is None or sin is None else lambda x: rotate(x, cos[:, None], sin[:, None])
+    return in_order(x.to(placement.result_dtype(x)), normed, turned, norm_first)
 
 
 def place_piece(x: Tensor, placement: Placement, out: Tensor) -> None:
