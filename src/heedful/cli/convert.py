@@ -79,14 +79,9 @@ def _say(out: Path, options: dict[str, Any]) -> None:
     from heedful.hf.converted.checkpoint import Checkpoint
     from heedful.hf.converted.convert import OF_SCORES
 
-    shapes = Checkpoint.read(out).shapes
-    sizes = {name: 1 for name in shapes}
-    for name, shape in shapes.items():
-        for n in shape:
-            sizes[name] *= n
-    added, total = sum(n for name, n in sizes.items() if OF_SCORES in name), sum(sizes.values())
-    print(
-        f"{out}: converted, {total - added:,} parameters as they were and {added:,} added ({added / total:.1%})"
-    )
+    checkpoint = Checkpoint.read(out)
+    added, total = checkpoint.parameters(OF_SCORES), checkpoint.parameters()
+    share = f"{added:,} added ({added / total:.1%})"
+    print(f"{out}: converted, {total - added:,} parameters as they were and {share}")
     if options["score"] == "selective" and options["selector"] == "added":
         print("its votes are zero until they are trained: until then it predicts what its source predicts")

@@ -164,9 +164,8 @@ class BudgetedGenerationMixin(GenerationMixin):
                     f"kv_policy={asked['kv_policy']!r} needs a budget or a threshold; nothing is evicted without"
                 )
             return eviction
-        if isinstance(
-            asked["kv_budget"], int | list | tuple
-        ):  # the number alone was given: who goes is as saved
+        if isinstance(asked["kv_budget"], int | list | tuple):
+            # the number alone was given: who goes is as saved
             for name in ("policy", "grace", "first"):
                 if asked[f"kv_{name}"] is None:
                     asked[f"kv_{name}"] = getattr(saved, name)

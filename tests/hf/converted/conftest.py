@@ -59,10 +59,6 @@ def config_of(family: str, **more: Any) -> Any:
     return CONFIG_MAPPING[family](**values)
 
 
-def kv_heads(family: str) -> int:
-    return 4 if family in ("gpt2", "gpt_neox") else 2
-
-
 @pytest.fixture
 def make_source() -> Callable[..., Any]:
     """A stock model in evaluation mode, whose weights are large enough for everything to matter."""

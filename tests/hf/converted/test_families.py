@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.hf.converted.conftest import SPECS, kv_heads
+from tests.hf.converted.conftest import SPECS
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -165,7 +165,6 @@ def test_gradients_reach_votes_through_every_layer(make_source: Callable[..., An
     model.train()(ids, labels=ids).loss.backward()
     grads = [p.grad for name, p in model.named_parameters() if ".score.select" in name]
     assert len(grads) == 12 and all(g is not None and bool(g.abs().sum() > 0) for g in grads)
-    assert kv_heads("qwen3") == 2
 
 
 @families

@@ -1,6 +1,7 @@
 """Checkpoints as files: what a folder holds, checked before anything is written; weights stream through."""
 
 import json
+import math
 import shutil
 import struct
 from collections.abc import Iterator
@@ -68,6 +69,10 @@ class Checkpoint:
                     raise ValueError(f"tensor {tensor} is in {home[tensor]} and in {name}; expected it once")
                 shapes[tensor], dtypes[tensor], home[tensor] = tuple(facts["shape"]), facts["dtype"], name
         return cls(folder, config, files, shapes, dtypes, home)
+
+    def parameters(self, within: str = "") -> int:
+        """The numbers in all tensors with `within` in their names."""
+        return sum(math.prod(shape) for name, shape in self.shapes.items() if within in name)
 
     def others(self) -> list[Path]:
         """Files that go along as they are: tokenizer, chat template, generation config, licence."""

@@ -104,7 +104,7 @@ def convert_back(source: str | Path, out: str | Path, *, force: bool = False) ->
         write_json(new / CONFIG, config, sort_keys=True)
         for path in checkpoint.others():
             copy(path, new / path.name)
-    return sum(torch.Size(checkpoint.shapes[name]).numel() for name in dropped)
+    return checkpoint.parameters(OF_SCORES)
 
 
 def patch(model: Any, conversion: Conversion) -> Any:
@@ -123,7 +123,6 @@ def patch(model: Any, conversion: Conversion) -> Any:
             f"expected a {source_class.__name__}, the causal model of {family}, got a {type(model).__name__}"
         )
     before = [(thing, thing.__class__, dict(thing.__dict__)) for thing in (model.config, *model.modules())]
-    dropouts = [(m, m.p) for m in model.modules() if isinstance(m, torch.nn.Dropout)]
     try:
         return _patched(model, family, conversion)
     except BaseException:
@@ -133,8 +132,6 @@ def patch(model: Any, conversion: Conversion) -> Any:
             thing.__dict__.update(state)
             if isinstance(thing, torch.nn.Module):
                 thing._modules.pop("score", None)
-        for module, p in dropouts:
-            module.p = p
         raise
 
 
@@ -215,9 +212,8 @@ def _added_weights(checkpoint: Checkpoint, family: str, config: dict[str, Any]) 
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{checkpoint.folder / CONFIG} is unsound: {reason}") from None
     prefix = f"{model.base_model_prefix}."
-    bare = not any(
-        name.startswith(prefix) for name in checkpoint.shapes
-    )  # saved as a base model; loads as well
+    # saved as a base model, its weights have no prefix, and load as well
+    bare = not any(name.startswith(prefix) for name in checkpoint.shapes)
     if not renames(family):
         _check_weights(checkpoint, model, prefix if bare else "")
     dtype = _BYTES.get(max(set(checkpoint.dtypes.values()), key=list(checkpoint.dtypes.values()).count))
