@@ -134,6 +134,7 @@ def main() -> None:
     three.add_argument("text")
     three.add_argument("--texts", type=int, default=2)
     three.add_argument("--budgets", type=int, nargs="+", default=[128, 256])
+    three.add_argument("--out", type=Path, default=Path(__file__).with_name("measured.jsonl"), dest="results")
     for part in (one, three):
         part.add_argument("--context", type=int, default=1024)
     for part in (two, three):

@@ -3,8 +3,8 @@
     python studies/conversion/simulate.py MODEL TEXT --context 1024 --texts 2 --budgets 128 256
 
 MODEL is a stock checkpoint (SmolLM2-135M: `heedful convert SmolLM2.gguf a`, `heedful convert a MODEL --back`).
-Measures recency, and an oracle that knows the attention that the future pays, as KL to the full cache, with the
-text given. Appends to baselines.jsonl. All T x T weights are in memory: contexts of some thousand tokens.
+Measures recency, H2O, TOVA and an oracle that knows the attention of the future, as KL to the full cache with the
+text given. TEXT is read from its third on. Appends to measured.jsonl. All T x T weights are in memory.
 """
 
 import argparse
@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
+import heedful
+from heedful.attention.eviction import Eviction
+from heedful.hf.names import CACHE
 from heedful.ops.eviction import Rule, departures
 
 
@@ -138,21 +141,37 @@ def texts_of(tokenizer: Any, path: str, context: int, n: int) -> Tensor:
 def measure(
     model: Simulated, texts: Tensor, full: list[Tensor], ranking: Ranking, rule: Rule
 ) -> dict[str, Any]:
-    """KL to the full cache: over all tokens, over those beyond the budget, and in the last quarter."""
-    started, curves, same = time.perf_counter(), [], []
-    for ids, expected in zip(texts, full, strict=True):
-        got = model.run(ids, evicting(ranking, rule))
-        curves.append((expected.exp() * (expected - got)).sum(-1))
-        same.append((expected.argmax(-1) == got.argmax(-1)).float().mean())
-    curve = torch.stack(curves).mean(0)
+    """`figures` of a ranking."""
+    started = time.perf_counter()
+    got = [model.run(ids, evicting(ranking, rule)) for ids in texts]
     assert rule.budget is not None
+    return figures(full, got, rule.budget, time.perf_counter() - started)
+
+
+def figures(full: list[Tensor], got: list[Tensor], budget: int, seconds: float) -> dict[str, Any]:
+    """KL to the full cache: over all tokens, over those beyond the budget, and in the last quarter."""
+    pairs = list(zip(full, got, strict=True))
+    curve = torch.stack([(a.exp() * (a - b)).sum(-1) for a, b in pairs]).mean(0)
+    same = torch.stack([(a.argmax(-1) == b.argmax(-1)).float().mean() for a, b in pairs])
     return {
         "kl": round(curve.mean().item(), 5),
-        "kl_beyond_budget": round(curve[rule.budget :].mean().item(), 5),
+        "kl_beyond_budget": round(curve[budget:].mean().item(), 5),
         "kl_last_quarter": round(curve[-len(curve) // 4 :].mean().item(), 5),
-        "same_top1": round(torch.stack(same).mean().item(), 4),
-        "seconds": round(time.perf_counter() - started, 1),
+        "same_top1": round(same.mean().item(), 4),
+        "seconds": round(seconds, 1),
     }
+
+
+@torch.no_grad()
+def measure_policy(folder: str, texts: Tensor, full: list[Tensor], eviction: Eviction) -> dict[str, Any]:
+    """The same for a policy that looks at weights after earlier evictions, in the cache that evicts."""
+    model = heedful.patch(AutoModelForCausalLM.from_pretrained(folder).eval(), score="softmax")
+    started, got = time.perf_counter(), []
+    for ids in texts:
+        cache: Any = {CACHE: model.new_cache(eviction)}
+        got.append(model(ids[None], **cache).logits[0].float().log_softmax(-1))
+    assert isinstance(eviction.budget, int)
+    return figures(full, got, eviction.budget, time.perf_counter() - started)
 
 
 def main() -> None:
@@ -165,7 +184,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--texts", type=int, default=2)
     parser.add_argument("--budgets", type=int, nargs="+", default=[128, 256])
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("baselines.jsonl"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("measured.jsonl"))
     values = parser.parse_args()
     model = Simulated(values.model)
     texts = texts_of(model.tokenizer, values.text, values.context, values.texts)
@@ -187,6 +206,18 @@ def main() -> None:
                 **safe,
             }
             row |= measure(model, texts, full, ranking, Rule(budget, **safe))
+            print(row, flush=True)
+            with values.out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        for policy, safe in (("h2o", {}), ("tova", {"first": 4, "grace": budget // 4})):
+            row = {
+                "ranking": policy,
+                "context": values.context,
+                "texts": values.texts,
+                "budget": budget,
+                **safe,
+            }
+            row |= measure_policy(values.model, texts, full, Eviction(budget, policy, **safe))
             print(row, flush=True)
             with values.out.open("a") as file:
                 file.write(json.dumps(row) + "\n")

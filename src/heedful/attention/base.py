@@ -12,7 +12,7 @@ from heedful.attention.plain import is_plain
 from heedful.attention.registry import SCORES
 from heedful.attention.score import LayerLoss, Score
 from heedful.attention.signature import ConfigSignature, check_keywords
-from heedful.attention.tokens import SELECT_K, Tokens
+from heedful.attention.tokens import Tokens
 from heedful.ops.checks import check_shape, check_tensor, show
 from heedful.ops.masks import rank_in_segment
 from heedful.ops.precision import wide_dtype
@@ -120,29 +120,14 @@ class Attention(nn.Module):
             else:
                 positions = cache.next_positions(*given, batch, length, x.device)
         q, memory = self.project(x, positions)
-        own = self.score.selection(x, self.scale)
-        if own is not None:
-            memory = {**memory, SELECT_K: own[1]}
-        tokens = Tokens(x, q, memory, key_mask, segment_ids, None if own is None else own[0])
-        return self.aggregate(self._attend(tokens, losses) if cache is None else cache.attend(self, tokens))
+        tokens = Tokens.of(self, x, q, memory, key_mask, segment_ids)
+        heads = tokens.attend_alone(self, losses) if cache is None else cache.attend(self, tokens)
+        return self.aggregate(heads)
 
     @property
     def scale(self) -> float:
         """Multiplies the logits: 1/sqrt(D)."""
         return self.config.qk_dim**-0.5
-
-    def _attend(self, tokens: Tokens, losses: list[LayerLoss] | None) -> Tensor:
-        """Attend among the tokens alone: the outputs of the heads, (B, H, T, E)."""
-        x, q, memory, key_mask, segment_ids, _ = tokens
-        k, v = self.keys_values(memory)
-        rest: dict[str, Any] = {"key_mask": key_mask, "segment_ids": segment_ids, "scale": self.scale}
-        rest |= tokens.selection(memory)
-        if losses is not None:
-            own = self.score.layer_loss(q, k, **rest)
-            if own is not None:
-                losses.append(own)
-        out, _ = self.score(q, k, v, x=x, state={}, **rest)
-        return out
 
     def place_queries(self, q: Tensor, positions: Tensor) -> Tensor:
         """QK-norm and rotary positions, as configured, on (B, H, T, D)."""

@@ -101,6 +101,9 @@ class Score(nn.Module):
     def reset_parameters(self) -> None:
         """Fresh weights, for a score whose layers need another start than all linear layers have."""
 
+    def silence(self) -> None:
+        """Let selection heads of the score's own cast no vote, for a model that was trained without them."""
+
     def layer_loss(
         self,
         q: Tensor,

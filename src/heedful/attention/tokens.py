@@ -4,7 +4,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from heedful.attention.score import Score
+from heedful.attention.score import LayerLoss, Score
 
 SELECT_K = "select_k"
 """The name of the keys of selection heads among what is remembered."""
@@ -26,6 +26,22 @@ class Tokens(NamedTuple):
     select_q: Tensor | None = None
     """(B, R, T, D'), the queries of selection heads of the score's own; their keys are in `memory`. None: none."""
 
+    @classmethod
+    def of(
+        cls,
+        layer: "Layer",
+        x: Tensor,
+        q: Tensor,
+        memory: dict[str, Tensor],
+        key_mask: Tensor | None,
+        segment_ids: Tensor | None,
+    ) -> "Tokens":
+        """With what the selection heads of the layer's score make of `x`, where it has some."""
+        own = layer.score.selection(x, layer.scale)
+        if own is None:
+            return cls(x, q, memory, key_mask, segment_ids)
+        return cls(x, q, {**memory, SELECT_K: own[1]}, key_mask, segment_ids, own[0])
+
     @property
     def length(self) -> int:
         """T."""
@@ -42,6 +58,17 @@ class Tokens(NamedTuple):
     def selection(self, memory: dict[str, Tensor]) -> dict[str, Any]:
         """What a score with selection heads of its own is given beside q and k; `memory`: of all keys."""
         return {} if self.select_q is None else {"select": (self.select_q, memory[SELECT_K])}
+
+    def attend_alone(self, layer: "Layer", losses: list[LayerLoss] | None = None) -> Tensor:
+        """Attend among these tokens: the outputs of the heads, (B, H, T, E); `losses` receives the layer's own."""
+        k, v = layer.keys_values(self.memory)
+        rest: dict[str, Any] = {"key_mask": self.key_mask, "segment_ids": self.segment_ids}
+        rest |= {"scale": layer.scale, **self.selection(self.memory)}
+        own = None if losses is None else layer.score.layer_loss(self.q, k, **rest)
+        if losses is not None and own is not None:
+            losses.append(own)
+        out, _ = layer.score(self.q, k, v, x=self.x, state={}, **rest)
+        return out
 
     def folded(self, groups: int) -> "Tokens":
         """Each of `groups` key heads with its queries and its selection head as a row of its own, (B·G, ...)."""

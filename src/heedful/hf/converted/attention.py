@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
 from heedful.attention.score import Score
-from heedful.attention.tokens import SELECT_K, Tokens
+from heedful.attention.tokens import Tokens
 from heedful.hf.cache import ConvertedCacheLayer, HeedfulCache
 from heedful.hf.converted.known import FAMILIES, source_module
 from heedful.hf.converted.norms import largest_norm
@@ -145,19 +145,12 @@ def attend(
     if segment_ids is None and kwargs.get("cu_seq_lens_q") is not None:
         lengths = kwargs["cu_seq_lens_q"], kwargs.get("cu_seq_lens_k")
         segment_ids = segments_of_lengths(*lengths, query.shape[0], query.shape[2])
-    own, memory = module.score.selection(heedful.x, module.scale), {"k": key, "v": value}
-    if own is not None:
-        memory[SELECT_K] = own[1]
-    tokens = Tokens(heedful.x, query, memory, key_mask, segment_ids, None if own is None else own[0])
-    held = None if heedful.cache is None else heedful.cache.layers[module.layer_idx]
-    if held is None:
-        rest: dict[str, Any] = {"key_mask": key_mask, "segment_ids": segment_ids, "scale": module.scale}
-        rest |= tokens.selection(memory)
-        out, _ = module.score(query, key, value, x=heedful.x, state={}, **rest)
-    else:
-        assert isinstance(held, ConvertedCacheLayer)
-        out = held.memory.attend(module, tokens)
-    return out.transpose(1, 2), None
+    tokens = Tokens.of(module, heedful.x, query, {"k": key, "v": value}, key_mask, segment_ids)
+    if heedful.cache is None:
+        return tokens.attend_alone(module).transpose(1, 2), None
+    held = heedful.cache.layers[module.layer_idx]
+    assert isinstance(held, ConvertedCacheLayer)
+    return held.memory.attend(module, tokens).transpose(1, 2), None
 
 
 def mask(

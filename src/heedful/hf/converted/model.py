@@ -155,11 +155,12 @@ def install(model: Any) -> None:
     selectors = getattr(score_config, "selectors", 1)
     if selectors not in (1, groups):
         raise ValueError(f"selectors must be 1 or the number of key/value heads ({groups}), got {selectors}")
+    stretch = stretch_of(model)
     for module, window in zip(layers, windows, strict=True):
         if not isinstance(module, ConvertedAttention):
             source: Any = type(module)
             module.__class__ = converted_class(source)
-        module.slides, module.stretch = window is not None, stretch_of(model)
+        module.slides, module.stretch = window is not None, stretch
         if module.slides:
             continue
         like = next(module.parameters())
@@ -176,9 +177,7 @@ def install(model: Any) -> None:
 def start(score: Score) -> None:
     """Fresh weights of a score in a converted model: none of its votes is cast."""
     score.reset_parameters()
-    silence = getattr(score, "silence", None)
-    if silence is not None:
-        silence()
+    score.silence()
 
 
 def stretch_of(model: nn.Module) -> float:
