@@ -99,6 +99,14 @@ def learn(data: Path, layer: int, selectors: int, size: int, steps: int, rate: f
     return own
 
 
+def read(path: Path) -> Selector:
+    """A selector that `train` left."""
+    kept = torch.load(path, weights_only=True)
+    own = Selector(kept["weights"]["q.weight"].shape[1], *kept["shape"], kept["scale"])
+    own.load_state_dict(kept["weights"])
+    return own
+
+
 def ranked_by(selectors: dict[int, Selector]) -> Ranking:
     """Who has most votes goes."""
 
@@ -133,8 +141,8 @@ def main() -> None:
     three.add_argument("out", type=Path)
     three.add_argument("text")
     three.add_argument("--texts", type=int, default=2)
+    three.add_argument("--results", type=Path, default=Path(__file__).with_name("measured.jsonl"))
     three.add_argument("--budgets", type=int, nargs="+", default=[128, 256])
-    three.add_argument("--out", type=Path, default=Path(__file__).with_name("measured.jsonl"), dest="results")
     for part in (one, three):
         part.add_argument("--context", type=int, default=1024)
     for part in (two, three):
@@ -154,22 +162,23 @@ def main() -> None:
         values.out.mkdir(parents=True, exist_ok=True)
         for layer in range(*values.layers):
             how = values.selectors, values.size, values.steps, values.rate, values.grace
-            torch.save(learn(values.data, layer, *how), values.out / f"selector{layer}.pt")
+            own = learn(values.data, layer, *how)
+            kept = {"shape": own.shape, "scale": own.scale, "weights": own.state_dict()}
+            torch.save(kept, values.out / f"selector{layer}.pt")
     else:
         model = Simulated(values.model)
         paths = sorted(values.out.glob("selector*.pt"))
-        own = {int(p.stem.removeprefix("selector")): torch.load(p, weights_only=False) for p in paths}
+        selectors = {int(path.stem.removeprefix("selector")): read(path) for path in paths}
         texts = texts_of(model.tokenizer, values.text, values.context, values.texts)
         full = [model.run(ids) for ids in texts]
         for budget in values.budgets:
             rule = Rule(budget, grace=values.grace, first=4)
-            row = {
-                "ranking": str(values.out),
-                "context": values.context,
-                "budget": budget,
-                "grace": values.grace,
-            }
-            print(json.dumps(row | measure(model, texts, full, ranked_by(own), rule)), flush=True)
+            row = {"ranking": f"votes, {values.out.name}", "context": values.context, "texts": values.texts}
+            row |= {"budget": budget, "first": 4, "grace": values.grace}
+            row |= measure(model, texts, full, ranked_by(selectors), rule)
+            print(row, flush=True)
+            with values.results.open("a") as file:
+                file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":
