@@ -2,6 +2,7 @@
 
     python studies/conversion/local.py record MODEL DATA --texts 48 --context 1024 a.txt b.txt ...
     python studies/conversion/local.py train DATA OUT --layers 0 15      # two processes may share the layers
+    python studies/conversion/local.py choose DATA                       # widths, rotation, who shares, age
     python studies/conversion/local.py measure MODEL OUT TEXT --budgets 128 256
 
 The target of query i is the attention that later queries, i included, pay to each key, summed over the heads that
@@ -16,11 +17,16 @@ import json
 import math
 import random
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from simulate import Ranking, Rule, Seen, Simulated, measure, texts_of
 from torch import Tensor, nn
+
+from heedful.ops.rope import rotate, rotation
 
 SHARE = 1 / 64
 EVERY = 16  # one query in so many is a target
@@ -52,9 +58,9 @@ def record(model: Simulated, texts: Tensor, out: Path) -> None:
 class Selector(nn.Module):
     """F of every query, (R, T, T), from a layer's input (T, C)."""
 
-    def __init__(self, width: int, selectors: int, size: int, scale: float) -> None:
+    def __init__(self, width: int, selectors: int, size: int, scale: float, rotary: bool = False) -> None:
         super().__init__()
-        self.shape, self.scale = (selectors, size), scale
+        self.shape, self.scale, self.rotary = (selectors, size), scale, rotary
         self.q, self.k = nn.Linear(width, selectors * size), nn.Linear(width, selectors * size)
         for layer, bias in ((self.q, 0.1), (self.k, 2.0 * size**0.5)):
             nn.init.normal_(layer.weight, std=(0.2 / width) ** 0.5)
@@ -66,20 +72,109 @@ class Selector(nn.Module):
         q, k = (
             layer(x / self.scale).unflatten(-1, self.shape).transpose(-3, -2) for layer in (self.q, self.k)
         )
+        if self.rotary:
+            turns = rotation(torch.arange(x.shape[-2]), self.shape[1], torch.float32)
+            q, k = rotate(q, *turns), rotate(k, *turns)
         votes = (q @ k.mT * self.shape[1] ** -0.5 * SHARE).relu().tril(-1)
         votes = votes * (torch.arange(votes.shape[-1]) > 0)
         return votes.cumsum(-2) - votes
 
 
-def learn(data: Path, layer: int, selectors: int, size: int, steps: int, rate: float, grace: int) -> Selector:
-    """One layer's selector."""
+class Retention(nn.Module):
+    """The control: each token's own number for how much it will matter, and one for how fast that fades with age.
+
+    As the retention gates of TRIM-KV (arXiv 2512.03324): who is asked is the token alone, no later query.
+    """
+
+    def __init__(self, width: int, selectors: int, size: int, scale: float) -> None:
+        super().__init__()
+        self.shape, self.scale = (selectors, size), scale
+        self.hidden, self.out = nn.Linear(width, 2 * size), nn.Linear(2 * size, 2 * selectors)
+        nn.init.zeros_(self.out.weight)
+        with torch.no_grad():
+            self.out.bias.view(2, selectors)[1] = -6.0  # a slope of 0.0025 a token
+
+    def forward(self, x: Tensor) -> Tensor:
+        levels, slopes = self.out(nn.functional.silu(self.hidden(x / self.scale))).mT.chunk(2, dim=-2)
+        at = torch.arange(x.shape[-2])
+        age = (at[:, None] - at).clamp(min=0)
+        return nn.functional.softplus(slopes)[..., None, :] * age - levels[..., None, :]
+
+
+HELD_OUT = 8  # texts, the last
+FORMS = {
+    "width 16": (1, 16, Selector),
+    "width 32": (1, 32, Selector),
+    "width 64": (1, 64, Selector),
+    "width 32, rotary": (1, 32, partial(Selector, rotary=True)),
+    "width 32, per KV head": (0, 32, Selector),
+    "scalar retention": (1, 32, Retention),
+    "scalar retention, per KV head": (0, 32, Retention),
+}
+
+
+def choose(data: Path, layers: list[int], steps: int, rate: float, grace: int, results: Path) -> None:
+    """Learn each form on all but the last texts; what of the attention to come its survivors would get there."""
+    for layer in layers:
+        kept = torch.load(data / f"layer{layer}.pt", weights_only=True)
+        x, to_come, queries = (
+            kept["x"][-HELD_OUT:].float(),
+            kept["to_come"][-HELD_OUT:].float(),
+            kept["queries"],
+        )
+        keys = torch.arange(x.shape[1])
+        may_go = (keys <= queries[:, None] - grace) & (keys >= 1)
+        mass = to_come.masked_fill(~may_go, 0.0)
+        stay = torch.div(may_go.sum(-1), 4, rounding_mode="floor")  # one in four stays
+
+        def lost(ranks: Tensor, mass: Tensor = mass, may_go: Tensor = may_go, stay: Tensor = stay) -> float:
+            """Share of the attention that the keys which may go would get and those that stay do not; (N, R, n, T)."""
+            order = ranks.masked_fill(~may_go, torch.inf).argsort(-1)
+            places = torch.empty_like(order).scatter_(
+                -1, order, torch.arange(ranks.shape[-1]).expand_as(order)
+            )
+            gone = (places >= stay[:, None]) & may_go
+            gone = gone.repeat_interleave(mass.shape[1] // gone.shape[1], 1)
+            return ((mass * gone).sum((1, 3)) / mass.sum((1, 3))).mean().item()
+
+        rows: list[dict[str, object]] = [
+            {"form": "recency", "lost": lost(-keys.float().expand(len(x), 1, len(queries), -1))},
+            {"form": "oracle, per layer", "lost": lost(-mass.sum(1, keepdim=True))},
+            {"form": "oracle, per KV head", "lost": lost(-mass)},
+        ]
+        for name, (selectors, size, form) in FORMS.items():
+            started = time.perf_counter()
+            own, _ = learn(data, layer, selectors or mass.shape[1], size, steps, rate, grace, form, HELD_OUT)
+            with torch.no_grad():
+                ranks = torch.stack([own(text)[:, queries] for text in x])
+            rows.append({"form": name, "lost": lost(ranks), "seconds": round(time.perf_counter() - started)})
+        for row in rows:
+            row = {"layer": layer, **row, "steps": steps}
+            print(row, flush=True)
+            with results.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+def learn(
+    data: Path,
+    layer: int,
+    selectors: int,
+    size: int,
+    steps: int,
+    rate: float,
+    grace: int,
+    form: Callable[..., Any] = Selector,
+    held_out: int = 0,
+) -> tuple[Any, list[float]]:
+    """One layer's selector, and its losses."""
     kept = torch.load(data / f"layer{layer}.pt", weights_only=True)
-    x, to_come, queries = kept["x"], kept["to_come"], kept["queries"]
+    n_texts = len(kept["x"]) - held_out
+    x, to_come, queries = kept["x"][:n_texts], kept["to_come"][:n_texts], kept["queries"]
     keys = torch.arange(x.shape[1])
     may_go = (keys <= queries[:, None] - grace) & (keys >= 1)
     torch.manual_seed(layer)
-    own = Selector(x.shape[-1], selectors, size, float(x[:4].float().square().mean().sqrt()))
-    optimizer, losses, started = torch.optim.Adam(own.parameters(), lr=rate), [], time.perf_counter()
+    own = form(x.shape[-1], selectors, size, float(x[:4].float().square().mean().sqrt()))
+    optimizer, losses = torch.optim.Adam(own.parameters(), lr=rate), []
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, (step + 1) / 20) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
@@ -93,10 +188,7 @@ def learn(data: Path, layer: int, selectors: int, size: int, steps: int, rate: f
         nn.utils.clip_grad_norm_(own.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.item())
-    n = max(1, steps // 10)
-    first, last = sum(losses[:n]) / n, sum(losses[-n:]) / n
-    print(f"layer {layer}: KL {first:.3f} -> {last:.3f}, {time.perf_counter() - started:.0f} s", flush=True)
-    return own
+    return own, losses
 
 
 def read(path: Path) -> Selector:
@@ -143,9 +235,15 @@ def main() -> None:
     three.add_argument("--texts", type=int, default=2)
     three.add_argument("--results", type=Path, default=Path(__file__).with_name("measured.jsonl"))
     three.add_argument("--budgets", type=int, nargs="+", default=[128, 256])
+    four = parts.add_parser("choose")
+    four.add_argument("data", type=Path)
+    four.add_argument("--layers", type=int, nargs="+", default=[0, 4, 8, 12, 16, 20, 24, 28])
+    four.add_argument("--steps", type=int, default=200)
+    four.add_argument("--rate", type=float, default=2e-3)
+    four.add_argument("--results", type=Path, default=Path(__file__).with_name("forms.jsonl"))
     for part in (one, three):
         part.add_argument("--context", type=int, default=1024)
-    for part in (two, three):
+    for part in (two, three, four):
         part.add_argument("--grace", type=int, default=16)
     values = parser.parse_args()
     if values.part == "record":
@@ -162,9 +260,17 @@ def main() -> None:
         values.out.mkdir(parents=True, exist_ok=True)
         for layer in range(*values.layers):
             how = values.selectors, values.size, values.steps, values.rate, values.grace
-            own = learn(values.data, layer, *how)
+            started = time.perf_counter()
+            own, losses = learn(values.data, layer, *how)
+            n = max(1, len(losses) // 10)
+            first, last, seconds = sum(losses[:n]) / n, sum(losses[-n:]) / n, time.perf_counter() - started
+            print(f"layer {layer}: KL {first:.3f} -> {last:.3f}, {seconds:.0f} s", flush=True)
             kept = {"shape": own.shape, "scale": own.scale, "weights": own.state_dict()}
             torch.save(kept, values.out / f"selector{layer}.pt")
+    elif values.part == "choose":
+        torch.set_num_threads(1)
+        how = values.steps, values.rate, values.grace
+        choose(values.data, values.layers, *how, values.results)
     else:
         model = Simulated(values.model)
         paths = sorted(values.out.glob("selector*.pt"))
