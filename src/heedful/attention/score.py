@@ -104,6 +104,11 @@ class Score(nn.Module):
     def silence(self) -> None:
         """Let selection heads of the score's own cast no vote, for a model that was trained without them."""
 
+    @property
+    def silent(self) -> bool:
+        """Whether it has selection heads of its own that cast no vote, whatever they read."""
+        return False
+
     def layer_loss(
         self,
         q: Tensor,

@@ -136,6 +136,16 @@ class SelectiveScore(EvictableScore):
         fill_(self.select_k.bias, torch.zeros(self.select_k.bias.shape))
 
     @property
+    def silent(self) -> bool:
+        """Whether added selection heads have keys, or queries, of zero."""
+        if self.config.selector == "head":
+            return False
+        return any(
+            not bool(layer.weight.any()) and not bool(layer.bias.any())
+            for layer in (self.select_q, self.select_k)
+        )
+
+    @property
     def causal_to_the_bit(self) -> bool:
         """The formula is; its kernels decide per block of queries whether a maximum is needed."""
         return self.config.impl == "reference"

@@ -16,7 +16,7 @@ COMMANDS = {
     "demo": "the whole story in some minutes, offline",
     "ls": "list the attention and score forms",
     "show": "explain one form: what it is, its formula, its cost, its paper",
-    "doctor": "say what is active here and why: libraries, kernels, threads, what is missing",
+    "doctor": "say what is active here and why; or prove that a model keeps to its budget",
 }
 
 USAGE = """heedful: attention that simulates more and keeps less.

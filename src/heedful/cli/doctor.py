@@ -1,9 +1,10 @@
-"""`heedful doctor`: it works without the extras, since it says which are missing."""
+"""`heedful doctor`: without a model it works without the extras, since it says which are missing."""
 
 import json
 import shutil
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 from heedful.cli.errors import UsageError
 from heedful.cli.wrapping import wrapped
@@ -11,31 +12,70 @@ from heedful.doctor import examine, lines
 from heedful.ops.checks import did_you_mean
 
 DESCRIPTION = """usage: heedful doctor [--json]
+       heedful doctor RUN [--kv-budget N] [--kv-policy NAME] [--json]
 
 Say what is active on this machine, and why: versions, extras that are missing, the processor and its
 threads, the GPU, and which implementation impl="auto" takes.
 
-  --json    the same as JSON"""
+With RUN, the folder of a trained or converted model, prove that a budget is active in it: text is generated beyond
+the budget, the tokens held and evicted are counted in every layer, and the tokens are compared with those of one
+pass with the eviction mask. It fails, with exit code 1, where no budget is saved or given, nothing was evicted, a
+layer holds too much, or a token differs. The model runs in float32, so that rounding does not decide who goes.
+
+  --kv-budget N       tokens the cache of each layer holds: 64, 64,32,...; what is saved with the model if left out
+  --kv-policy NAME    which token is evicted; the saved one, or selective, if left out
+  --json              the same as JSON"""
+
+_VALUES = "--kv-budget", "--kv-policy"
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Print the report."""
+    """Print the report, on the machine or on a model."""
     if any(word in ("-h", "--help") for word in arguments):
         print(wrapped(DESCRIPTION))
         return 0
-    for word in arguments:
-        if word != "--json":
-            hint = did_you_mean(word, ["--json"])
-            raise UsageError(f"unknown option {word}; {hint}see heedful doctor --help")
-    report = examine()
-    if arguments:
+    folder, values, as_json = _parsed(arguments)
+    if folder is not None:
+        from heedful.cli.doctor_run import examine_run
+
+        return examine_run(folder, values.get("--kv-budget", ""), values.get("--kv-policy"), as_json)
+    for name in values:
+        raise UsageError(f"{name} needs the folder of a model: heedful doctor RUN {name} ...")
+    show(examine(), as_json, lines)
+    return 0
+
+
+def _parsed(arguments: Sequence[str]) -> tuple[str | None, dict[str, str], bool]:
+    """The folder, the values of flags, and whether JSON is asked for."""
+    folder, values, as_json = None, dict[str, str](), False
+    left = list(arguments)
+    while left:
+        name, equals, value = left.pop(0).partition("=")
+        if name == "--json" and not equals:
+            as_json = True
+        elif name in _VALUES:
+            if not equals and not left:
+                raise UsageError(f"{name} needs a value; see heedful doctor --help")
+            values[name] = value if equals else left.pop(0)
+        elif name.startswith("-"):
+            hint = did_you_mean(name, ["--json", *_VALUES])
+            raise UsageError(f"unknown option {name}; {hint}see heedful doctor --help")
+        elif folder is not None:
+            raise UsageError(f"one folder at a time, got {folder} and {name}")
+        else:
+            folder = f"{name}{equals}{value}"
+    return folder, values, as_json
+
+
+def show(report: dict[str, Any], as_json: bool, in_lines: Any) -> None:
+    """Print a report, as JSON or as lines that fit the screen."""
+    if as_json:
         print(json.dumps(report, indent=2))
-        return 0
+        return
     width = max(40, shutil.get_terminal_size().columns)
-    for line in lines(report):
+    for line in in_lines(report):
         print(
             textwrap.fill(
                 line, width, subsequent_indent=" " * 6, break_long_words=False, break_on_hyphens=False
             )
         )
-    return 0

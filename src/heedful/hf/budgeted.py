@@ -80,7 +80,7 @@ class BudgetedGenerationMixin(GenerationMixin):
             for name, value in zip(KV_NAMES, values, strict=True)
         }
         if cache is None and use_cache is not False:
-            eviction = self._eviction(**asked)
+            eviction = self.resolve_eviction(**asked)
             if eviction.evicts:
                 kwargs[CACHE] = self.new_cache(eviction)
         elif Eviction.of(**asked).evicts:
@@ -126,7 +126,9 @@ class BudgetedGenerationMixin(GenerationMixin):
         """
         if reduction not in ("mean", "none"):
             raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
-        eviction = self._eviction(kv_budget, kv_policy, kv_evict_every, kv_threshold, kv_grace, kv_first)
+        eviction = self.resolve_eviction(
+            kv_budget, kv_policy, kv_evict_every, kv_threshold, kv_grace, kv_first
+        )
         forward: Any = self
         more: dict[str, Any] = {CACHE: self.new_cache(eviction)}
         if attention_mask is not None:
@@ -140,7 +142,7 @@ class BudgetedGenerationMixin(GenerationMixin):
             return nll.sum() / counted.sum() if reduction == "mean" else nll
         return nll.mean() if reduction == "mean" else nll
 
-    def _eviction(
+    def resolve_eviction(
         self,
         kv_budget: AnyBudget = None,
         kv_policy: str | None = None,
@@ -149,7 +151,11 @@ class BudgetedGenerationMixin(GenerationMixin):
         kv_grace: int | None = None,
         kv_first: int | None = None,
     ) -> Eviction:
-        """What was asked for, the rest from the generation config, then from the config."""
+        """What `generate` does if asked for this: the rest is from the generation config, then from the config.
+
+        Raises:
+            ValueError: for what is unsound.
+        """
         given = kv_budget, kv_policy, kv_evict_every, kv_threshold, kv_grace, kv_first
         usual = self.generation_config
         asked: dict[str, Any] = {
