@@ -128,7 +128,7 @@ def choose(data: Path, layers: list[int], steps: int, rate: float, grace: int, r
         stay = torch.div(may_go.sum(-1), 4, rounding_mode="floor")  # one in four stays
 
         def lost(ranks: Tensor, mass: Tensor = mass, may_go: Tensor = may_go, stay: Tensor = stay) -> float:
-            """Share of the attention that the keys which may go would get and those that stay do not; (N, R, n, T)."""
+            """Share of the attention that keys that may go would get, and those that stay do not; (N, R, n, T)."""
             order = ranks.masked_fill(~may_go, torch.inf).argsort(-1)
             places = torch.empty_like(order).scatter_(
                 -1, order, torch.arange(ranks.shape[-1]).expand_as(order)
