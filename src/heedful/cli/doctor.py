@@ -1,13 +1,9 @@
 """`heedful doctor`: without a model it works without the extras, since it says which are missing."""
 
-import json
-import shutil
-import textwrap
 from collections.abc import Sequence
-from typing import Any
 
 from heedful.cli.errors import UsageError
-from heedful.cli.wrapping import wrapped
+from heedful.cli.wrapping import print_report, wrapped
 from heedful.doctor import examine, lines
 from heedful.ops.checks import did_you_mean
 
@@ -41,7 +37,8 @@ def run(arguments: Sequence[str]) -> int:
         return examine_run(folder, values.get("--kv-budget", ""), values.get("--kv-policy"), as_json)
     for name in values:
         raise UsageError(f"{name} needs the folder of a model: heedful doctor RUN {name} ...")
-    show(examine(), as_json, lines)
+    report = examine()
+    print_report(report, None if as_json else lines(report))
     return 0
 
 
@@ -65,17 +62,3 @@ def _parsed(arguments: Sequence[str]) -> tuple[str | None, dict[str, str], bool]
         else:
             folder = f"{name}{equals}{value}"
     return folder, values, as_json
-
-
-def show(report: dict[str, Any], as_json: bool, in_lines: Any) -> None:
-    """Print a report, as JSON or as lines that fit the screen."""
-    if as_json:
-        print(json.dumps(report, indent=2))
-        return
-    width = max(40, shutil.get_terminal_size().columns)
-    for line in in_lines(report):
-        print(
-            textwrap.fill(
-                line, width, subsequent_indent=" " * 6, break_long_words=False, break_on_hyphens=False
-            )
-        )

@@ -6,9 +6,9 @@ from typing import Any
 from rich.console import Console
 
 from heedful.attention.eviction import POLICIES, Eviction
-from heedful.cli.doctor import show
 from heedful.cli.errors import UsageError
 from heedful.cli.parsing import kv_budget_of
+from heedful.cli.wrapping import print_report
 from heedful.screen import progress_bar, spinner
 
 
@@ -34,7 +34,7 @@ def examine_run(folder: str, kv_budget: str, kv_policy: str | None, as_json: boo
         model = load_model(folder)
     facts = _facts(model, folder)
     if not as_json:
-        show(facts, False, _fact_lines)
+        print_report(facts, _fact_lines(facts))
     with progress_bar(console) as bar:
         task = bar.add_task("", total=None)
         proof = prove_budget(
@@ -45,9 +45,9 @@ def examine_run(folder: str, kv_budget: str, kv_policy: str | None, as_json: boo
         )
     proved = {**asdict(proof), "eviction": proof.eviction.to_dict()}
     if as_json:
-        show({**facts, "proof": proved}, True, None)
+        print_report({**facts, "proof": proved}, None)
     else:
-        show(proved, False, _proof_lines)
+        print_report(proved, _proof_lines(proved))
     return 0
 
 

@@ -1,8 +1,11 @@
 """Help that fits the screen; without rich, so that it is there without the extras."""
 
+import json
 import re
 import shutil
 import textwrap
+from collections.abc import Sequence
+from typing import Any
 
 WIDEST, NARROWEST = 100, 40
 
@@ -43,3 +46,17 @@ def _indented(line: str, width: int) -> list[str]:
         return [line]
     hang = " " * len(columns[1])
     return textwrap.wrap(line, width, subsequent_indent=hang, break_long_words=False, break_on_hyphens=False)
+
+
+def print_report(report: dict[str, Any], lines: Sequence[str] | None) -> None:
+    """Print lines of one fact each, broken where the screen ends; the report as JSON where there are none."""
+    if lines is None:
+        print(json.dumps(report, indent=2))
+        return
+    width = max(NARROWEST, shutil.get_terminal_size().columns)
+    for line in lines:
+        print(
+            textwrap.fill(
+                line, width, subsequent_indent=" " * 6, break_long_words=False, break_on_hyphens=False
+            )
+        )
