@@ -7,8 +7,7 @@ from heedful.cli.wrapping import print_report, wrapped
 from heedful.doctor import examine, lines
 from heedful.ops.checks import did_you_mean
 
-DESCRIPTION = """usage: heedful doctor [--json]
-       heedful doctor RUN [--kv-budget N] [--kv-policy NAME] [--json]
+DESCRIPTION = """usage: heedful doctor [RUN] [options]
 
 Say what is active on this machine, and why: versions, extras that are missing, the processor and its
 threads, the GPU, and which implementation impl="auto" takes.
