@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -122,17 +122,37 @@ def patch(model: Any, conversion: Conversion) -> Any:
         raise ValueError(
             f"expected a {source_class.__name__}, the causal model of {family}, got a {type(model).__name__}"
         )
-    before = [(thing, thing.__class__, dict(thing.__dict__)) for thing in (model.config, *model.modules())]
+    undo = _undo(model)
     try:
         return _patched(model, family, conversion)
     except BaseException:
+        undo()
+        raise
+
+
+@contextlib.contextmanager
+def patched(model: Any, conversion: Conversion) -> Iterator[Any]:
+    """`patch` until the block ends; the stock model is then what it was."""
+    undo = _undo(model)
+    try:
+        yield patch(model, conversion)
+    finally:
+        undo()
+
+
+def _undo(model: Any) -> Callable[[], None]:
+    """What makes the model the one that it is now, whatever `_patched` does to it."""
+    before = [(thing, thing.__class__, dict(thing.__dict__)) for thing in (model.config, *model.modules())]
+
+    def undo() -> None:
         for thing, its_class, state in before:
             thing.__class__ = its_class
             thing.__dict__.clear()
             thing.__dict__.update(state)
             if isinstance(thing, torch.nn.Module):
                 thing._modules.pop("score", None)
-        raise
+
+    return undo
 
 
 def _patched(model: Any, family: str, conversion: Conversion) -> Any:
