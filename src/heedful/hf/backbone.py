@@ -1,5 +1,6 @@
 """`HeedfulModel`: the decoder without its output projection, as a Hugging Face model."""
 
+from contextlib import nullcontext
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from heedful.hf.cache import HeedfulCache, check_cache
 from heedful.hf.configuration import HeedfulConfig
 from heedful.hf.names import CACHE, one_cache
 from heedful.hf.packing import one_segment_each, segments_of, segments_of_lengths
-from heedful.hf.saved import write_beside
+from heedful.hf.saved import replacing_weights, write_beside
 
 # What Trainer, generate and collators pass along and this model has no use for.
 _IGNORED = {"cache_position", "return_dict", "output_attentions", "max_length_q", "max_length_k"}
@@ -56,7 +57,8 @@ class HeedfulPreTrainedModel(PreTrainedModel):
         """
         if is_main_process and not Path(save_directory).is_file():
             write_beside(self, Path(save_directory))
-        super().save_pretrained(save_directory, is_main_process, **kwargs)
+        with replacing_weights(Path(save_directory)) if is_main_process else nullcontext():
+            super().save_pretrained(save_directory, is_main_process, **kwargs)
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         """Raises a ValueError but for "eager", transformers' name of a model's own attention."""

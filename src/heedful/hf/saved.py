@@ -1,6 +1,9 @@
 """What a saved model's folder holds beside config and weights: a module that loads it, and its card."""
 
+import contextlib
+import json
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +11,7 @@ from heedful.attention.eviction import Eviction
 
 MODULE = "modeling_heedful"
 CARD = "README.md"
+_WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 AUTO_MAP = {
     "AutoConfig": f"{MODULE}.HeedfulConfig",
     "AutoModel": f"{MODULE}.HeedfulModel",
@@ -29,6 +33,40 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError('this model needs heedful; install it with: pip install "heedful[lm]"') from error
 '''
+
+
+@contextlib.contextmanager
+def replacing_weights(folder: Path) -> Iterator[None]:
+    """While a model is saved in `folder`: weights of another one that was there are gone afterwards.
+
+    transformers leaves a whole file beside new shards, and loads it instead of them; and an index, with the shards
+    of a converted model, beside a whole file. Weights of other names, such as adapters, stay.
+    """
+    before = {path: _stamp(folder / path) for path in (_WHOLE, _INDEX)}
+    old = {_WHOLE, _INDEX, *_indexed(folder)}
+    yield
+    written = [path for path in (_WHOLE, _INDEX) if _stamp(folder / path) not in (None, before[path])]
+    if not written:  # an adapter alone, or a variant, which stands beside
+        return
+    new = {_WHOLE} if _WHOLE in written else {_INDEX, *_indexed(folder)}
+    for path in old - new:
+        (folder / path).unlink(missing_ok=True)
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    if not path.is_file():
+        return None
+    facts = path.stat()
+    return facts.st_ino, facts.st_mtime_ns, facts.st_size
+
+
+def _indexed(folder: Path) -> set[str]:
+    """The files of weights that the index in `folder` names, if there is a sound one."""
+    try:
+        names = set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        return {name for name in names if name == Path(name).name and name.endswith(".safetensors")}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set()
 
 
 def write_beside(model: Any, folder: Path, facts: dict[str, str] | None = None) -> None:

@@ -1,5 +1,6 @@
 """What a converted causal model adds to its source's."""
 
+from contextlib import nullcontext
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from heedful.hf.converted.settings import Conversion
 from heedful.hf.converted.softcap import cap_logits
 from heedful.hf.names import CACHE, one_cache
 from heedful.hf.packing import segments_of
+from heedful.hf.saved import replacing_weights
 
 
 class ConvertedGenerationMixin(BudgetedGenerationMixin):
@@ -71,7 +73,8 @@ class ConvertedGenerationMixin(BudgetedGenerationMixin):
         if is_main_process and not Path(save_directory).is_file():
             write_beside(self, Path(save_directory))
         self.keep_kv_settings()
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)  # type: ignore[misc]
+        with replacing_weights(Path(save_directory)) if is_main_process else nullcontext():
+            super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)  # type: ignore[misc]
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         """Raises a ValueError: a converted model attends as its config's `heedful` says."""
