@@ -1,7 +1,9 @@
 """Writing files whole or not at all, so that a crash or a full disk never leaves half of one."""
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,4 +36,18 @@ def write_bytes(path: str | Path, content: bytes) -> None:
         os.replace(new, path)
     except BaseException:
         new.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """Make a folder and those above it; if what follows fails, those that were made and are empty go again."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for path in missing:
+                path.rmdir()
         raise

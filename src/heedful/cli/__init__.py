@@ -5,6 +5,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from heedful.cli.signals import Terminated
+
 COMMANDS = {
     "train": "train a language model on your text, with any attention and score",
     "compare": "train several forms alike and compare them: table, plot, raw data",
@@ -56,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return importlib.import_module(f"heedful.cli.{command}").run(arguments[1:])
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+    except Terminated as signal:
+        return _fail(f"stopped by {signal}; nothing was left behind", 128 + signal.number, command)
     except BrokenPipeError:  # who reads what is printed has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13  # as the signal would end it

@@ -10,6 +10,7 @@ from rich.console import Console
 from heedful.attention.eviction import POLICIES, Eviction
 from heedful.cli.errors import UsageError
 from heedful.cli.parsing import flag, kv_budget_of, parse, positional
+from heedful.cli.signals import cleaning_up
 from heedful.screen import spinner
 
 DESCRIPTION = """Make a checkpoint forget: convert a Hugging Face model into one with heedful's attention.
@@ -51,6 +52,12 @@ def run(arguments: Sequence[str]) -> int:
         ],
         arguments,
     )
+    with cleaning_up():
+        _convert(values)
+    return 0
+
+
+def _convert(values: dict[str, Any]) -> None:
     source, out, force = Path(values["source"]), Path(values["out"]), values["force"]
     console = Console(stderr=True, highlight=False)
     if values["back"]:
@@ -58,9 +65,10 @@ def run(arguments: Sequence[str]) -> int:
             from heedful.hf.converted.convert import convert_back
 
             dropped = convert_back(source, out, force=force)
+        _say_left_behind(source)
         what = f"{dropped:,} parameters of selection heads were dropped" if dropped else "nothing was dropped"
         print(f"{out}: the stock model; {what}")
-        return 0
+        return
     options = {name: values[name] for name in ("score", "selector", "per", "select_dim", "rank_only")}
     try:
         kv = {name: values[name] for name in ("kv_policy", "kv_grace", "kv_first")}
@@ -71,8 +79,18 @@ def run(arguments: Sequence[str]) -> int:
         from heedful.hf.converted.request import convert_path
 
         convert_path(source, out, force=force, eviction=eviction, **options)
+    _say_left_behind(source)
     _say(out, options)
-    return 0
+
+
+def _say_left_behind(source: Path) -> None:
+    from heedful.hf.converted.checkpoint import Checkpoint
+    from heedful.hf.saved import MODULE
+
+    left = Checkpoint.read(source).left_behind() if source.is_dir() else []
+    left = [what for what in left if not what.startswith(f"{MODULE}.py")]  # of ours: it is made anew
+    if left:
+        print(f"not copied: {', '.join(left)}")
 
 
 def _say(out: Path, options: dict[str, Any]) -> None:

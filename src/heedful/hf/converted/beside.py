@@ -4,10 +4,18 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import metadata_load
+from huggingface_hub.utils import yaml_dump
+
 from heedful.attention.eviction import Eviction
 from heedful.files import write_text
 from heedful.hf.converted.settings import FIELD
 from heedful.hf.saved import CARD, MODULE, kept_by
+
+SOURCE_CARD = "README-source.md"
+"""The name of the source's own card."""
+_STILL_TRUE = "license", "license_name", "license_link", "language", "datasets", "base_model"
+"""What a card says of the source that holds for what is made of it."""
 
 
 def auto_map(config_name: str, model_name: str) -> dict[str, str]:
@@ -31,12 +39,13 @@ def module_source(config_name: str, model_name: str) -> str:
     )
 
 
-def card(config: dict[str, Any], source: str) -> str:
+def card(config: dict[str, Any], source: str, source_card: Path | None = None) -> str:
     """A model card in Markdown.
 
     Args:
         config: config.json of the converted model.
         source: what it was converted from, for people.
+        source_card: the card of that; it goes along under another name.
     """
     settings = config[FIELD]
     options = ", ".join(f"{name} {value}" for name, value in settings["score_options"].items())
@@ -47,16 +56,14 @@ def card(config: dict[str, Any], source: str) -> str:
         "cache": kept_by(Eviction.of(settings["eviction"]), layers),
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in lines.items())
-    head = textwrap.dedent(
-        """\
-        ---
-        library_name: transformers
-        pipeline_tag: text-generation
-        ---
-
+    known = {"library_name": "transformers", "pipeline_tag": "text-generation", **_still_true(source_card)}
+    more = f" Its card is [{SOURCE_CARD}]({SOURCE_CARD})." if source_card else ""
+    head = f"---\n{yaml_dump(known)}---\n" + textwrap.dedent(
+        f"""
         # A model whose cache can forget
 
-        Converted by heedful. The licence of the source holds for its weights.
+        Converted by heedful: its source's weights, and heedful's attention around them. The licence of the source
+        holds for its weights.{more}
 
         | | |
         |---|---|
@@ -76,6 +83,15 @@ def card(config: dict[str, Any], source: str) -> str:
         """
     )
     return f"{head}{table}\n{usage}"
+
+
+def _still_true(source_card: Path | None) -> dict[str, Any]:
+    """What the head of the source's card says of licence, language and data; nothing where it cannot be read."""
+    try:
+        known = metadata_load(source_card) if source_card else None
+    except Exception:  # a card is written by people, and its head is parsed by yaml
+        return {}
+    return {name: value for name, value in (known or {}).items() if name in _STILL_TRUE}
 
 
 def write_beside(model: Any, folder: Path) -> None:

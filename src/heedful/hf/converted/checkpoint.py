@@ -75,17 +75,35 @@ class Checkpoint:
         return sum(math.prod(shape) for name, shape in self.shapes.items() if within in name)
 
     def others(self) -> list[Path]:
-        """Files that go along as they are: tokenizer, chat template, generation config, licence."""
-        kept = []
+        """Files that go along as they are: tokenizer, chat template, generation config, cards and licences."""
+        return [path for path, why in self._beside() if not why]
+
+    def left_behind(self) -> list[str]:
+        """Files that do not go along, each with the reason."""
+        return [f"{path.name} ({why})" for path, why in self._beside() if why]
+
+    def _beside(self) -> Iterator[tuple[Path, str]]:
+        """The files beside config and weights, and why one stays behind."""
         for path in sorted(self.folder.iterdir()):
             name = path.name.lower()
-            known = name.endswith((".json", ".txt", ".model", ".jinja", ".tiktoken")) or name.startswith(
-                ("license", "licence", "notice", "copying")
-            )
-            own = path.name in (CONFIG, INDEX) or name.endswith(_WEIGHTS)
-            if path.is_file() and known and not own:
-                kept.append(path)
-        return kept
+            own = path.name in (CONFIG, INDEX) or name.endswith((*_WEIGHTS, ".index.json"))
+            if not path.is_file() or own or name.startswith("."):
+                continue
+            known = name.endswith((".json", ".txt", ".md", ".model", ".jinja", ".tiktoken"))
+            if name.endswith(".py"):
+                yield path, "code is never copied"
+            elif not known and not name.startswith(("license", "licence", "notice", "copying")):
+                yield path, "what it is for is not known"
+            elif not self._inside(path):
+                yield path, "it points out of the folder"
+            else:
+                yield path, ""
+
+    def _inside(self, path: Path) -> bool:
+        """Whether a file is in the folder; or, of a snapshot in a hub's cache, among the blobs of its model."""
+        real, folder = path.resolve(), self.folder.resolve()
+        blobs = folder.parent.parent / "blobs"
+        return folder in real.parents or (folder.parent.name == "snapshots" and real.parent == blobs)
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

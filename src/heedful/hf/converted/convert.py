@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from heedful.files import write_json, write_text
-from heedful.hf.converted.beside import auto_map, card, module_source
+from heedful.files import made_folder, write_json, write_text
+from heedful.hf.converted.beside import SOURCE_CARD, auto_map, card, module_source
 from heedful.hf.converted.checkpoint import CONFIG, INDEX, ONE, Checkpoint, copy, tensors
 from heedful.hf.converted.families import config_class, model_class, renames
 from heedful.hf.converted.known import FAMILIES, PREFIX, family_of
@@ -64,10 +64,14 @@ def convert_folder(
         _write_weights(checkpoint, added, new)
         write_json(new / CONFIG, config)
         for path in checkpoint.others():
-            copy(path, new / path.name)
+            if path.name not in (CARD, SOURCE_CARD):
+                copy(path, new / path.name)
+        source_card = next((path for path in checkpoint.others() if path.name == CARD), None)
+        if source_card is not None:
+            copy(source_card, new / SOURCE_CARD)
         names = config_class(family).__name__, model_class(family).__name__
         write_text(new / f"{MODULE}.py", module_source(*names))
-        write_text(new / CARD, card(config, checkpoint.folder.resolve().name))
+        write_text(new / CARD, card(config, checkpoint.folder.resolve().name, source_card))
     return Path(out)
 
 
@@ -103,7 +107,8 @@ def convert_back(source: str | Path, out: str | Path, *, force: bool = False) ->
         _write_without(checkpoint, set(dropped), new)
         write_json(new / CONFIG, config, sort_keys=True)
         for path in checkpoint.others():
-            copy(path, new / path.name)
+            if path.name != CARD:  # ours; the source's has another name
+                copy(path, new / (CARD if path.name == SOURCE_CARD else path.name))
     return checkpoint.parameters(OF_SCORES)
 
 
@@ -178,6 +183,11 @@ def _patched(model: Any, family: str, conversion: Conversion) -> Any:
 def _family(checkpoint: Checkpoint) -> str:
     family = checkpoint.config.get("model_type")
     _check_family(family, str(checkpoint.folder))
+    if (checkpoint.folder / "adapter_config.json").exists():
+        raise ValueError(
+            f"{checkpoint.folder} has an adapter beside its weights, which loads with them; merge it first "
+            f"(merge_and_unload), or move adapter_config.json away"
+        )
     if checkpoint.config.get("quantization_config"):
         raise ValueError(f"{checkpoint.folder} is quantized; convert the checkpoint it was made from")
     return str(family)
@@ -329,23 +339,22 @@ def _replaced(out: str | Path, source: Path, force: bool) -> Iterator[Path]:
     """A new folder that takes the place of `out` when all is written; nothing changes if anything fails."""
     out = Path(out)
     check_out(out, source, force)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        yield new
-        new.chmod(0o755)
-        for path in new.iterdir():
-            path.chmod(0o644)
-        if out.exists():
-            old = new.with_name(new.name + "-old")
-            os.replace(out, old)
+    with made_folder(out.parent):
+        new = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        old = new.with_name(new.name + "-old")
+        try:
+            yield new
+            new.chmod(0o755)
+            for path in new.iterdir():
+                path.chmod(0o644)
+            if out.exists():
+                os.replace(out, old)
             os.replace(new, out)
-            shutil.rmtree(old)
-        else:
-            os.replace(new, out)
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
+        finally:
+            if old.exists() and not out.exists():  # stopped between the two
+                os.replace(old, out)
+            for left in (new, old):
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def check_out(out: Path, source: Path, force: bool) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
+from heedful.files import made_folder
+
 
 @contextlib.contextmanager
 def from_gguf(file: Path, beside: Path) -> Iterator[Path]:
@@ -22,8 +24,10 @@ def from_gguf(file: Path, beside: Path) -> Iterator[Path]:
     """
     if find_spec("gguf") is None:
         raise ImportError("reading a .gguf file needs the package gguf; install it with: pip install gguf")
-    beside.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{beside.name}-gguf-", dir=beside.parent) as folder:
+    with (
+        made_folder(beside.parent),
+        tempfile.TemporaryDirectory(prefix=f".{beside.name}-gguf-", dir=beside.parent) as folder,
+    ):
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(
                 file.parent, gguf_file=file.name, local_files_only=True
