@@ -1,5 +1,6 @@
 """`heedful eval`."""
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import MISSING
@@ -10,6 +11,7 @@ from rich.console import Console
 
 from heedful.attention.eviction import POLICIES, get_policy
 from heedful.cli.errors import UsageError
+from heedful.cli.eval_tasks import run_tasks
 from heedful.cli.parsing import flag, parse, positional, split
 from heedful.errors import Interrupted
 from heedful.files import write_text
@@ -21,6 +23,7 @@ DESCRIPTION = """Measure a trained model with a KV cache that holds few tokens.
     heedful eval runs/a --kv-budget 4,16,full --policy streaming,tova --rows 64
     heedful eval runs/a --data other.txt --out runs/a/eval-other
     heedful eval converted --data book.txt --kv-budget 256,512,full --kv-grace 64 --rows 8
+    heedful eval converted --tasks blimp,needle --task-data blimp --length 512,2048 --kv-budget 64,full --limit 200
 
 A budget is how many tokens the cache of each layer holds while a query attends, the first and the newest
 included; the policy says which token goes when one more arrives. The text is read as decoding would read it,
@@ -32,16 +35,30 @@ one document or a piece of one per row, from the validation data of the run unle
     bytes     what the cache of one row occupies; full: the tokens it holds at the end of a row
     tokens/s  decoding one row token by token, on this machine, in plain PyTorch
 
-Writes eval.csv (anew after every measurement, so that Ctrl-C loses only the one at work) and eval.png."""
+Writes eval.csv (anew after every measurement, so that Ctrl-C loses only the one at work) and eval.png.
+
+With --tasks, lm-evaluation-harness asks: log-likelihoods and generated texts obey the budget. These tasks need no
+network; any other that the harness knows can be named beside them:
+
+    blimp              pairs of sentences, which is good English; from the folder --task-data
+    text               bits per byte of --data, read --context tokens at a time
+    needle, needle_multikey, variable_tracking, copy, mqar
+                       made up, --length tokens long: facts to find, variables to follow, words to repeat, pairs
+                       to recall
+
+Writes tasks.json, anew after every measurement."""
 
 TABLE, FIGURE = "eval.csv", "eval.png"
 MOST_ROWS = 256
 MOST_LOGITS = 2**27  # of a batch, half a gigabyte
+LENGTH, MADE = "512", 100
 LINE_EVERY = 10.0  # seconds, where there is no bar
 
 
 def run(arguments: Sequence[str]) -> int:
     """Measure, and leave table and figure."""
+    if any(word.partition("=")[0] == "--tasks" for word in arguments):
+        os.environ.setdefault("TQDM_DISABLE", "1")  # before transformers imports it: the bars are ours
     values = parse(
         "eval",
         DESCRIPTION,
@@ -70,6 +87,15 @@ def run(arguments: Sequence[str]) -> int:
             flag("kv_grace", int, 1, "newest tokens that are never evicted"),
             flag("kv_first", int, 1, "first tokens that are never evicted"),
             flag("rows", int | None, None, f"rows to measure on, evenly spread; {MOST_ROWS} if left out"),
+            flag("tasks", str | None, None, "tasks of lm-evaluation-harness, instead of a text"),
+            flag("task_data", str | None, None, "with --tasks blimp: folder of its .jsonl files"),
+            flag("length", str, LENGTH, "with --tasks: tokens of the texts that are made"),
+            flag(
+                "limit",
+                int | None,
+                None,
+                f"with --tasks: documents of each; all, or {MADE} of those that are made",
+            ),
             flag("out", str | None, None, "folder for table and figure; eval in the folder of the model"),
         ],
         arguments,
@@ -85,6 +111,13 @@ def run(arguments: Sequence[str]) -> int:
         raise UsageError(f"--rows must be 1 or more, got {values['rows']}")
     folder = Path(values["run"])
     out = folder / "eval" if values["out"] is None else Path(values["out"])
+    if values["tasks"] is not None:
+        if values["rows"] is not None:
+            raise UsageError("--rows belongs to a text, with --tasks it is --limit")
+        return run_tasks(folder, values, budgets, policies, out)
+    for name, usual in (("task_data", None), ("length", LENGTH), ("limit", None)):
+        if values[name] != usual:
+            raise UsageError(f"--{name.replace('_', '-')} belongs to --tasks, and none is given")
     data = values["data"], values["text_column"], values["context"]
     _evaluate(folder, *data, budgets, policies, safe, values["rows"], out)
     return 0
