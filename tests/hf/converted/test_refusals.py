@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import heedful
 from heedful.hf import HeedfulCache
+from heedful.hf.converted.settings import Conversion
 from heedful.hf.names import CACHE
 
 
@@ -101,6 +103,39 @@ def test_what_cannot_be_converted(case: str, save_source: Callable[..., Path], t
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+@pytest.mark.parametrize(
+    ("family", "part", "message"),
+    [
+        (
+            "mixtral",
+            "experts.2.w1.weight",
+            r"lacks 3 of the \d+ tensors of its config: model.layers.0.block_sparse",
+        ),
+        (
+            "qwen3_moe",
+            "layers.1.mlp.experts.3.down_proj",
+            "lacks 1 of the .*: model.layers.1.mlp.experts.3.down_proj",
+        ),
+        ("gpt_neox", "embed_out.weight", "lacks 1 of the .* embed_out.weight"),
+    ],
+)
+def test_weights_that_transformers_renames_are_missed_too(
+    family: str, part: str, message: str, save_source: Callable[..., Path], tmp_path: Path
+):
+    """Experts were found missing when the converted model was loaded."""
+    source = save_source(family)
+    path = source / "model.safetensors"
+    weights = load_file(path)
+    gone = [name for name in weights if part in name]
+    save_file({name: value for name, value in weights.items() if name not in gone}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=message):
+        heedful.convert(source, tmp_path / "out")
+    save_file({**weights, gone[0]: weights[gone[0]][:1].clone()}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"tensor {gone[0]} in model.safetensors has shape"):
+        heedful.convert(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_out_is_never_overwritten(save_source: Callable[..., Path], tmp_path: Path):
     source, out = save_source("llama"), tmp_path / "out"
     heedful.convert(source, out)
@@ -143,6 +178,17 @@ def test_unsound_options(
     with pytest.raises(ValueError, match=message):
         heedful.convert(save_source("llama"), tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_memory_loss_is_refused(save_source: Callable[..., Path], tmp_path: Path):
+    """Nobody would compute it."""
+    with pytest.raises(ValueError, match="memory_loss has no effect in a converted model"):
+        Conversion("selective", {"memory_loss": 0.1})
+    out = heedful.convert(save_source("llama"), tmp_path / "out")
+    settings = json.loads((out / "config.json").read_text())["heedful"]
+    edit(out, heedful={**settings, "score_options": {**settings["score_options"], "memory_loss": 0.1}})
+    with pytest.raises(ValueError, match="memory_loss has no effect"):
+        heedful.load(out)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from transformers.core_model_loading import revert_weight_conversion
 
 from heedful.files import made_folder, write_json, write_text
 from heedful.hf.converted.beside import SOURCE_CARD, auto_map, card, module_source
@@ -244,8 +245,7 @@ def _added_weights(checkpoint: Checkpoint, family: str, config: dict[str, Any]) 
     prefix = f"{model.base_model_prefix}."
     # saved as a base model, its weights have no prefix, and load as well
     bare = not any(name.startswith(prefix) for name in checkpoint.shapes)
-    if not renames(family):
-        _check_weights(checkpoint, model, prefix if bare else "")
+    _check_weights(checkpoint, model, prefix if bare else "")
     dtype = _BYTES.get(max(set(checkpoint.dtypes.values()), key=list(checkpoint.dtypes.values()).count))
     if dtype is None:
         raise ValueError(
@@ -263,22 +263,38 @@ def _added_weights(checkpoint: Checkpoint, family: str, config: dict[str, Any]) 
 
 
 def _check_weights(checkpoint: Checkpoint, model: Any, bare: str) -> None:
-    """Raise a ValueError unless the weights are those of `model`, whose names may lack a prefix, `bare`.
-
-    Families whose weights transformers renames or joins while it loads them are left to transformers.
-    """
+    """Raise a ValueError unless the weights are those of `model`, whose names may lack a prefix, `bare`."""
     tied = getattr(model, "_tied_weights_keys", None) if model.config.tie_word_embeddings else None
-    own = {name.removeprefix(bare): tuple(p.shape) for name, p in model.named_parameters()}
-    own = {name: shape for name, shape in own.items() if OF_SCORES not in name and name not in (tied or ())}
-    missing = [name for name in own if name not in checkpoint.shapes]
+    own = {name: p.detach() for name, p in model.named_parameters()}
+    own = {name: p for name, p in own.items() if OF_SCORES not in name and name not in (tied or ())}
+    # as transformers saves them, which for experts is one by one; or, as others may, as it has them
+    forms = [
+        {name.removeprefix(bare): p for name, p in form.items()} for form in (_as_saved(model, own), own)
+    ]
+    missing, wanted = min(
+        (([name for name in form if name not in checkpoint.shapes], form) for form in forms),
+        key=lambda found: len(found[0]),
+    )
     if missing:
         raise ValueError(
-            f"{checkpoint.folder} lacks {len(missing)} of the {len(own)} tensors of its config: {missing[0]}, ..."
+            f"{checkpoint.folder} lacks {len(missing)} of the {len(wanted)} tensors of its config: "
+            f"{missing[0]}, ..."
         )
-    for name, shape in own.items():
-        if checkpoint.shapes[name] != shape:
+    for name, value in wanted.items():
+        if checkpoint.shapes[name] != tuple(value.shape):
             found, home = checkpoint.shapes[name], checkpoint.home[name]
-            raise ValueError(f"tensor {name} in {home} has shape {found}, but {CONFIG} asks for {shape}")
+            raise ValueError(
+                f"tensor {name} in {home} has shape {found}, but {CONFIG} asks for {tuple(value.shape)}"
+            )
+
+
+def _as_saved(model: Any, own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights under the names that they have in files; on the meta device that costs nothing."""
+    return (
+        own
+        if not renames(model.config.model_type.removeprefix(PREFIX))
+        else revert_weight_conversion(model, own)
+    )
 
 
 def _scores(model: Any) -> Iterator[tuple[str, Any]]:

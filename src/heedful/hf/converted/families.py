@@ -13,6 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
+from heedful.hf.converted.adapters import tell_peft
 from heedful.hf.converted.known import FAMILIES, PREFIX, source_of
 
 
@@ -25,6 +26,11 @@ def config_class(family: str) -> Any:
         register_model(family)  # who has a config wants its model next
         return super(own, cls).__new__(cls)
 
+    def to_dict(self: Any) -> dict[str, Any]:
+        tell_peft()  # it asks for this, and looks the model type up next
+        return super(own, self).to_dict()
+
+    to_dict.__doc__ = source.to_dict.__doc__
     own: Any = type(
         f"Heedful{source.__name__}",
         (source,),
@@ -33,6 +39,7 @@ def config_class(family: str) -> Any:
             "__doc__": f"The config of a converted {family} model: `{source.__name__}`, and `heedful`.",
             "model_type": PREFIX + family,
             "__new__": made,
+            "to_dict": to_dict,
         },
     )
     return own

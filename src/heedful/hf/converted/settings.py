@@ -29,6 +29,11 @@ class Conversion:
     """config.json of the source, for the way back."""
 
     def __post_init__(self) -> None:
+        if self.score_options.get("memory_loss"):
+            raise ValueError(
+                "memory_loss has no effect in a converted model, whose forward pass is its source's and asks no "
+                "layer for a loss; leave it out"
+            )
         self.score_config()
         Eviction.of(self.eviction)
 
