@@ -6,7 +6,7 @@ What they need beside torch is imported when they are called.
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -160,6 +160,8 @@ def convert(
     source: str | Path,
     out: str | Path,
     *,
+    attention: str = "source",
+    attention_options: Mapping[str, Any] | None = None,
     score: str = "selective",
     selector: str = "added",
     per: str = "layer",
@@ -180,6 +182,10 @@ def convert(
     Args:
         source: folder of a checkpoint with safetensors, or a .gguf file.
         out: folder for the result.
+        attention: "source", the source's own heads, or "sas", which simulates more of them; they start as copies,
+            and take as many times the cache.
+        attention_options: of "sas": sim_heads (3 times the heads), sim_head_dim (that of the source) and
+            kernel_size (3), as in `heedful.train`.
         score: what happens to the logits: "selective", or "softmax", which evicts by other policies alone.
         selector: who votes: "added" selection heads of their own, or attention "head" 0, as in the paper.
         per: an added selection head per "layer", or per "kv_head", which then holds tokens of its own.
@@ -187,7 +193,8 @@ def convert(
         rank_only: votes only say who is evicted; they are not subtracted from the logits.
         eviction: what `generate` holds by default: a number of tokens, a list with one per layer, or an `Eviction`.
         back: the other way: `source` is a converted model, `out` becomes the stock one. Fine-tuned weights are
-            kept, selection heads are dropped. The options above do not matter then.
+            kept, selection heads and simulated heads are dropped: once simulated heads are trained, the stock
+            model is another model. The options above do not matter then.
         force: replace `out` if it is there.
 
     Returns:
@@ -207,7 +214,8 @@ def convert(
     if back:
         convert_back(source, out, force=force)
         return Path(out)
-    options = {"score": score, "selector": selector, "per": per, "select_dim": select_dim}
+    options: dict[str, Any] = {"attention": attention, "attention_options": attention_options}
+    options |= {"score": score, "selector": selector, "per": per, "select_dim": select_dim}
     return convert_path(
         source, out, force=force, eviction=Eviction.of(eviction), rank_only=rank_only, **options
     )
@@ -216,6 +224,8 @@ def convert(
 def patch(
     model: "PreTrainedModel",
     *,
+    attention: str = "source",
+    attention_options: Mapping[str, Any] | None = None,
     score: str = "selective",
     selector: str = "added",
     per: str = "layer",
@@ -232,7 +242,9 @@ def patch(
 
     Args:
         model: a causal language model of a family that `convert` knows.
-        score: as in `convert`, as all options.
+        attention: as in `convert`, as all options.
+        attention_options: as in `convert`.
+        score: as in `convert`.
         selector: as in `convert`.
         per: as in `convert`.
         select_dim: as in `convert`.
@@ -250,7 +262,8 @@ def patch(
     from heedful.hf.converted.convert import patch as run
     from heedful.hf.converted.request import conversion_of
 
-    options: dict[str, Any] = {"score": score, "selector": selector, "per": per, "select_dim": select_dim}
+    options: dict[str, Any] = {"attention": attention, "attention_options": attention_options}
+    options |= {"score": score, "selector": selector, "per": per, "select_dim": select_dim}
     options |= {"rank_only": rank_only, "eviction": Eviction.of(eviction)}
     return run(model, conversion_of(model.config.to_dict(), **options))
 

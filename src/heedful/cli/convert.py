@@ -9,7 +9,7 @@ from rich.console import Console
 
 from heedful.attention.eviction import POLICIES, Eviction
 from heedful.cli.errors import UsageError
-from heedful.cli.parsing import flag, kv_budget_of, parse, positional
+from heedful.cli.parsing import flag, kv_budget_of, options_section, parse, peek, positional
 from heedful.cli.signals import cleaning_up
 from heedful.screen import spinner
 
@@ -29,6 +29,13 @@ def run(arguments: Sequence[str]) -> int:
         [
             positional("source", str, MISSING, "folder of a checkpoint, or a .gguf file"),
             positional("out", str, MISSING, "folder for the converted model"),
+            flag(
+                "attention",
+                Literal["source", "sas"],
+                "source",
+                "heads: the source's own, or more of them, simulated from those (sas)",
+            ),
+            _sas_options() if peek(arguments, "attention", "source") == "sas" else None,
             flag(
                 "score", str, "selective", "what happens to the logits: selective, or softmax (nobody votes)"
             ),
@@ -66,10 +73,17 @@ def _convert(values: dict[str, Any]) -> None:
 
             dropped = convert_back(source, out, force=force)
         _say_left_behind(source)
-        what = f"{dropped:,} parameters of selection heads were dropped" if dropped else "nothing was dropped"
-        print(f"{out}: the stock model; {what}")
+        counts = {"selection heads": dropped.selection, "simulated heads": dropped.expansion}
+        what = " and ".join(f"{n:,} parameters of {of}" for of, n in counts.items() if n)
+        print(f"{out}: the stock model; {f'{what} were' if what else 'nothing was'} dropped")
+        if dropped.expansion:
+            print(
+                "what the simulated heads have learned is lost: they cannot be folded into the source's heads"
+            )
         return
-    options = {name: values[name] for name in ("score", "selector", "per", "select_dim", "rank_only")}
+    names = "attention", "score", "selector", "per", "select_dim", "rank_only"
+    options = {name: values[name] for name in names}
+    options["attention_options"] = values.get("attention_options", {})
     try:
         kv = {name: values[name] for name in ("kv_policy", "kv_grace", "kv_first")}
         eviction = Eviction.of(kv_budget_of(values["kv_budget"]), **kv)
@@ -95,11 +109,32 @@ def _say_left_behind(source: Path) -> None:
 
 def _say(out: Path, options: dict[str, Any]) -> None:
     from heedful.hf.converted.checkpoint import Checkpoint
-    from heedful.hf.converted.convert import OF_SCORES
+    from heedful.hf.converted.convert import ADDED
+    from heedful.hf.converted.settings import FIELD, Conversion
 
     checkpoint = Checkpoint.read(out)
-    added, total = checkpoint.parameters(OF_SCORES), checkpoint.parameters()
+    added, total = sum(map(checkpoint.parameters, ADDED)), checkpoint.parameters()
     share = f"{added:,} added ({added / total:.1%})"
     print(f"{out}: converted, {total - added:,} parameters as they were and {share}")
     if options["score"] == "selective" and options["selector"] == "added":
         print("its votes are zero until they are trained: until then it predicts what its source predicts")
+    sizes = Conversion(**checkpoint.config[FIELD]).sizes(checkpoint.config)
+    if sizes is not None:
+        print(
+            f"its {sizes.sim_heads} simulated heads are copies of {sizes.heads} until they are trained; a token "
+            f"takes {sizes.of_cache:g} times the cache of the source, and attention as many times the work"
+        )
+
+
+def _sas_options() -> Any:
+    heads = flag(
+        "sim_heads", int | None, None, "simulated heads, a multiple of the source's; 3 times as many if None"
+    )
+    width = flag(
+        "sim_head_dim",
+        int | None,
+        None,
+        "simulated size of queries and keys; the source's, unchanged, if None",
+    )
+    kernel = flag("kernel_size", int, 3, "width of the convolution over features, odd")
+    return options_section("attention", ["sas"], [heads, width, kernel])

@@ -62,9 +62,14 @@ def form_options(
             help = f.metadata.get("help", "")
             default = defaults.get(f.name, f.default if f.default is not dataclasses.MISSING else None)
             fields.setdefault(f.name, flag(f.name, f.type, default, help))
-    if not fields:
-        return None
-    section: Any = dataclasses.make_dataclass(f"options of {', '.join(names)}", list(fields.values()))
+    return options_section(kind, names, list(fields.values())) if fields else None
+
+
+def options_section(
+    kind: str, names: Sequence[str], fields: list[tuple[str, Any, Any]]
+) -> tuple[str, Any, Any]:
+    """Flags of the named forms as `--{kind}.*`, under a heading of their own."""
+    section: Any = dataclasses.make_dataclass(f"options of {', '.join(names)}", fields)
     annotated = Annotated[section, tyro.conf.arg(name=kind, help="")]
     return f"{kind}_options", annotated, dataclasses.field(default_factory=section)
 

@@ -24,7 +24,15 @@ HOWS: dict[str, dict[str, Any]] = {
     "votes only rank": {"select_dim": 4, "rank_only": True},
     "apart, votes only rank": {"select_dim": 4, "per": "kv_head", "rank_only": True},
     "nobody votes": {"score": "softmax"},
+    "simulated heads": {"attention": "sas", "attention_options": {"sim_heads": 8}, "select_dim": 4},
+    "wide simulated heads, apart": {
+        "attention": "sas",
+        "attention_options": {"sim_head_dim": 12, "kernel_size": 1},
+        **{"select_dim": 4, "per": "kv_head"},
+    },
 }
+AT_ONCE = "one selection head", "simulated heads"
+"""What `make test` runs; all of them run in `make test-slow`."""
 families = pytest.mark.parametrize("family", SPECS)
 
 
@@ -35,7 +43,7 @@ def loaded(folder: Path) -> Any:
 
 
 def let_them_vote(model: Any, seed: int = 3) -> None:
-    """Selection heads with votes of all sizes."""
+    """Selection heads with votes of all sizes, simulated heads that are no copies."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in attention_layers(model):
@@ -43,11 +51,14 @@ def let_them_vote(model: Any, seed: int = 3) -> None:
                 projection = getattr(getattr(module, "score", None), name, None)
                 if projection is not None:
                     projection.weight.copy_(torch.randn(projection.weight.shape, generator=generator) * 0.4)
+        for name, parameter in model.named_parameters():
+            if ".sas." in name:
+                parameter += torch.randn(parameter.shape, generator=generator) * 0.1
 
 
 @families
 @pytest.mark.parametrize(
-    "how", [how if i == 0 else pytest.param(how, marks=pytest.mark.slow) for i, how in enumerate(HOWS)]
+    "how", [how if how in AT_ONCE else pytest.param(how, marks=pytest.mark.slow) for how in HOWS]
 )
 def test_converted_it_is_its_source(
     family: str, how: str, save_source: Callable[..., Path], tmp_path: Path, ids: Tensor
@@ -69,9 +80,21 @@ def test_converted_it_is_its_source(
         assert torch.equal(stock.generate(ids, **settings), model.generate(ids, **settings))
 
 
-@families
+FEW = "gemma2", "phi3", "gpt2"
+"""Families that differ most: capped logits and windows, half a rotation, no rotation."""
+
+
 @pytest.mark.parametrize(
-    "how", ["apart, votes only rank", pytest.param("one selection head", marks=pytest.mark.slow)]
+    ("family", "how"),
+    [
+        pytest.param(family, how, marks=[] if at_once else pytest.mark.slow)
+        for family in SPECS
+        for how, at_once in (
+            ("apart, votes only rank", True),
+            ("wide simulated heads, apart", family in FEW),
+            *((how, False) for how in AT_ONCE),
+        )
+    ],
 )
 def test_under_a_budget_all_ways_of_running_agree(
     family: str, how: str, save_source: Callable[..., Path], tmp_path: Path, ids: Tensor

@@ -20,6 +20,7 @@ from heedful.attention.tokens import Tokens
 from heedful.hf.cache import ConvertedCacheLayer, HeedfulCache
 from heedful.hf.converted.known import FAMILIES, source_module
 from heedful.hf.converted.norms import largest_norm
+from heedful.hf.converted.sas import Rotation, SimulatedHeads
 from heedful.hf.converted.softcap import capped_window
 from heedful.hf.packing import segments_of_lengths
 from heedful.ops.precision import wide_dtype
@@ -35,6 +36,7 @@ class Call(NamedTuple):
     x: Tensor
     """(B, T, C), the layer's input."""
     cache: HeedfulCache | None
+    rotation: Rotation
 
 
 class ConvertedAttention(nn.Module):
@@ -47,6 +49,10 @@ class ConvertedAttention(nn.Module):
     """Whether the layer has a sliding window, and keeps its own attention."""
     stretch: float
     """What its rotation multiplies lengths by."""
+    rotates: bool
+    """Whether the model has a rotation."""
+    sas: SimulatedHeads | None
+    """More heads than the source has; None: the source's own."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the source's; the attention function is told the layer's input and cache."""
@@ -61,7 +67,13 @@ class ConvertedAttention(nn.Module):
         if cache is not None:
             layer: Any = cache.layers[self.layer_idx]
             layer.expected = True
-        return super().forward(hidden_states, *args, **kwargs, heedful=Call(hidden_states, cache))
+        rotation = kwargs.get("position_embeddings") or next((a for a in args if isinstance(a, tuple)), None)
+        if self.sas is not None and self.rotates and rotation is None:
+            raise TypeError(
+                "simulated heads need the rotation; give the layer position_embeddings=(cos, sin)"
+            )
+        call = Call(hidden_states, cache, rotation)
+        return super().forward(hidden_states, *args, **kwargs, heedful=call)
 
     # What a cache asks of a layer.
 
@@ -77,14 +89,15 @@ class ConvertedAttention(nn.Module):
     def logit_sizes(self, q: Tensor, k: Tensor, real_q: Tensor, real_k: Tensor) -> Tensor:
         """(B, 2), the largest sizes of queries and keys; no logit exceeds their product.
 
-        With QK-norm on each head they are at least what its gains allow, so that they hold for all others as well.
+        With QK-norm on each head they are at least what its gains allow, so that they hold for all others as well;
+        not so where heads are simulated, which happens after the norm.
         """
         dtype, root = wide_dtype(q), self.scaling**0.5
         sizes = [
             x.to(dtype).norm(dim=-1).masked_fill(~real[:, None], 0.0).flatten(1).amax(-1) * root
             for x, real in ((q, real_q), (k, real_k))
         ]
-        for i, name in enumerate(("q_norm", "k_norm")):
+        for i, name in enumerate(("q_norm", "k_norm") if self.sas is None else ()):
             allowed = largest_norm(getattr(self, name, None))
             if allowed is not None:
                 sizes[i] = torch.maximum(sizes[i], allowed.to(dtype) * (self.stretch * root))
@@ -145,12 +158,16 @@ def attend(
     if segment_ids is None and kwargs.get("cu_seq_lens_q") is not None:
         lengths = kwargs["cu_seq_lens_q"], kwargs.get("cu_seq_lens_k")
         segment_ids = segments_of_lengths(*lengths, query.shape[0], query.shape[2])
+    if module.sas is not None:
+        query, key, value = module.sas(query, key, value, heedful.rotation)
     tokens = Tokens.of(module, heedful.x, query, {"k": key, "v": value}, key_mask, segment_ids)
     if heedful.cache is None:
-        return tokens.attend_alone(module).transpose(1, 2), None
-    held = heedful.cache.layers[module.layer_idx]
-    assert isinstance(held, ConvertedCacheLayer)
-    return held.memory.attend(module, tokens).transpose(1, 2), None
+        out = tokens.attend_alone(module)
+    else:
+        held = heedful.cache.layers[module.layer_idx]
+        assert isinstance(held, ConvertedCacheLayer)
+        out = held.memory.attend(module, tokens)
+    return out.transpose(1, 2) if module.sas is None else module.sas.average(out), None
 
 
 def mask(

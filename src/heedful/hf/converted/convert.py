@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -23,8 +23,9 @@ from heedful.hf.converted.model import install, start
 from heedful.hf.converted.settings import FIELD, Conversion
 from heedful.hf.saved import CARD, MODULE
 
-OF_SCORES = ".score."
-"""What the names of parameters that conversion added have in common."""
+OF_SCORES, OF_SAS = ".score.", ".sas."
+"""What the names of parameters that conversion added have in common: of selection heads, and of expansions."""
+ADDED = OF_SCORES, OF_SAS
 _DROPOUTS = "attention_dropout", "attn_pdrop"
 _BYTES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DIFFERENT = {
@@ -76,8 +77,17 @@ def convert_folder(
     return Path(out)
 
 
-def convert_back(source: str | Path, out: str | Path, *, force: bool = False) -> int:
-    """Write the stock checkpoint of a converted one: fine-tuned weights are kept, selection heads are dropped.
+class Dropped(NamedTuple):
+    """Parameters that the stock checkpoint of a converted one has not."""
+
+    selection: int
+    """Of selection heads."""
+    expansion: int
+    """Of simulated heads: once these are trained, the stock model is another model."""
+
+
+def convert_back(source: str | Path, out: str | Path, *, force: bool = False) -> Dropped:
+    """Write the stock checkpoint of a converted one: fine-tuned weights are kept, what was added is dropped.
 
     Args:
         source: the folder of a converted model.
@@ -85,7 +95,7 @@ def convert_back(source: str | Path, out: str | Path, *, force: bool = False) ->
         force: replace `out`.
 
     Returns:
-        The number of parameters that were dropped.
+        The numbers of parameters that were dropped.
 
     Raises:
         FileNotFoundError: if `source` is no checkpoint.
@@ -103,14 +113,19 @@ def convert_back(source: str | Path, out: str | Path, *, force: bool = False) ->
     ours = {"model_type", "architectures", "auto_map", *_DROPOUTS}
     config = {name: value for name, value in checkpoint.config.items() if name not in ours | {FIELD}}
     config |= {name: value for name, value in original.items() if name in ours}
-    dropped = [name for name in checkpoint.shapes if OF_SCORES in name]
+    dropped = [name for name in checkpoint.shapes if is_added(name)]
     with _replaced(out, checkpoint.folder, force) as new:
         _write_without(checkpoint, set(dropped), new)
         write_json(new / CONFIG, config, sort_keys=True)
         for path in checkpoint.others():
             if path.name != CARD:  # ours; the source's has another name
                 copy(path, new / (CARD if path.name == SOURCE_CARD else path.name))
-    return checkpoint.parameters(OF_SCORES)
+    return Dropped(*map(checkpoint.parameters, ADDED))
+
+
+def is_added(name: str) -> bool:
+    """Whether a parameter of this name is one that conversion added."""
+    return any(part in name for part in ADDED)
 
 
 def patch(model: Any, conversion: Conversion) -> Any:
@@ -156,7 +171,8 @@ def _undo(model: Any) -> Callable[[], None]:
             thing.__dict__.clear()
             thing.__dict__.update(state)
             if isinstance(thing, torch.nn.Module):
-                thing._modules.pop("score", None)
+                for name in ADDED:
+                    thing._modules.pop(name.strip("."), None)
 
     return undo
 
@@ -254,11 +270,10 @@ def _added_weights(checkpoint: Checkpoint, family: str, config: dict[str, Any]) 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         added: dict[str, torch.Tensor] = {}
-        for place, module in _scores(model):
-            score = module.to_empty(device="cpu")
-            start(score)
+        for place, module in _added_modules(model):
+            start(module.to_empty(device="cpu"))
             place = place.removeprefix(prefix) if bare else place
-            added |= {f"{place}.{name}": p.detach().to(dtype) for name, p in score.named_parameters()}
+            added |= {f"{place}.{name}": p.detach().to(dtype) for name, p in module.named_parameters()}
     return added
 
 
@@ -266,7 +281,7 @@ def _check_weights(checkpoint: Checkpoint, model: Any, bare: str) -> None:
     """Raise a ValueError unless the weights are those of `model`, whose names may lack a prefix, `bare`."""
     tied = getattr(model, "_tied_weights_keys", None) if model.config.tie_word_embeddings else None
     own = {name: p.detach() for name, p in model.named_parameters()}
-    own = {name: p for name, p in own.items() if OF_SCORES not in name and name not in (tied or ())}
+    own = {name: p for name, p in own.items() if not is_added(name) and name not in (tied or ())}
     # as transformers saves them, which for experts is one by one; or, as others may, as it has them
     forms = [
         {name.removeprefix(bare): p for name, p in form.items()} for form in (_as_saved(model, own), own)
@@ -297,9 +312,9 @@ def _as_saved(model: Any, own: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
     )
 
 
-def _scores(model: Any) -> Iterator[tuple[str, Any]]:
+def _added_modules(model: Any) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
-        if name.endswith(OF_SCORES.rstrip(".")):
+        if name.endswith(tuple(part.rstrip(".") for part in ADDED)):
             yield name, module
 
 

@@ -15,6 +15,7 @@ from heedful.hf.budgeted import BudgetedGenerationMixin
 from heedful.hf.cache import HeedfulCache
 from heedful.hf.converted.attention import NAME, ConvertedAttention, converted_class
 from heedful.hf.converted.beside import write_beside
+from heedful.hf.converted.sas import Expansion, SimulatedHeads
 from heedful.hf.converted.settings import Conversion
 from heedful.hf.converted.softcap import cap_logits
 from heedful.hf.names import CACHE, one_cache
@@ -91,7 +92,7 @@ class ConvertedGenerationMixin(BudgetedGenerationMixin):
         return NAME
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, Score):
+        if isinstance(module, Score | Expansion):
             start(module)
         elif not getattr(module, "_of_a_score", False):
             super()._init_weights(module)  # type: ignore[misc]
@@ -155,15 +156,19 @@ def install(model: Any) -> None:
             f"nothing to convert. For texts within the window set sliding_window to null in its config.json"
         )
     score_config = conversion.score_config()
+    sizes = conversion.sizes(model.config)
+    if sizes is not None:
+        heads, groups = sizes.sim_heads, sizes.sim_kv_heads
     selectors = getattr(score_config, "selectors", 1)
     if selectors not in (1, groups):
         raise ValueError(f"selectors must be 1 or the number of key/value heads ({groups}), got {selectors}")
-    stretch = stretch_of(model)
+    stretch, rotates = stretch_of(model), any("rotary" in name for name, _ in model.named_modules())
     for module, window in zip(layers, windows, strict=True):
         if not isinstance(module, ConvertedAttention):
             source: Any = type(module)
             module.__class__ = converted_class(source)
-        module.slides, module.stretch = window is not None, stretch
+        module.slides, module.stretch, module.rotates = window is not None, stretch, rotates
+        module.sas = None
         if module.slides:
             continue
         like = next(module.parameters())
@@ -175,12 +180,16 @@ def install(model: Any) -> None:
             part._of_a_score = True
         module.score = score.to(like.device, like.dtype)
         start(module.score)
+        if sizes is not None:
+            module.sas = SimulatedHeads(sizes).to(like.device, like.dtype)
+            start(module.sas)
 
 
-def start(score: Score) -> None:
-    """Fresh weights of a score in a converted model: none of its votes is cast."""
-    score.reset_parameters()
-    score.silence()
+def start(added: Score | SimulatedHeads | Expansion) -> None:
+    """Fresh weights of what a converted model has more than its source: it has no effect, no vote is cast."""
+    added.reset_parameters()
+    if isinstance(added, Score):
+        added.silence()
 
 
 def stretch_of(model: nn.Module) -> float:

@@ -10,7 +10,7 @@ import torch
 
 from heedful.hf.budgeted import KV_NAMES, BudgetedGenerationMixin
 from heedful.hf.converted.checkpoint import Checkpoint, tensors
-from heedful.hf.converted.convert import OF_SCORES, patched
+from heedful.hf.converted.convert import is_added, patched
 from heedful.hf.converted.known import family_of
 from heedful.hf.converted.settings import FIELD, Conversion
 
@@ -99,7 +99,7 @@ def _check_same_weights(checkpoint: Checkpoint, model: Any) -> None:
     stamp = f"{checkpoint.folder.resolve()} {written} {changed}"
     if stamp in _compared.setdefault(model, set()):
         return
-    own = {name: value for name, value in model.state_dict().items() if OF_SCORES not in name}
+    own = {name: value for name, value in model.state_dict().items() if not is_added(name)}
     for file in checkpoint.files:
         names = [name for name, home in checkpoint.home.items() if home == file and name in own]
         for name, value in tensors(checkpoint.folder / file, names):
@@ -119,7 +119,7 @@ def _check_same_weights(checkpoint: Checkpoint, model: Any) -> None:
 
 
 def _load_heads(checkpoint: Checkpoint, model: Any) -> None:
-    own = {name: value for name, value in model.named_parameters() if OF_SCORES in name}
+    own = {name: value for name, value in model.named_parameters() if is_added(name)}
     if missing := sorted(own.keys() - checkpoint.shapes.keys()):
         raise ValueError(f"{checkpoint.folder} lacks {missing[0]}; convert its source again")
     for file in checkpoint.files:

@@ -1,6 +1,7 @@
 """From what a caller asks for to a `Conversion`, and the conversion done."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from heedful.hf.converted.settings import Conversion
 def conversion_of(
     config: Mapping[str, Any],
     *,
+    attention: str = "source",
+    attention_options: Mapping[str, Any] | None = None,
     score: str,
     selector: str,
     per: str,
@@ -36,18 +39,21 @@ def conversion_of(
         )
     if per not in ("layer", "kv_head"):
         raise ValueError(f"per must be 'layer' or 'kv_head', got {per!r}")
+    own = Conversion(attention=attention, attention_options=dict(attention_options or {}))
+    sizes = own.sizes(config)
     options: dict[str, Any] = {}
     if score == "selective":
         options = {"selector": selector, "subtract": not rank_only}
         if selector == "added":
             heads = config.get("num_attention_heads", config.get("n_head"))
-            groups = config.get("num_key_value_heads") or heads
+            groups = (config.get("num_key_value_heads") or heads) if sizes is None else sizes.sim_kv_heads
             options |= {"select_dim": select_dim, "selectors": groups if per == "kv_head" else 1}
         elif per == "kv_head":
             raise ValueError("per='kv_head' needs selector='added': attention head 0 is one selection head")
     if isinstance(eviction.budget, tuple):
         eviction.budgets(config.get("num_hidden_layers", config.get("n_layer", 0)))
-    return Conversion(score, options, eviction.to_dict() if eviction.evicts else None)
+    evicts = eviction.to_dict() if eviction.evicts else None
+    return replace(own, score=score, score_options=options, eviction=evicts)
 
 
 def convert_path(source: str | Path, out: str | Path, *, force: bool = False, **options: Any) -> Path:

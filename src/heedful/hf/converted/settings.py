@@ -6,6 +6,8 @@ from typing import Any
 from heedful.attention.config import ScoreConfig, check_options
 from heedful.attention.eviction import Eviction
 from heedful.attention.registry import SCORES
+from heedful.hf.converted.sas import OPTIONS, Sizes
+from heedful.ops.checks import check_choice
 
 FIELD = "heedful"
 """The field of the config that holds it."""
@@ -16,7 +18,7 @@ class Conversion:
     """How the attention of a converted model differs from its source's.
 
     Raises:
-        ValueError: for an unknown score or option, or an unsound eviction.
+        ValueError: for an unknown attention, score or option, or an unsound eviction.
     """
 
     score: str = "selective"
@@ -27,6 +29,10 @@ class Conversion:
     """What `generate` and `evaluate_nll` hold where nothing else is asked for; None: every token."""
     source: dict[str, Any] = field(default_factory=dict)
     """config.json of the source, for the way back."""
+    attention: str = "source"
+    """Of every layer that attends to all tokens: the source's own heads, or "sas", which simulates more of them."""
+    attention_options: dict[str, Any] = field(default_factory=dict)
+    """Its options."""
 
     def __post_init__(self) -> None:
         if self.score_options.get("memory_loss"):
@@ -34,6 +40,9 @@ class Conversion:
                 "memory_loss has no effect in a converted model, whose forward pass is its source's and asks no "
                 "layer for a loss; leave it out"
             )
+        check_choice("attention", self.attention, ("source", "sas"))
+        known = OPTIONS if self.attention == "sas" else ()
+        check_options(f"attention {self.attention!r}", self.attention_options, list(known))
         self.score_config()
         Eviction.of(self.eviction)
 
@@ -44,6 +53,14 @@ class Conversion:
             f"score {self.score!r}", self.score_options, [f for f in config_class.__dataclass_fields__]
         )
         return config_class(**self.score_options)
+
+    def sizes(self, config: Any) -> Sizes | None:
+        """Those of simulated heads in a model of this config; None where there are none.
+
+        Raises:
+            ValueError: if the options do not fit the model.
+        """
+        return Sizes.of(self.attention_options, config) if self.attention == "sas" else None
 
     @classmethod
     def of(cls, config: Any) -> "Conversion":
