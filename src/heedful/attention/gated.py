@@ -68,11 +68,9 @@ class GatedScore(EvictableScore):
         out, _ = self.softmax.attend_slots(q, k, v, x=x, **rest)
         return self._gated(out, x), None
 
-    def weights(
-        self, q: Tensor, k: Tensor, state: dict[str, Tensor], visible: Tensor, scale: float
-    ) -> Tensor:
+    def logits(self, q: Tensor, k: Tensor, scale: float, running: Tensor | None) -> Tensor:
         """Those of softmax: the gate is no part of them."""
-        return self.softmax.weights(q, k, state, visible, scale)
+        return self.softmax.logits(q, k, scale, running)
 
     def _gated(self, out: Tensor, x: Tensor) -> Tensor:
         """(B, H, T, E) times the gates of x (B, T, C)."""

@@ -133,7 +133,7 @@ class Score(nn.Module):
 class EvictableScore(Score):
     """A score that also attends to keys in any order, some of them gone: what a cache that evicts needs.
 
-    Write `attend`, and `weights` for the policies that evict by attention weights. All of it has to agree with
+    Write `attend`, and `logits` for the policies that evict by attention weights. All of it has to agree with
     `forward`: `heedful.testing.check_form` compares.
     """
 
@@ -256,10 +256,8 @@ class EvictableScore(Score):
         Returns:
             out (B, H, T, E) and the state for all S keys.
         """
-        length, n_keys = q.shape[2], k.shape[2]
-        real = (positions >= 0)[:, None] & (positions[:, n_keys - length :, None] >= 0)
-        visible = visible_keys(length, n_keys, None, None, q.device) & real
-        voted = visible.tril(n_keys - length - 1) & (positions > 0)[:, None]
+        length = q.shape[2]
+        visible, voted = visible_and_voted(positions, length)
         gone_at = evict(self.running_state(q, k, state, voted, scale, **given(select)))
         if gone_at is not None:
             visible = visible & (torch.arange(length, device=q.device)[:, None] < gone_at[:, None])
@@ -273,11 +271,32 @@ class EvictableScore(Score):
         """The per-token state before every query, (B, T, S), for policies that rank by it; None: there is none."""
         return None
 
-    def weights(
-        self, q: Tensor, k: Tensor, state: dict[str, Tensor], visible: Tensor, scale: float
-    ) -> Tensor:
-        """The attention weights (B, H, T, S) of `attend`, for policies that evict by them."""
+    def logits(self, q: Tensor, k: Tensor, scale: float, running: Tensor | None) -> Tensor:
+        """What `attend` takes the softmax of, for policies that evict by its weights.
+
+        Args:
+            q: (B, H, T, D).
+            k: (B, G, S, D).
+            scale: multiplies the logits.
+            running: what `running_state` gives, (B, T, S) or None.
+
+        Returns:
+            (B, H, T, S), float32 or wider, before any mask.
+        """
         raise NotImplementedError(f"score {self.config.form!r} does not show its attention weights")
+
+
+def visible_and_voted(positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """What the last T tokens may see, were nobody evicted, and what they may vote on, (B, T, S) bool both.
+
+    Args:
+        positions: (B, S) position of each key in its row, -1 = padding or nothing; the last T are the queries' own.
+        length: T.
+    """
+    n_keys = positions.shape[1]
+    real = (positions >= 0)[:, None] & (positions[:, n_keys - length :, None] >= 0)
+    visible = visible_keys(length, n_keys, None, None, positions.device) & real
+    return visible, visible.tril(n_keys - length - 1) & (positions > 0)[:, None]
 
 
 def check_one_selector(state: dict[str, Tensor]) -> None:

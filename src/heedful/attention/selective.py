@@ -13,7 +13,7 @@ from heedful.attention.init import fill_
 from heedful.attention.registry import register_score
 from heedful.attention.score import EvictableScore, LayerLoss, Select
 from heedful.attention.softmax import SoftmaxScore
-from heedful.ops.dot_product import masked_softmax, repeat_kv
+from heedful.ops.dot_product import wide_logits
 from heedful.ops.precision import wide_dtype
 from heedful.ops.selective import memory_share, selective_attention, unmasked_count
 from heedful.ops.selective.api import attend_visible
@@ -299,12 +299,7 @@ class SelectiveScore(EvictableScore):
         dtype = wide_dtype(q)
         return select_q.to(dtype) @ select_k.to(dtype).transpose(-1, -2) * scale
 
-    def weights(
-        self, q: Tensor, k: Tensor, state: dict[str, Tensor], visible: Tensor, scale: float
-    ) -> Tensor:
-        """softmax(L - F), (B, H, T, S), for a state that covers all keys."""
-        dtype = wide_dtype(q)
-        logits = q.to(dtype) @ repeat_kv(k, q.shape[1]).to(dtype).transpose(-1, -2) * scale
-        if self.config.subtract:
-            logits = logits - state["soft_mask"][:, :, None]
-        return masked_softmax(logits, visible[:, None])
+    def logits(self, q: Tensor, k: Tensor, scale: float, running: Tensor | None) -> Tensor:
+        """L - F, (B, H, T, S)."""
+        logits = wide_logits(q, k, scale)
+        return logits - running[:, None] if self.config.subtract and running is not None else logits

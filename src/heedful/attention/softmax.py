@@ -9,9 +9,9 @@ from heedful.attention.config import ScoreConfig
 from heedful.attention.registry import register_score
 from heedful.attention.score import EvictableScore, Select
 from heedful.ops.causal import causal_attention
-from heedful.ops.dot_product import attention_reference, attention_sdpa, masked_softmax, repeat_kv
+from heedful.ops.dot_product import attention_reference, attention_sdpa, wide_logits
 from heedful.ops.masks import visible_keys
-from heedful.ops.precision import no_autocast, wide_dtype
+from heedful.ops.precision import no_autocast
 
 
 @register_score("softmax")
@@ -89,10 +89,6 @@ class SoftmaxScore(EvictableScore):
             return attention_reference(q, k, v, visible, scale), None
         return attention_sdpa(q, k, v, scale), None
 
-    def weights(
-        self, q: Tensor, k: Tensor, state: dict[str, Tensor], visible: Tensor, scale: float
-    ) -> Tensor:
-        """softmax(q k^T * scale), (B, H, T, S)."""
-        dtype = wide_dtype(q)
-        logits = q.to(dtype) @ repeat_kv(k, q.shape[1]).to(dtype).transpose(-1, -2) * scale
-        return masked_softmax(logits, visible[:, None])
+    def logits(self, q: Tensor, k: Tensor, scale: float, running: Tensor | None) -> Tensor:
+        """`q k^T * scale`, (B, H, T, S)."""
+        return wide_logits(q, k, scale)

@@ -24,6 +24,12 @@ def masked_softmax(logits: Tensor, visible: Tensor) -> Tensor:
     return logits.softmax(-1).masked_fill(~visible, 0.0)
 
 
+def wide_logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """`q k^T * scale`, (B, H, T, S), float32 or wider, of q (B, H, T, D) and k (B, G, S, D)."""
+    dtype = wide_dtype(q)
+    return q.to(dtype) @ repeat_kv(k, q.shape[1]).to(dtype).transpose(-1, -2) * scale
+
+
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
     """`softmax(q k^T * scale) v` with every logit materialised.
 

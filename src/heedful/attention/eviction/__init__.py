@@ -6,8 +6,10 @@ from heedful.attention.eviction.settings import Eviction
 from heedful.ops.eviction import eviction_mask
 
 from heedful.attention.eviction.h2o import H2OPolicy  # isort: skip
+from heedful.attention.eviction.keydiff import KeyDiffPolicy  # isort: skip
 from heedful.attention.eviction.random import RandomPolicy  # isort: skip
 from heedful.attention.eviction.selective import SelectivePolicy  # isort: skip
+from heedful.attention.eviction.snapkv import SnapKVPolicy  # isort: skip
 from heedful.attention.eviction.streaming import StreamingPolicy  # isort: skip
 from heedful.attention.eviction.tova import TOVAPolicy  # isort: skip
 
@@ -16,9 +18,11 @@ __all__ = [
     "EvictingCache",
     "Eviction",
     "H2OPolicy",
+    "KeyDiffPolicy",
     "Policy",
     "RandomPolicy",
     "SelectivePolicy",
+    "SnapKVPolicy",
     "StreamingPolicy",
     "TOVAPolicy",
     "eviction_mask",

@@ -2,16 +2,19 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from heedful.attention.cache import KVCache
 from heedful.attention.eviction.bound import LossBound
+from heedful.attention.eviction.observed import observed_departures
 from heedful.attention.eviction.policy import Policy, get_policy
 from heedful.attention.eviction.slots import Slots
-from heedful.attention.score import EvictableScore, check_one_selector
+from heedful.attention.score import EvictableScore, check_one_selector, visible_and_voted
 from heedful.attention.tokens import Layer, Tokens, token_axis
+from heedful.ops.dot_product import masked_softmax
 from heedful.ops.eviction import Rule, departures, least_needed_slot
 from heedful.ops.precision import wide_dtype
 
@@ -130,7 +133,7 @@ class EvictingCache(KVCache):
 
     @property
     def scores(self) -> Tensor:
-        """(B, C) what the policy thinks of each token."""
+        """(B, C) what the policy thinks of each token; (B, N, C) where it remembers N numbers of each."""
         ranks_by = self.policy.ranks_by
         return self.slots.book["scores"] if ranks_by is None else self.slots.state[ranks_by][:, 0]
 
@@ -166,11 +169,10 @@ class EvictingCache(KVCache):
         real = _real_tokens(tokens.key_mask, batch, length, tokens.x.device)
         if length == 1:
             return self._part(layer, score, tokens, real)
-        together = 1 if self.policy.needs_weights else BLOCK
-        with self.slots.spare(BLOCK) if 1 < together < length else nullcontext():
+        with self.slots.spare(BLOCK) if length > BLOCK else nullcontext():
             outputs = []
-            for start in range(0, length, together):
-                n = min(together, length - start)
+            for start in range(0, length, BLOCK):
+                n = min(BLOCK, length - start)
                 outputs.append(self._part(layer, score, tokens.part(start, n), real[:, start : start + n]))
             piece = sum(t.numel() * t.element_size() for t in tokens.memory.values())
             self._peak = max(self._peak, self.nbytes + piece)
@@ -213,15 +215,16 @@ class EvictingCache(KVCache):
 
     def _next(self, layer: Layer, score: EvictableScore, tokens: Tokens) -> Tensor:
         """One real token in every row, under a plain budget: all slots in use are visible."""
-        slot = self._overwrite(tokens.memory)
+        slot = self._overwrite(layer, tokens.memory)
         held, state, positions = self._in_use()
         k, v = layer.keys_values(held)
         own = tokens.selection(held)
         if self.policy.needs_weights:
             visible = torch.ones_like(positions, dtype=torch.bool)[:, None]
-            weights = score.weights(tokens.q, k, state, visible, layer.scale)[:, :, 0]
-            scores = self.scores[:, : positions.shape[1]]
-            scores.copy_(self.policy.update(scores, weights))
+            logits = self._logits(layer, score, tokens, k, state, visible, own)
+            weights = masked_softmax(logits, visible[:, None])[:, :, 0]
+            scores = self.scores[..., : positions.shape[1]]
+            scores.copy_(self.policy.update(scores, weights, self.slots.arrived - 1))
         out, next_slot = score.attend_slots(
             tokens.q,
             k,
@@ -242,7 +245,7 @@ class EvictingCache(KVCache):
     def _one(self, layer: Layer, score: EvictableScore, tokens: Tokens, real: Tensor) -> Tensor:
         """One token per row, or padding, under any rule."""
         newest = self._positions_of(real)
-        self._replace_one(tokens.memory, newest)
+        self._replace_one(layer, tokens.memory, newest)
         held = self.slots.held()
         k, v = layer.keys_values(held)
         own = tokens.selection(held)
@@ -252,9 +255,12 @@ class EvictingCache(KVCache):
         visible = ((positions >= 0) & real)[:, None]
         voted = visible & ((positions > 0) & (positions != newest))[:, None]
         if self.policy.needs_weights:
-            weights = score.weights(tokens.q, k, state, visible, layer.scale)[:, :, 0]
-            updated = self.policy.update(self.scores, weights)
-            self.scores.copy_(torch.where(visible[:, 0], updated, self.scores))
+            logits = self._logits(layer, score, tokens, k, state, visible, own)
+            weights = masked_softmax(logits, visible[:, None])[:, :, 0]
+            updated = self.policy.update(self.scores, weights, newest)
+            self.scores.copy_(
+                torch.where(visible[:, 0] if updated.ndim == 2 else visible, updated, self.scores)
+            )
         out, after = score.attend(
             tokens.q, k, v, x=tokens.x, state=state, visible=visible, voted=voted, scale=layer.scale, **own
         )
@@ -277,15 +283,28 @@ class EvictingCache(KVCache):
             everything = self.slots.with_new(memory, before)
             positions = torch.cat((held, newest), dim=1)
             if own_scores is not None:
-                rated = torch.cat((self.scores[:, :before], own_scores), dim=1)
+                rated = torch.cat((self.scores[..., :before], own_scores), dim=-1)
             # what was just written is in the processor's cache
             memory = {n: t.narrow(token_axis(t), before, length) for n, t in everything.items()}
         k, v = layer.keys_values(everything)
+        own = tokens.selection(everything)
         gone_at: Tensor | None = None
         lost: Tensor | None = None
+        if policy.observes:
+            assert rated is not None
+            logits = None
+            if policy.needs_weights:
+                voted = visible_and_voted(positions, length)[1]
+                logits = self._logits(layer, score, tokens, k, state, voted, own)
+            gone_at, rated = observed_departures(rule, policy, rated, positions, length, logits, k)
+            if self.slots.filled:
+                self.scores[..., :before].copy_(rated[..., :before])
+            own_scores = rated[..., -length:]
 
         def evict(rows: Tensor | None) -> Tensor | None:
             nonlocal gone_at, lost
+            if policy.observes:
+                return gone_at
             # alone at the start, a token stays: nothing to look at, and the step compiles
             if length == 1 or (rule.threshold is None and self.seen + length <= (rule.budget or 0)):
                 return None
@@ -310,7 +329,7 @@ class EvictingCache(KVCache):
             positions=positions,
             scale=layer.scale,
             evict=evict,
-            **tokens.selection(everything),
+            **own,
         )
         check_one_selector(state)
         alive = positions >= 0
@@ -322,6 +341,26 @@ class EvictingCache(KVCache):
             sizes = layer.logit_sizes(tokens.q, k, real, positions >= 0)
             self._bound = self._bound.evicted(gone_at < length, lost).met(sizes)
         return out
+
+    @staticmethod
+    def _logits(
+        layer: Layer,
+        score: EvictableScore,
+        tokens: Tokens,
+        k: Tensor,
+        state: dict[str, Tensor],
+        voted: Tensor,
+        own: dict[str, Any],
+    ) -> Tensor:
+        """(B, H, T, S), what the weights are made of; state, voted and own as in `attend`."""
+        running = score.running_state(tokens.q, k, state, voted, layer.scale, **own)
+        return score.logits(tokens.q, k, layer.scale, running)
+
+    def _rate(self, layer: Layer) -> None:
+        """Let the policy look at the keys in the slots, if it does."""
+        if self.policy.needs_keys:
+            k, _ = layer.keys_values(self.slots.held())
+            self.scores.copy_(self.policy.rate(k, self.positions >= 0))
 
     def _positions_of(self, real: Tensor) -> Tensor:
         """(B, T) position of each new token in its row, -1 for padding; real is (B, T) bool."""
@@ -337,7 +376,7 @@ class EvictingCache(KVCache):
         state = {name: t[..., :n] for name, t in self.slots.state.items()}
         return self.slots.first(n), state, self.positions[:, :n]
 
-    def _overwrite(self, memory: dict[str, Tensor]) -> Tensor:
+    def _overwrite(self, layer: Layer, memory: dict[str, Tensor]) -> Tensor:
         """Write one real token per row in place of the least needed one, under a plain budget: the slots (B, 1)."""
         assert self.rule.budget is not None
         arrived = self.slots.arrived
@@ -346,21 +385,23 @@ class EvictingCache(KVCache):
         elif self._next_slot is not None:
             slot = self._next_slot
         else:
+            self._rate(layer)
             priority = self.policy.priority(self.scores, self.positions, arrived, self.rule.budget)
             slot = least_needed_slot(priority, self.positions, arrived, self.rule.grace, self.rule.first)
         self._next_slot = None
-        if self.policy.ranks_by is None:
-            self.scores.scatter_(-1, slot, self.policy.start(arrived))
-        self.slots.overwrite(memory, slot)
+        self.slots.overwrite(
+            memory, slot, self.policy.start(arrived) if self.policy.ranks_by is None else None
+        )
         self.seen += 1
         return slot
 
-    def _replace_one(self, memory: dict[str, Tensor], positions: Tensor) -> None:
+    def _replace_one(self, layer: Layer, memory: dict[str, Tensor], positions: Tensor) -> None:
         """Make room for one token per row and write it; a padded token, position -1, leaves its row alone."""
         self._next_slot = None
         if self.rule.budget is None:
             self._make_room()
         real, before = positions >= 0, self.positions >= 0
+        self._rate(layer)
         priority = self.policy.priority(self.scores, self.positions, positions, self.rule.budget or 0)
         alive = self.rule.evict(before, priority, self.positions, positions, room=1)
         if self._bound is not None:
@@ -386,7 +427,7 @@ class EvictingCache(KVCache):
         stays = int(alive.sum(-1).max()) if bounded is None else 0
         if not self.slots.filled:
             n = self._in_blocks(stays) if bounded is None else bounded
-            self.slots.allocate(memory, list(state), n, scored=scores is not None)
+            self.slots.allocate(memory, list(state), n, scores)
             if self.rule.threshold is not None:
                 like = next(iter(memory.values()))
                 self._bound = LossBound.nothing_lost(like.shape[0], wide_dtype(like), like.device)

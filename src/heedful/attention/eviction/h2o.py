@@ -17,7 +17,7 @@ class H2OPolicy(Policy):
     name = "h2o"
     needs_weights = True
 
-    def update(self, scores: Tensor, weights: Tensor) -> Tensor:
+    def update(self, scores: Tensor, weights: Tensor, newest: Tensor) -> Tensor:
         """Accumulate, negated: little attention means a high score."""
         return scores - weights.sum(1)
 

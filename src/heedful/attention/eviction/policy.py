@@ -18,7 +18,14 @@ class Policy:
     ranks_by: ClassVar[str | None] = None
     """The score's per-token state that it ranks by, such as F; None: it keeps scores of its own."""
     needs_weights: ClassVar[bool] = False
-    """Scores depend on attention weights after earlier evictions: queries run one by one."""
+    """Scores depend on attention weights after earlier evictions: it looks at one query after the other."""
+    needs_keys: ClassVar[bool] = False
+    """Scores depend on the keys that are held, and are made anew before every eviction."""
+
+    @property
+    def observes(self) -> bool:
+        """Whether it has to see what each query did before it knows who goes next."""
+        return self.needs_weights or self.needs_keys
 
     def start(self, positions: Tensor) -> Tensor:
         """The scores of new tokens.
@@ -27,28 +34,41 @@ class Policy:
             positions: (B, T) position of each token in its row.
 
         Returns:
-            (B, T) float32.
+            (B, T) float32; or (B, N, T), for a policy that remembers N numbers of a token.
         """
         return positions.new_zeros(positions.shape).float()
 
-    def update(self, scores: Tensor, weights: Tensor) -> Tensor:
+    def update(self, scores: Tensor, weights: Tensor, newest: Tensor) -> Tensor:
         """The scores after a query attended; called only if `needs_weights`.
 
         Args:
-            scores: (B, S).
-            weights: (B, H, S) attention weights of the query.
+            scores: (B, S), or (B, N, S).
+            weights: (B, H, S) attention weights of the query; 0 for what it does not see.
+            newest: (B, 1) position of the query; -1 = padding, whose scores are not taken.
 
         Returns:
-            (B, S).
+            As `scores`.
         """
         return scores
+
+    def rate(self, keys: Tensor, held: Tensor) -> Tensor:
+        """The scores of the tokens that are held when another one comes; called only if `needs_keys`.
+
+        Args:
+            keys: (B, G, S, D), as queries meet them.
+            held: (B, S) bool; what is not held does not matter.
+
+        Returns:
+            (B, S) float32.
+        """
+        raise NotImplementedError
 
     def priority(self, scores: Tensor, positions: Tensor, newest: Tensor, budget: int) -> Tensor:
         """What the engine takes the maximum of; the scores, unless a policy also protects by age.
 
         Args:
-            scores: (B, S).
-            positions: (B, S).
+            scores: (B, S), or (B, N, S).
+            positions: (B, S), -1 where no token is held.
             newest: (B, 1) position of the token that just arrived.
             budget: tokens that may be held.
 

@@ -23,7 +23,7 @@ class Slots:
         self.state: dict[str, Tensor] = {}
         """The score's per-token state, (B, 1, C)."""
         self.book: dict[str, Tensor] = {}
-        """"positions" (B, C), -1 = empty; "arrived" (B, 1), real tokens read; "scores" (B, C) of a policy."""
+        """"positions" (B, C), -1 = empty; "arrived" (B, 1), real tokens read; "scores" (B, C) or (B, N, C)."""
         self._spare = 0  # places behind the slots, while a long piece is read
         self._journal: list[tuple[str, Tensor, Tensor]] | None = None
 
@@ -89,12 +89,14 @@ class Slots:
 
     # Writing.
 
-    def overwrite(self, memory: dict[str, Tensor], slot: Tensor) -> None:
-        """Put one real token per row into slot (B, 1); its state starts at 0."""
+    def overwrite(self, memory: dict[str, Tensor], slot: Tensor, scores: Tensor | None = None) -> None:
+        """Put one real token per row into slot (B, 1), with a policy's scores; its state starts at 0."""
         for name, value in memory.items():
             self._keep_for_undo(name, slot)
             _scatter(self.tensors[name], slot, value)  # of the same type: `check`
         self.positions.scatter_(-1, slot, self.arrived)
+        if scores is not None:
+            _scatter(self.book["scores"], slot, scores)
         for storage in self.state.values():
             storage.scatter_(-1, slot[:, None], 0.0)
         self.book["arrived"] += 1
@@ -116,7 +118,7 @@ class Slots:
             slot: (B, n), where they go.
             real: (B, n) bool, the tokens that are written; None: all.
             state: the score's state (B, 1, n); None: it starts at 0.
-            scores: (B, n), for a policy with scores of its own.
+            scores: (B, n) or (B, N, n), for a policy with scores of its own.
         """
 
         def put(storage: Tensor, new: Tensor) -> None:
@@ -149,7 +151,7 @@ class Slots:
             positions: (B, T) of the new tokens, -1 for padding.
             state: the score's state of the slots in use and of the new tokens, (B, 1, n + T).
             alive: (B, n + T) bool, the survivors.
-            scores: (B, T), for a policy with scores of its own.
+            scores: (B, T) or (B, N, T), for a policy with scores of its own.
         """
         length, slots, n = positions.shape[1], self.count, positions.shape[1]
         survives, arrives = alive.split([alive.shape[1] - length, length], dim=1)
@@ -170,14 +172,16 @@ class Slots:
                 free,
                 real,
                 {name: value[..., -length:].gather(-1, new[:, None]) for name, value in state.items()},
-                None if scores is None else scores.gather(-1, new),
+                None if scores is None else _gather(scores, new),
             )
         self.book["arrived"] += (positions >= 0).sum(-1, keepdim=True)
 
     # Size.
 
-    def allocate(self, memory: dict[str, Tensor], state_names: Sequence[str], n: int, scored: bool) -> None:
-        """Make n empty slots for tokens like those of `memory`; `scored`: for a policy with scores of its own."""
+    def allocate(
+        self, memory: dict[str, Tensor], state_names: Sequence[str], n: int, scores: Tensor | None
+    ) -> None:
+        """Make n empty slots for tokens like those of `memory`, and for scores like those of a policy."""
         like = next(iter(memory.values()))
         batch, device = like.shape[0], like.device
         for name, value in memory.items():
@@ -186,8 +190,8 @@ class Slots:
             self.tensors[name] = value.new_zeros(shape)
         self.book["positions"] = torch.full((batch, n), -1, device=device)
         self.book["arrived"] = torch.zeros(batch, 1, dtype=torch.long, device=device)
-        if scored:
-            self.book["scores"] = torch.zeros(batch, n, device=device)
+        if scores is not None:
+            self.book["scores"] = scores.new_zeros(*scores.shape[:-1], n)
         for name in state_names:
             self.state[name] = torch.zeros(batch, 1, n, dtype=wide_dtype(like), device=device)
 

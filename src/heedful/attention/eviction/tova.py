@@ -16,6 +16,6 @@ class TOVAPolicy(Policy):
     name = "tova"
     needs_weights = True
 
-    def update(self, scores: Tensor, weights: Tensor) -> Tensor:
+    def update(self, scores: Tensor, weights: Tensor, newest: Tensor) -> Tensor:
         """The latest query alone counts."""
         return -weights.mean(1)

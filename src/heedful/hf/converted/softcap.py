@@ -63,11 +63,9 @@ class CappedSoftmaxScore(SoftmaxScore):
         """Over all slots."""
         return EvictableScore.attend_slots(self, *qkv, **rest)
 
-    def weights(
-        self, q: Tensor, k: Tensor, state: dict[str, Tensor], visible: Tensor, scale: float
-    ) -> Tensor:
+    def logits(self, q: Tensor, k: Tensor, scale: float, running: Tensor | None) -> Tensor:
         """(B, H, T, S)."""
-        return masked_softmax(self._logits(q, k, scale), visible[:, None])
+        return self._logits(q, k, scale)
 
     def _logits(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
         return capped(q, k, scale, self.softcap)
@@ -118,14 +116,10 @@ class CappedSelectiveScore(CappedSoftmaxScore, SelectiveScore):  # type: ignore[
         """F before every query, (B, T, S)."""
         return soft_masks(self._votes(q, k, select, scale), state.get("soft_mask"), voted)[:, 0, :-1]
 
-    def weights(
-        self, q: Tensor, k: Tensor, state: dict[str, Tensor], visible: Tensor, scale: float
-    ) -> Tensor:
+    def logits(self, q: Tensor, k: Tensor, scale: float, running: Tensor | None) -> Tensor:
         """(B, H, T, S)."""
         logits = self._logits(q, k, scale)
-        if self.config.subtract:
-            logits = logits - state["soft_mask"][:, :, None]
-        return masked_softmax(logits, visible[:, None])
+        return logits - running[:, None] if self.config.subtract and running is not None else logits
 
     def _votes(self, q: Tensor, k: Tensor, select: Select, scale: float) -> Tensor:
         return (
