@@ -16,6 +16,8 @@ COLORS = {
     "streaming": "#7B4B94",
     "h2o": "#7A5C3E",
     "tova": "#C2678F",
+    "snapkv": "#4F8A3C",
+    "keydiff": "#1F9BCF",
     "random": "#8A8A8A",
 }
 """One colour per form and per policy, in every figure. A score alone is that score in standard attention."""

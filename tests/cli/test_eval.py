@@ -145,8 +145,12 @@ def test_without_a_limit_256_rows(heedful: Heedful, trained: Path, tmp_path: Pat
 
 
 def test_policies_that_go_with_the_model(heedful: Heedful, trained: Path, tmp_path: Path):
-    assert heedful("eval", trained, "--kv-budget", "8", "--rows", "2", "--out", tmp_path).code == 0
+    small = ["--kv-budget", "8", "--rows", "2", "--out", tmp_path]
+    assert heedful("eval", trained, *small).code == 0
     assert [row["policy"] for row in table_in(tmp_path)] == ["streaming", "h2o"]
+    assert heedful("eval", trained, *small, "--policy", "snapkv,keydiff").code == 0
+    assert [row["policy"] for row in table_in(tmp_path)] == ["snapkv", "keydiff"]
+    assert all(float(row["kl"]) > 0 for row in table_in(tmp_path))
     message = heedful("eval", trained, "--policy", "h2o,selective", "--out", tmp_path / "out").error(2)
     assert "--policy: the policy 'selective' needs a model with score 'selective'" in message
     assert "layer 0 has 'softmax'; use another policy, e.g. 'streaming'" in message

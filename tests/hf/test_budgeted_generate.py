@@ -26,6 +26,8 @@ HOW: dict[str, dict[str, Any]] = {
     "random every 2": {"kv_budget": 5, "kv_policy": "random", "kv_evict_every": 2},
     "h2o": {"kv_budget": [5, 4], "kv_policy": "h2o"},
     "tova every 2": {"kv_budget": 4, "kv_policy": "tova", "kv_evict_every": 2},
+    "snapkv": {"kv_budget": [7, 5], "kv_policy": "snapkv", "kv_first": 2},
+    "keydiff every 2": {"kv_budget": 5, "kv_policy": "keydiff", "kv_evict_every": 2},
 }
 how = pytest.mark.parametrize("how", HOW.values(), ids=HOW.keys())
 

@@ -53,7 +53,7 @@ class BudgetedGenerationMixin(GenerationMixin):
                 `generation_config` given, then from `model.generation_config`, then from `config.eviction`; without
                 any, everything is kept.
             kv_policy: which token is evicted: "selective", the default, needs a selective model; "streaming",
-                "h2o", "tova" and "random" go with any.
+                "h2o", "tova", "snapkv", "keydiff" and "random" go with any.
             kv_evict_every: evict only at token positions divisible by it; up to kv_evict_every - 1 more tokens
                 are held.
             kv_threshold: votes F above which a token goes at once, > 0; needs the policy "selective". The cache
@@ -111,7 +111,7 @@ class BudgetedGenerationMixin(GenerationMixin):
             ids: (B, T) token ids.
             attention_mask: (B, T), 0 = padding, which is not counted.
             kv_budget: as in `generate`, as all that begins with `kv_`.
-            kv_policy: "h2o" and "tova" run query by query.
+            kv_policy: as in `generate`.
             reduction: "mean" over the real predicted tokens, or "none".
             kv_evict_every: as in `generate`.
             kv_threshold: as in `generate`.

@@ -1,5 +1,6 @@
 """The light way: a stock model in memory. What it saves loads as a converted one, or not at all."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, LlamaForSequenceClassification
 
 import heedful
+from heedful.attention.eviction import POLICIES, Eviction
 from heedful.hf.converted import HeedfulLlamaConfig, HeedfulLlamaForCausalLM  # type: ignore[attr-defined]
-from heedful.hf.names import output_cache
+from heedful.hf.names import CACHE, output_cache
 
 
 def test_a_patched_model_is_its_source_and_saves_as_converted(
@@ -32,13 +34,22 @@ def test_a_patched_model_is_its_source_and_saves_as_converted(
 
 
 def test_other_policies_in_a_stock_model(make_source: Callable[..., Any], ids: Tensor):
-    model = heedful.patch(make_source("qwen2"), score="softmax")
+    """In parallel, token by token and in `generate` alike; nobody is evicted by two of them alike."""
+    model = heedful.patch(make_source("qwen2"), score="softmax").double()
     assert model.num_parameters() == make_source("qwen2").num_parameters()
-    for policy in ("streaming", "h2o", "tova", "random"):
-        output = model.generate(
-            ids, max_new_tokens=4, kv_budget=8, kv_policy=policy, return_dict_in_generate=True
-        )
-        assert output_cache(output).kept == [8]  # the two other layers have windows of their own
+    held = []
+    for policy in (name for name in POLICIES if name != "selective"):
+        options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
+        output = model.generate(ids, kv_budget=15, kv_policy=policy, **options)
+        assert output_cache(output).kept == [15]  # the two other layers have windows of their own
+        held.append(output_cache(output).memories[-1].positions.sort().values.tolist())
+        caches = [model.new_cache(Eviction(15, policy)) for _ in range(2)]
+        with torch.no_grad():
+            logits = model(output.sequences, **{CACHE: caches[0]}).logits
+            singly = [model(token, **{CACHE: caches[1]}).logits for token in output.sequences.split(1, dim=1)]
+        torch.testing.assert_close(torch.cat(singly, 1), logits)
+        assert torch.equal(logits[:, ids.shape[1] - 1 : -1].argmax(-1), output.sequences[:, ids.shape[1] :])
+    assert all(one != other for one, other in itertools.combinations(held, 2))
     with pytest.raises(ValueError, match="needs score 'selective'"):
         model.generate(ids, max_new_tokens=4, kv_budget=8)
 
