@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,10 @@ def test_tasks(
     out = tmp_path / "out"
     flags = ("--kv-budget", "40,full", "--policy", "streaming,tova", "--kv-first", "2", "--limit", "2")
     more = ("--length", "200", "--task-data", pairs, "--data", text_file, "--context", "64")
+    monkeypatch.setattr(socket.socket, "connect", lambda *address: pytest.fail("asked the network"))
     done = heedful("eval", trained, "--tasks", "blimp,text,needle,mqar", *flags, *more, "--out", out)
     assert done.code == 0, done.err
+    assert "%|" not in done.err  # no bars of the harness
     assert [file.name for file in out.iterdir()] == ["tasks.json"]
     raw = json.loads((out / "tasks.json").read_text())
     assert (raw["model"], raw["limit"]) == (str(trained), 2)
@@ -128,3 +131,24 @@ def test_a_task_that_nobody_knows(
     monkeypatch.setattr(tasks, "TaskManager", ours_alone)
     message = heedful("eval", trained, "--tasks", "coppy").error(1)
     assert "the task 'coppy' is not known; did you mean 'copy'? ours are blimp, copy" in message
+
+
+def test_interrupted(
+    heedful: Heedful, harness: None, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from heedful.lm_eval import run
+
+    evaluate = run.evaluate
+    done: list[int] = []
+
+    def once(*args: Any, **kwargs: Any) -> Any:
+        if done:
+            raise KeyboardInterrupt
+        done.append(1)
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(run, "evaluate", once)
+    flags = ("--tasks", "copy", "--length", "100", "--limit", "2", "--kv-budget", "8,full", "--out", tmp_path)
+    message = heedful("eval", trained, *flags, "--policy", "streaming").error(130)
+    assert f"stopped after 1 of 2 measurements; those done are in {tmp_path / 'tasks.json'}" in message
+    assert len(json.loads((tmp_path / "tasks.json").read_text())["results"]) == 1

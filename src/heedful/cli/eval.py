@@ -1,6 +1,5 @@
 """`heedful eval`."""
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import MISSING
@@ -57,8 +56,6 @@ LINE_EVERY = 10.0  # seconds, where there is no bar
 
 def run(arguments: Sequence[str]) -> int:
     """Measure, and leave table and figure."""
-    if any(word.partition("=")[0] == "--tasks" for word in arguments):
-        os.environ.setdefault("TQDM_DISABLE", "1")  # before transformers imports it: the bars are ours
     values = parse(
         "eval",
         DESCRIPTION,

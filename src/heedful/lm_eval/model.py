@@ -167,28 +167,28 @@ class HeedfulLM(HFLM):
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """The log-likelihood of each continuation after its context, and whether it is the most likely."""
-        self._begin(len(requests))
-        return super().loglikelihood(requests, disable_tqdm=disable_tqdm or self.report is not None)
+        with self._reporting(len(requests)) as quiet:
+            return super().loglikelihood(requests, disable_tqdm=disable_tqdm or quiet)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of each text, in pieces of `max_length` tokens that begin with an empty cache."""
         # The harness puts a start token before every text. Tokenizers of stock models may add another, in the
         # stock harness as well; the one that ours add was only ever seen once.
         self._doubled = self.model.config.model_type == "heedful"
+        pieces = 0
         try:
             if self.report is not None:
                 lengths = [len(self.tok_encode(request.args[0])) for request in requests]
-                self._begin(sum(-(-length // self.max_length) for length in lengths))
-            return super().loglikelihood_rolling(
-                requests, disable_tqdm=disable_tqdm or self.report is not None
-            )
+                pieces = sum(-(-length // self.max_length) for length in lengths)
+            with self._reporting(pieces) as quiet:
+                return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm or quiet)
         finally:
             self._doubled = False
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """The continuation of each context, by `generate`."""
-        self._begin(len(requests))
-        return super().generate_until(requests, disable_tqdm=disable_tqdm or self.report is not None)
+        with self._reporting(len(requests)) as quiet:
+            return super().generate_until(requests, disable_tqdm=disable_tqdm or quiet)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
@@ -238,11 +238,15 @@ class HeedfulLM(HFLM):
         self.held = max(self.held, *cache.kept)
         self.evicted |= any(cache.stats.evictions)
 
-    def _begin(self, total: int) -> None:
+    @contextmanager
+    def _reporting(self, total: int) -> Iterator[bool]:
+        """Whether somebody listens. Equal requests are read once: what is left at the end is done as well."""
         self._done, self._total = 0, total
+        yield self.report is not None
+        self._step(total - self._done)
 
     def _step(self, count: int) -> None:
-        if self.report is not None:
+        if self.report is not None and count > 0:
             self._done = min(self._done + count, self._total)
             self.report(self._done, self._total)
 

@@ -2,10 +2,13 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import mean
 from typing import Any
 
+from lm_eval.api import task as harness_task
 from lm_eval.evaluator import evaluate
 
 from heedful.attention.eviction import Eviction
@@ -117,7 +120,10 @@ def _measured(
             model.batch_size_per_gpu = max(1, min(MOST_ROWS, room))
             model.report = _reporter(progress, number)
             try:
-                found: Any = evaluate(model, task.tasks, limit=limit, bootstrap_iters=DRAWS, log_samples=True)
+                with _no_bars():
+                    found: Any = evaluate(
+                        model, task.tasks, limit=limit, bootstrap_iters=DRAWS, log_samples=True
+                    )
             finally:
                 model.report, model._max_length = None, usual
             yield TaskResult(
@@ -133,6 +139,18 @@ def _measured(
                 parts=_parts(found),
             )
             number += 1
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """The harness draws one while it makes requests, and asks nobody whether the screen is taken."""
+    theirs: Any = harness_task
+    bar = theirs.tqdm
+    theirs.tqdm = partial(bar, disable=True)
+    try:
+        yield
+    finally:
+        theirs.tqdm = bar
 
 
 def _reporter(progress: Callable[[int, int, int], None] | None, number: int) -> Callable[[int, int], None]:
