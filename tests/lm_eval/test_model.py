@@ -169,6 +169,7 @@ def test_what_would_not_be_obeyed_is_refused(trained: Path, converted: Path, mon
     refused("'kv_bugdet' is not known; did you mean 'kv_budget'", trained, kv_bugdet=8)
     refused("'trust_remote_code' is not known", trained, trust_remote_code=True)
     refused("'parallelize' is not known", trained, parallelize=True)
+    refused("dtype must be auto or a type of torch", trained, dtype="float99")
     refused("nothing is evicted without", trained, kv_policy="streaming")
     refused("one entry per layer", trained, kv_budget=[8, 8, 8])
     refused("unknown eviction policy 'best'", trained, kv_budget=8, kv_policy="best")
@@ -218,3 +219,11 @@ def test_batch_size_auto_goes_through_the_budget(voting: Path, ask: Ask):
     auto = HeedfulLM(voting, kv_budget=6, batch_size="auto", max_batch_size=4, max_length=64)
     for found, expected in zip(auto.loglikelihood(requests, disable_tqdm=True), one, strict=True):
         assert math.isclose(found[0], expected[0], abs_tol=2e-4)
+
+
+def test_another_type(voting: Path, ask: Ask):
+    lm = HeedfulLM(voting, kv_budget=6, dtype="float64")
+    assert lm.get_model_info()["model_dtype"] == "torch.float64"
+    found = lm.loglikelihood(ask("loglikelihood", *PAIRS), disable_tqdm=True)
+    expected = [by_hand(voting, *pair, kv_budget=6) for pair in PAIRS]
+    assert [answer[0] for answer in found] == pytest.approx(expected, abs=2e-4)

@@ -103,13 +103,13 @@ class HeedfulLM(HFLM):
                 "the model 'heedful' runs in one process; start lm_eval without accelerate launch"
             )
         model, tokenizer = load_model(pretrained), load_tokenizer(pretrained)
-        self._doubled = False
+        self._starts_bare = False
         if add_bos_token is None and model.config.model_type == "heedful":
             add_bos_token = True
         if add_bos_token is not None:
             tokenizer.add_bos_token = add_bos_token
         if dtype != "auto":
-            model = model.to(getattr(torch, dtype.removeprefix("torch.")))
+            model = model.to(_dtype(dtype))
         model.to(_device(device))
         with _unwarned():  # that a model was given where most give a name
             super().__init__(
@@ -161,7 +161,7 @@ class HeedfulLM(HFLM):
         self, string: str, add_special_tokens: bool | None = None, *args: Any, **kwargs: Any
     ) -> list[int]:
         """As in `HFLM`."""
-        if self._doubled:
+        if self._starts_bare:
             add_special_tokens = False
         return super().tok_encode(string, add_special_tokens, *args, **kwargs)
 
@@ -174,7 +174,7 @@ class HeedfulLM(HFLM):
         """The log-likelihood of each text, in pieces of `max_length` tokens that begin with an empty cache."""
         # The harness puts a start token before every text. Tokenizers of stock models may add another, in the
         # stock harness as well; the one that ours add was only ever seen once.
-        self._doubled = self.model.config.model_type == "heedful"
+        self._starts_bare = self.model.config.model_type == "heedful"
         pieces = 0
         try:
             if self.report is not None:
@@ -183,7 +183,7 @@ class HeedfulLM(HFLM):
             with self._reporting(pieces) as quiet:
                 return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm or quiet)
         finally:
-            self._doubled = False
+            self._starts_bare = False
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """The continuation of each context, by `generate`."""
@@ -249,6 +249,13 @@ class HeedfulLM(HFLM):
         if self.report is not None and count > 0:
             self._done = min(self._done + count, self._total)
             self.report(self._done, self._total)
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, str(name).removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"dtype must be auto or a type of torch, such as bfloat16, got {name!r}")
+    return found
 
 
 def _device(asked: str | None) -> str:
