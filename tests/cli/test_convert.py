@@ -87,3 +87,24 @@ def test_errors_are_one_line(
 
 def test_commands_for_trained_models_say_what_a_stock_one_needs(heedful: Callable[..., Any], source: Path):
     assert "`heedful convert` makes one of it" in heedful("generate", source, "a").error(1)
+
+
+def test_a_budget_for_each_layer_is_found_and_used(heedful: Callable[..., Any], source: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    assert heedful("convert", source, out, "--kv-budget", 40).code == 0
+    (tmp_path / "book.txt").write_text(TEXT * 3)
+    how = ["--data", tmp_path / "book.txt", "--context", 24, "--rows", 3, "--tolerance", 0.05, "--kv-grace"]
+    done = heedful("budget", out, *how, 4)
+    assert done.code == 0, done.err
+    eviction = json.loads((out / "config.json").read_text())["heedful"]["eviction"]
+    assert eviction["grace"] == 4 and all(5 <= budget <= 24 for budget in eviction["budget"])
+    assert (
+        "book.txt: 3 rows of 24 tokens" in done.err
+        and "finished before" in heedful("budget", out, *how, 4).err
+    )
+    assert json.loads(heedful("doctor", out, "--json").out)["proof"]["held"] == eviction["budget"]
+    assert "grace was 4, is 3" in heedful("budget", out, *how, 3).error(1)
+    assert "more than the 24 tokens that never go, got 24" in heedful("budget", out, *how, 23).error(2)
+    other = ["--data", tmp_path / "book.txt", "--baseline", tmp_path]
+    assert "--baseline compares runs of heedful train" in heedful("budget", out, *other).error(2)
+    assert "name a text it has not seen with --data" in heedful("budget", out).error(1)

@@ -21,23 +21,26 @@ DESCRIPTION = """Find how few tokens the cache of every layer may hold without t
 
     heedful budget runs/a                           # as good as its full cache, within 0.01 nats per token
     heedful budget runs/a --baseline runs/b         # as good as another model with its full cache
+    heedful budget converted --data my.txt --context 512 --rows 8 --kv-grace 16 --kv-first 4
     heedful generate runs/a "Once upon a time"      # uses the budgets
 
 The greedy search of arXiv 2410.02703: every layer starts with the whole context; the budget of one layer is
 lowered to about 3/4, where it adds least loss per token freed; a layer whose next step would exceed the target
-stays; down to 2 tokens. The search is fast because it keeps what enters each layer, so that a trial in one
-layer runs only the layers from there on, and because it is lazy: the last measured damage of each layer ranks
-them, only the best is measured again, and it is taken if it is still the best.
+stays; down to the tokens that never go. The search is fast because it keeps what enters each layer, so that a trial
+in one layer runs only the layers from there on, and because it is lazy: the last measured damage of each layer
+ranks them, only the best is measured again, and it is taken if it is still the best.
 
 The validation rows (a document or a piece of one each) are cut into up to 8 stretches. Each gives a block of
 neighbouring rows to the search, and the block after it, up to four times as long, to the report. The two never
-share a row; the search chose the budgets to fit its rows, so believe the loss on the report rows.
+share a row; the search chose the budgets to fit its rows, so believe the loss on the report rows. What enters each
+layer stays in memory, rows x context x width x layers numbers: of a large converted model give few rows. Its layers
+with a sliding window keep that window.
 
 Writes budget.jsonl (every decision; the same command goes on from it), budget.png and
 the budgets with their policy in config.json, which generate uses. The policy "selective" needs a model with --score
 selective; the others go with any."""
 
-LOG, FIGURE, CONFIG, WEIGHTS = "budget.jsonl", "budget.png", "config.json", "model.safetensors"
+LOG, FIGURE, CONFIG = "budget.jsonl", "budget.png", "config.json"
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -60,6 +63,14 @@ def run(arguments: Sequence[str]) -> int:
             ),
             flag("tolerance", float, 0.01, "without a target: nats per token above the run's own full cache"),
             flag("policy", str, "selective", "which token is evicted: " + ", ".join(POLICIES)),
+            flag(
+                "context",
+                int | None,
+                None,
+                "tokens in a row; the run's if left out, for a converted model 2048",
+            ),
+            flag("kv_grace", int, 1, "newest tokens that are never evicted"),
+            flag("kv_first", int, 1, "first tokens that are never evicted"),
             flag("rows", int, 64, "rows to search on, at most; up to 4 times as many to report on"),
             flag("restart", bool, False, "forget an earlier search in the folder"),
         ],
@@ -86,6 +97,14 @@ def _check(values: dict[str, Any], tolerance_given: bool) -> None:
         raise UsageError(f"--tolerance must be 0 or more and finite, got {tolerance}")
     if values["policy"] not in POLICIES:
         raise UsageError(f"--policy must be one of {', '.join(POLICIES)}, got {values['policy']!r}")
+    for name in ("kv_grace", "kv_first"):
+        if values[name] < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be 1 or more, got {values[name]}")
+    least = values["kv_grace"] + values["kv_first"]
+    if values["context"] is not None and values["context"] <= least:
+        raise UsageError(
+            f"--context must be more than the {least} tokens that never go, got {values['context']}"
+        )
     if values["rows"] < 1:
         raise UsageError(f"--rows must be 1 or more, got {values['rows']}")
 
@@ -106,15 +125,19 @@ class _Scores:
 def _budget(values: dict[str, Any], console: Console) -> int:
     from heedful.evaluation import evaluate
     from heedful.evaluation.search import BudgetSearch, check_policy, ladder, split_rows
-    from heedful.evaluation.search_log import SearchLog, file_digest, rows_digest
+    from heedful.evaluation.search_log import SearchLog, rows_digest, weights_digest
     from heedful.hf.load import load_model
     from heedful.training import held_out
 
     folder, policy = Path(values["run"]), values["policy"]
+    safe = {"grace": values["kv_grace"], "first": values["kv_first"]}
+    if values["baseline"] is not None:
+        _check_trained(folder)
     model = load_model(folder)
     check_policy(model, policy)
     baseline = load_model(values["baseline"]) if values["baseline"] is not None else None
-    held = held_out(folder, _tokenizer(folder), values["data"], text_column=values["text_column"])
+    data: dict[str, Any] = {"text_column": values["text_column"], "context": values["context"]}
+    held = held_out(folder, _tokenizer(folder), values["data"], **data)
     if baseline is not None:
         _check_baseline(folder, Path(values["baseline"]))
     search_rows, report_rows = split_rows(held.rows, values["rows"])
@@ -133,17 +156,18 @@ def _budget(values: dict[str, Any], console: Console) -> int:
         "search_rows": rows_digest(search_rows),
         "rows": len(search_rows),
         "target": target,
-        "baseline": file_digest(Path(values["baseline"]) / WEIGHTS) if baseline is not None else None,
+        "baseline": weights_digest(Path(values["baseline"])) if baseline is not None else None,
         "policy": policy,
-        "ladder": list(ladder(held.context)),
-        "model": file_digest(folder / WEIGHTS),
+        "ladder": list(ladder(held.context, sum(safe.values()))),
+        **safe,
+        "model": weights_digest(folder),
     }
     log = SearchLog(folder / LOG, settings, values["restart"])
     target = log.settings["target"]
     progress = _Progress(console)
     try:
         search = BudgetSearch(
-            model, search_rows, target, policy=policy, earlier=log.moves, watch=progress.measuring
+            model, search_rows, target, policy=policy, earlier=log.moves, watch=progress.measuring, **safe
         )
         console.print(
             f"[bold]data[/bold]   {held.name}: {len(search_rows)} rows of {held.context} tokens to search on, "
@@ -163,22 +187,22 @@ def _budget(values: dict[str, Any], console: Console) -> int:
         progress.close()
 
     with spinner(console, "loss on the report rows"):
-        budgets = list(search.budgets)
+        counted = [budget for i, budget in enumerate(search.budgets) if i not in search.fixed]
         own_full = evaluate(model, report_rows).loss
-        own = evaluate(model, report_rows, kv_budget=budgets, kv_policy=policy).loss
+        own = evaluate(model, report_rows, kv_budget=search.eviction).loss
         scores = [
-            _Scores("full cache", full, own_full, held.context, _cache_bytes(model, held, "full", policy)),
+            _Scores("full cache", full, own_full, held.context, _cache_bytes(model, held, Eviction())),
             _Scores(
                 "budgets",
                 search.loss,
                 own,
-                sum(budgets) / len(budgets),
-                _cache_bytes(model, held, budgets, policy),
+                sum(counted) / len(counted),
+                _cache_bytes(model, held, search.eviction),
             ),
         ]
         if baseline is not None:
             loss = evaluate(baseline, report_rows).loss
-            held_bytes = _cache_bytes(baseline, held, "full", policy)
+            held_bytes = _cache_bytes(baseline, held, Eviction())
             scores.append(_Scores("baseline, full cache", theirs, loss, held.context, held_bytes))
     _plot(folder, _curve(log.moves, search), search, held, policy, target_name)
     out = Console(highlight=False)
@@ -186,7 +210,7 @@ def _budget(values: dict[str, Any], console: Console) -> int:
         f"{sum(m.accepted for m in log.moves)} moves, {sum(m.measured for m in log.moves)} measurements"
     )
     _print_result(out, search, scores)
-    _print_written(out, folder, search, policy)
+    _print_written(out, folder, search)
     return 0
 
 
@@ -200,6 +224,16 @@ def _tokenizer(folder: Path) -> Any:
     if path.exists() and TrainSettings.load(path).data.startswith("synthetic"):
         return None
     return load_tokenizer(folder)
+
+
+def _check_trained(run: Path) -> None:
+    from heedful.training.settings import SETTINGS
+
+    if not (run / SETTINGS).exists():
+        raise UsageError(
+            f"--baseline compares runs of heedful train, {run} is none; give --target-loss, or --tolerance above "
+            f"its own full cache"
+        )
 
 
 def _check_baseline(run: Path, baseline: Path) -> None:
@@ -239,17 +273,15 @@ def _vocabulary(folder: Path) -> Any:
 
 
 def _score_of(model: Any) -> str:
-    score = model.config.score
-    return score if isinstance(score, str) else "/".join(dict.fromkeys(score))
+    return "/".join(dict.fromkeys(score.config.form for score in model.scores))
 
 
 @torch.no_grad()
-def _cache_bytes(model: Any, held: Any, kv_budget: Any, policy: str) -> int:
+def _cache_bytes(model: Any, held: Any, eviction: Eviction) -> int:
     """Bytes held after one sequence of a whole context, without room for tokens to come."""
     from heedful.evaluation.kv_budget import held_bytes
-    from heedful.hf.cache import HeedfulCache
 
-    cache = HeedfulCache(len(model.layers), kv_budget, policy)
+    cache = model.new_cache(eviction)
     model(held.rows.tensors["input_ids"][:1].to(model.device), past_key_values=cache)
     return held_bytes(cache)
 
@@ -305,12 +337,12 @@ class _Progress:
 
 def _curve(moves: Sequence[Any], search: Any) -> list[tuple[float, float]]:
     """(tokens per layer, loss) from the full cache through every accepted move."""
-    budgets = [search.context] * len(search.budgets)
+    budgets = {i: search.context for i in range(len(search.budgets)) if i not in search.fixed}
     points = [(float(search.context), search.full_loss)]
     for move in moves:
         if move.accepted:
             budgets[move.layer] = move.budget
-            points.append((sum(budgets) / len(budgets), move.loss))
+            points.append((sum(budgets.values()) / len(budgets), move.loss))
     return points
 
 
@@ -342,7 +374,11 @@ def _print_result(console: Console, search: Any, scores: list[_Scores]) -> None:
             str(i),
             str(budget),
             f"{budget / search.context:.0%}",
-            "target" if i in search.frozen else "lowest budget",
+            "its sliding window"
+            if i in search.fixed
+            else "target"
+            if i in search.frozen
+            else "lowest budget",
         )
         for i, budget in enumerate(search.budgets)
     ]
@@ -365,7 +401,7 @@ def _print_result(console: Console, search: Any, scores: list[_Scores]) -> None:
     )
 
 
-def _print_written(console: Console, folder: Path, search: Any, policy: str) -> None:
+def _print_written(console: Console, folder: Path, search: Any) -> None:
     written = [LOG, FIGURE]
     note = ""
     if all(b == search.context for b in search.budgets):
@@ -373,7 +409,10 @@ def _print_written(console: Console, folder: Path, search: Any, policy: str) -> 
     else:
         path = folder / CONFIG
         config = json.loads(path.read_text(encoding="utf-8"))
-        config["eviction"] = Eviction(search.budgets, policy).to_dict()
+        place = (
+            config["heedful"] if isinstance(config.get("heedful"), dict) else config
+        )  # of a converted model
+        place["eviction"] = search.eviction.to_dict()
         write_json(path, config, sort_keys=True)
         written.insert(0, f"{CONFIG} (eviction, which generate uses)")
     if note:

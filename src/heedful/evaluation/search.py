@@ -25,23 +25,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from heedful.attention.eviction import EvictingCache, Eviction, get_policy
+from heedful.attention.cache import LayerCache
+from heedful.attention.eviction import Eviction, get_policy
 from heedful.data import TokenDataset
-from heedful.hf.modeling import HeedfulForCausalLM
-from heedful.ops.masks import rank_in_segment
+from heedful.evaluation.layerwise import layers_of, starting_at
+from heedful.evaluation.loss import batches, labelled_logits
+from heedful.hf.cache import HeedfulCache
 
 
-def ladder(context: int) -> tuple[int, ...]:
-    """The budgets that a layer goes through: from `context` tokens to 2, each about 3/4 of the one before.
+def ladder(context: int, lowest: int = 2) -> tuple[int, ...]:
+    """The budgets that a layer goes through: from `context` tokens to `lowest`, each about 3/4 of the one before.
 
     Raises:
-        ValueError: for a context below 2, the lowest budget.
+        ValueError: for a context below the lowest budget.
     """
-    if context < 2:
-        raise ValueError(f"context must be at least 2, the lowest budget, got {context}")
+    if context < lowest:
+        raise ValueError(f"context must be at least {lowest}, the lowest budget, got {context}")
     rungs = [context]
-    while rungs[-1] > 2:
-        rungs.append(max(2, min(rungs[-1] - 1, round(0.75 * rungs[-1]))))
+    while rungs[-1] > lowest:
+        rungs.append(max(lowest, min(rungs[-1] - 1, round(0.75 * rungs[-1]))))
     return tuple(rungs)
 
 
@@ -99,20 +101,20 @@ class Measurement:
 @dataclass
 class _Batch:
     inputs: list[Tensor]  # (B, T, C) per layer
-    positions: Tensor  # (1 or B, T)
-    key_mask: Tensor | None  # (B, T)
-    labels: Tensor  # (B, T)
+    rows: dict[str, Tensor]  # (B, T) each
 
 
 class BudgetedLoss:
     """The loss of a model under budgets, computed from the first layer whose budget is another.
 
     Args:
-        model: a causal language model of heedful; it is put into evaluation mode.
+        model: a trained or converted model; it is put into evaluation mode.
         rows: input_ids (N, T), labels (N, T) with -100 = not counted, and attention_mask (N, T) if any are
             padded.
         policy: which token is evicted (`heedful.attention.eviction`).
         batch_size: rows at a time.
+        grace: the newest tokens that never go, the one that has just arrived included.
+        first: the first tokens that never go.
 
     Raises:
         ValueError: for an unknown policy, "selective" with layers that do not select, packed rows, or rows
@@ -120,7 +122,13 @@ class BudgetedLoss:
     """
 
     def __init__(
-        self, model: HeedfulForCausalLM, rows: TokenDataset, policy: str = "selective", batch_size: int = 32
+        self,
+        model: Any,
+        rows: TokenDataset,
+        policy: str = "selective",
+        batch_size: int = 32,
+        grace: int = 1,
+        first: int = 1,
     ) -> None:
         check_policy(model, policy)
         if "segment_ids" in rows.tensors:
@@ -129,12 +137,16 @@ class BudgetedLoss:
                 "heedful.data.by_document"
             )
         self.model = model.eval()
-        self.policy = policy
+        self.policy, self.grace, self.first = policy, grace, first
+        self.layers = layers_of(model)
+        empty: Any = model.new_cache(Eviction()).layers
+        self.fixed = {i for i, layer in enumerate(empty) if not hasattr(layer, "memory")}
+        """The layers with a sliding window of their own, where a budget changes nothing."""
         self.context = rows.tensors["input_ids"].shape[1]
         self.tokens = int((rows.tensors["labels"][:, 1:] != -100).sum())
         if not self.tokens:
             raise ValueError("no token is labelled, so there is nothing to measure; check the labels")
-        self.budgets = (self.context,) * len(model.layers)
+        self.budgets = (self.context,) * len(self.layers)
         """The budgets whose inputs are kept."""
         self._batches: list[_Batch] = []
         self.full_loss = self._start(rows, batch_size)
@@ -149,23 +161,21 @@ class BudgetedLoss:
         Raises:
             ValueError: for an unsound budget or a wrong number of them.
         """
-        Eviction(tuple(budgets)).budgets(len(self.budgets))
+        self.eviction(budgets).budgets(len(self.budgets))
         changed = [i for i, (new, old) in enumerate(zip(budgets, self.budgets, strict=True)) if new != old]
         if not changed:
             return Measurement(self.budgets, self.loss, len(self.budgets), [[] for _ in self._batches])
         first, nll = changed[0], 0.0
         inputs: list[list[Tensor]] = []
         for batch in self._batches:
-            x, later = batch.inputs[first], []
-            for i in range(first, len(budgets)):
-                if i > first:
-                    later.append(x)
-                # Without evictions no cache is needed, and policies that go query by query are spared it.
-                cache = EvictingCache(budgets[i], self.policy) if budgets[i] < self.context else None
-                x = self.model.layers[i](x, batch.positions, batch.key_mask, None, cache)
-            nll += self._nll(self.model.norm(x), batch.labels)
-            inputs.append(later)
+            with starting_at(self.layers, first, batch.inputs[first]) as entered:
+                nll += self._nll(batch.rows, self._cache(budgets))
+            inputs.append(entered[1:])
         return Measurement(tuple(budgets), nll / self.tokens, first, inputs)
+
+    def eviction(self, budgets: Sequence[int]) -> Eviction:
+        """What is asked of the caches with these budgets."""
+        return Eviction(tuple(budgets), self.policy, grace=self.grace, first=self.first)
 
     def keep(self, measured: Measurement) -> None:
         """Make the budgets of `measured` the current ones; it must come from `measure` under these budgets."""
@@ -175,27 +185,26 @@ class BudgetedLoss:
 
     @torch.no_grad()
     def _start(self, rows: TokenDataset, batch_size: int) -> float:
-        device = self.model.embed_tokens.weight.device
         nll = 0.0
-        for start in range(0, len(rows), batch_size):
-            part: dict[str, Any] = {
-                n: t[start : start + batch_size].to(device) for n, t in rows.tensors.items()
-            }
-            mask = part["attention_mask"].bool() if "attention_mask" in part else None
-            mask = None if mask is None or bool(mask.all()) else mask
-            inputs: list[Tensor] = []
-            hidden = self.model.hidden_states(part["input_ids"], key_mask=mask, collect=inputs)
-            nll += self._nll(hidden, part["labels"])
-            positions = rank_in_segment(self.context, mask, None, device)
-            self._batches.append(_Batch(inputs[: len(self.budgets)], positions, mask, part["labels"]))
+        for part in batches(self.model, rows, batch_size):
+            with starting_at(self.layers, 0, None) as entered:
+                nll += self._nll(part, None)
+            self._batches.append(_Batch(entered, part))
         return nll / self.tokens
 
-    def _nll(self, hidden: Tensor, labels: Tensor) -> float:
-        targets = labels[:, 1:]
-        labelled = targets != -100
-        logits = self.model.lm_head(hidden)[:, :-1][labelled]
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        return F.cross_entropy(logits, targets[labelled], reduction="none").double().sum().item()
+    def _cache(self, budgets: Sequence[int]) -> HeedfulCache | None:
+        """Where layers whose budget is the context evict nothing, so that no policy goes query by query there."""
+        if all(budget >= self.context for budget in budgets):
+            return None
+        cache = self.model.new_cache(self.eviction(budgets))
+        for i, budget in enumerate(budgets):
+            if budget >= self.context and i not in self.fixed:
+                cache.layers[i].memory = LayerCache()
+        return cache
+
+    def _nll(self, rows: dict[str, Tensor], cache: HeedfulCache | None) -> float:
+        logits, targets = labelled_logits(self.model, rows, cache)
+        return F.cross_entropy(logits, targets, reduction="none").double().sum().item()
 
 
 def check_policy(model: Any, policy: str) -> None:
@@ -253,7 +262,7 @@ class BudgetSearch:
         print(search.budgets, search.memory_factor)
 
     Args:
-        model: a causal language model of heedful; it is put into evaluation mode.
+        model: a trained or converted model; it is put into evaluation mode.
         rows: what to measure on, as for `BudgetedLoss`; on them the target is never exceeded.
         target: the highest loss allowed, nats per labelled token.
         policy: which token is evicted (`heedful.attention.eviction`).
@@ -262,6 +271,8 @@ class BudgetSearch:
         earlier: moves of a search with the same arguments that was interrupted; they are repeated without
             measuring, and the search goes on as it would have.
         watch: called with (layer, budget) before every measurement.
+        grace: the newest tokens that never go, the one that has just arrived included.
+        first: the first tokens that never go.
 
     Raises:
         ValueError: if the loss with the full cache is above the target, the earlier moves do not follow from
@@ -270,7 +281,7 @@ class BudgetSearch:
 
     def __init__(
         self,
-        model: HeedfulForCausalLM,
+        model: Any,
         rows: TokenDataset,
         target: float,
         *,
@@ -279,8 +290,10 @@ class BudgetSearch:
         batch_size: int = 32,
         earlier: Sequence[Move] = (),
         watch: Callable[[int, int], None] | None = None,
+        grace: int = 1,
+        first: int = 1,
     ) -> None:
-        self._losses = BudgetedLoss(model, rows, policy, batch_size)
+        self._losses = BudgetedLoss(model, rows, policy, batch_size, grace, first)
         self.context = self._losses.context
         self.full_loss = self._losses.full_loss
         """Loss with the full cache, nats per token."""
@@ -291,7 +304,7 @@ class BudgetSearch:
             )
         self.target = target
         self.lazy = lazy
-        self.rungs = ladder(self.context)
+        self.rungs = ladder(self.context, grace + first)
         n_layers = len(self._losses.budgets)
         self.budgets = [self.context] * n_layers
         """Tokens per layer, so far."""
@@ -299,6 +312,8 @@ class BudgetSearch:
         """Loss under `budgets`, nats per token."""
         self.frozen: set[int] = set()
         """Layers that cannot be lowered without exceeding the target."""
+        self.fixed = frozenset(self._losses.fixed)
+        """Layers with a sliding window of their own, which stay at `context` and are not counted."""
         self._watch = watch
         self._rates: list[float | None] = [None] * n_layers
         self._fresh: set[int] = set()
@@ -309,7 +324,13 @@ class BudgetSearch:
     @property
     def memory_factor(self) -> float:
         """Tokens of the full cache over tokens held: context x layers / sum of the budgets."""
-        return self.context * len(self.budgets) / sum(self.budgets)
+        counted = [budget for i, budget in enumerate(self.budgets) if i not in self.fixed]
+        return self.context * len(counted) / sum(counted)
+
+    @property
+    def eviction(self) -> Eviction:
+        """What is asked of the caches with the budgets so far."""
+        return self._losses.eviction(self.budgets)
 
     @property
     def finished(self) -> bool:
@@ -328,7 +349,8 @@ class BudgetSearch:
 
     def _candidates(self) -> list[int]:
         lowest = self.rungs[-1]
-        return [i for i, b in enumerate(self.budgets) if i not in self.frozen and b > lowest]
+        stay = self.frozen | self.fixed
+        return [i for i, b in enumerate(self.budgets) if i not in stay and b > lowest]
 
     def _choose(self, candidates: list[int]) -> int:
         """The layer to measure next or, if it has been measured under these budgets, to lower."""

@@ -10,6 +10,7 @@ from typing import Any
 from heedful.data import TokenDataset
 from heedful.evaluation.search import Move
 from heedful.files import write_text
+from heedful.hf.converted.checkpoint import Checkpoint
 
 _DIGESTS = {
     "search_rows": "the rows to search on are others",
@@ -95,10 +96,13 @@ def rows_digest(rows: TokenDataset) -> str:
     return digest.hexdigest()
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def weights_digest(folder: Path) -> str:
+    """SHA-256 of a model's files of weights."""
+    digest = hashlib.sha256()
+    for name in Checkpoint.read(folder).files:
+        with (folder / name).open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def _equal(before: Any, now: Any) -> bool:
