@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench gpu test test-slow test-cov test-matrix test-torch check lint types layers dist-check format clean
+.PHONY: help setup demo bench gpu test test-slow test-cov test-matrix test-torch check check-kvpress lint types layers dist-check format clean
 
 # The first interpreter that is new enough; empty when there is none.
 PYTHON ?= $(shell for python in python3.11 python3; do \
@@ -10,6 +10,8 @@ SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 # The oldest supported transformers, one between, and the newest: the range in pyproject.toml.
 MATRIX := 5.17.0 5.19.0 5.24.0
+# Needs a transformers older than ours, so it has an environment of its own.
+KVPRESS := 0.5.5
 # The oldest supported torch.
 OLD_TORCH := 2.11.0
 
@@ -26,6 +28,12 @@ define venv
 		"install one or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python" >&2; exit 1; }
 	@test -x $(1)/bin/pip || $(PYTHON) -m venv $(1)
 	@echo "installing into $(1); the first time this takes a few minutes"
+endef
+
+# Let the virtual environment of a target see the packages of .venv.
+define see_packages
+	@echo "import site; site.addsitedir('$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')')" \
+		> $$(echo $(@D)/lib/python3*/site-packages)/packages.pth
 endef
 
 # A line for each package that pip takes, and what goes wrong; not what is there already.
@@ -86,18 +94,27 @@ test-torch: .venv-torch-$(OLD_TORCH)/.installed ## run the tests of operations, 
 
 .venv-torch-%/.installed: .venv/.installed
 	$(call venv,$(@D))
-	@echo "import site; site.addsitedir('$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')')" \
-		> $$(echo $(@D)/lib/python3*/site-packages)/packages.pth
+	$(see_packages)
 	$(@D)/bin/python -m pip install --quiet --ignore-installed torch==$*
 	@touch $@
 
 # These environments see the packages of .venv: pip adds transformers and what it needs otherwise, not torch again.
 .venv-transformers-%/.installed: .venv/.installed constraints-torch.txt
 	$(call venv,$(@D))
-	@echo "import site; site.addsitedir('$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')')" \
-		> $$(echo $(@D)/lib/python3*/site-packages)/packages.pth
+	$(see_packages)
 	$(@D)/bin/python -m pip install --quiet transformers==$* --constraint constraints-torch.txt
 	@touch $@
+
+.venv-kvpress-%/.installed: .venv/.installed constraints-torch.txt
+	$(call venv,$(@D))
+	$(see_packages)
+	$(@D)/bin/python -m pip install --quiet kvpress==$* --constraint constraints-torch.txt
+	@touch $@
+
+check-kvpress: export HF_HUB_OFFLINE = 1
+check-kvpress: .venv-kvpress-$(KVPRESS)/.installed ## compare our evictions with those of kvpress; results in results/kvpress
+	.venv-kvpress-$(KVPRESS)/bin/python benchmarks/kvpress_check/presses.py build/kvpress
+	$(BIN)/python benchmarks/kvpress_check/compare.py build/kvpress --out results/kvpress
 
 DIST := build/dist
 
@@ -128,6 +145,6 @@ format: setup ## fix style and formatting
 	$(BIN)/ruff format
 
 clean: ## remove the environments, caches and build outputs; runs/ stays
-	rm -rf .venv .venv-transformers-* .venv-torch-* build dist
+	rm -rf .venv .venv-transformers-* .venv-torch-* .venv-kvpress-* build dist
 	rm -rf .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
