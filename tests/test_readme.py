@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,10 @@ def test_every_command(place: Path):
         if command[0] == "eval" and "--context" in command:
             command[command.index("--context") + 1] = "64"
             command[command.index("--kv-budget") + 1] = "16,full"
+        if "--tasks" in command:
+            if find_spec("lm_eval") is None:  # an extra of its own
+                continue
+            command[command.index("--limit") + 1] = "2"
         if command[0] == "bench":
             command += shlex.split(SMALLEST[command[1]])
         code = "import sys; from heedful.cli import main; sys.exit(main(sys.argv[1:]))"
