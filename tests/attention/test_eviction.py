@@ -21,7 +21,7 @@ class Token:
         self.column, self.position, self.votes = column, position, 0.0
 
 
-def simulate(votes, budget, evict_every, real, threshold=None, grace=1, first=1):
+def simulate(votes, budget, evict_every, real, threshold=None, grace=1, first=1, window=None):
     """For every query the columns it attends to; `votes[i][j]` are Python floats."""
     held, rows, position = [], [], -1
     for i, is_real in enumerate(real):
@@ -30,6 +30,7 @@ def simulate(votes, budget, evict_every, real, threshold=None, grace=1, first=1)
             continue
         position += 1
         held.append(Token(i, position))
+        held = [token for token in held if window is None or token.position > position - window]
         if position % evict_every == 0:
 
             def safe(token, newest=position):
@@ -61,13 +62,14 @@ def cases(draw):
         budget = None
     grace, first = draw(st.sampled_from([(1, 1), (1, 1), (3, 1), (1, 4), (4, 2), (9, 3)]))
     budget = budget if budget is None else max(budget, grace + first)
-    return votes, budget, draw(st.integers(1, 4)), real, threshold, grace, first
+    window = draw(st.sampled_from([None, None, 1, 3, 7, 12]))
+    return votes, budget, draw(st.integers(1, 4)), real, threshold, grace, first, window
 
 
 @given(cases())
 @settings(max_examples=150, deadline=None)
 def test_mask_agrees_with_the_simulator(case):
-    votes, budget, evict_every, real, threshold, grace, first = case
+    votes, budget, evict_every, real, threshold, grace, first, window = case
     mask = eviction_mask(
         torch.tensor([votes], dtype=torch.float64),
         budget,
@@ -75,15 +77,18 @@ def test_mask_agrees_with_the_simulator(case):
         threshold=threshold,
         grace=grace,
         first=first,
+        window=window,
         key_mask=torch.tensor([real]),
     )[0]
-    expected = simulate(votes, budget, evict_every, real, threshold, grace, first)
+    expected = simulate(votes, budget, evict_every, real, threshold, grace, first, window)
     assert [set(row.nonzero()[:, 0].tolist()) for row in mask] == expected
     if budget is not None:
         assert mask.sum(-1).max() <= budget + evict_every - 1
     for i in (i for i, is_real in enumerate(real) if is_real):
         there = [j for j in range(i + 1) if real[j]]
-        assert mask[i, there[:first]].all() and mask[i, there[-grace:]].all()
+        newest = there[-grace:] if window is None else there[-min(grace, window) :]
+        assert mask[i, newest].all()
+        assert mask[i, there[:first]].all() if window is None else mask[i].sum() <= window
 
 
 def layer_of(attention, score, **options):
@@ -100,17 +105,19 @@ def check_what_is_held(memory, held, arrived, apart=1):
     for row, (positions, n) in enumerate(zip(held, arrived, strict=True)):
         assert len(set(positions)) == len(positions)
         if n:
-            safe = {*range(n)[: rule.first], *range(n)[-rule.grace :]}
-            assert safe <= set(positions) <= set(range(n))
-            assert memory.positions[row, 0] == 0
+            seen = range(n) if rule.window is None else range(n)[-rule.window :]
+            safe = {*range(n)[: rule.first], *range(n)[-rule.grace :]} & set(seen)
+            assert safe <= set(positions) <= set(seen)
+            assert memory.positions[row, 0] == 0 or n > len(seen)
         else:
             assert positions == []
         if rule.budget is None:
             continue
         extra = (n - 1) % rule.evict_every  # arrived since the last time anybody could go
-        assert len(positions) <= rule.budget + extra <= memory.n_slots
+        most = min(rule.budget + extra, rule.window or n)
+        assert len(positions) <= most <= max(memory.n_slots, n)
         if rule.threshold is None:
-            assert len(positions) >= min(n, rule.budget)
+            assert len(positions) >= min(n, rule.budget, rule.window or n)
 
 
 def run(layer, x, key_mask, pieces, **cache):
@@ -212,10 +219,11 @@ def test_all_ways_of_running_the_same_tokens_agree(form, seed, budget, evict_eve
     st.integers(1, 3),
     st.sampled_from([None, 0.7, 3.0, 10.0]),
     st.sampled_from([(1, 1), (1, 1), (3, 1), (1, 3), (2, 2)]),
+    st.sampled_from([None, None, 4, 9]),
 )
 @settings(max_examples=40, deadline=None)
-def test_decoding_evicts_whom_the_simulator_evicts(seed, budget, evict_every, threshold, safe):
-    budget = 5 if budget is None and threshold is None else budget
+def test_decoding_evicts_whom_the_simulator_evicts(seed, budget, evict_every, threshold, safe, window):
+    budget = 5 if budget is None and threshold is None and window is None else budget
     budget = budget if budget is None else max(budget, sum(safe))
     layer = layer_of("mha", "selective")
     length = 20
@@ -223,10 +231,10 @@ def test_decoding_evicts_whom_the_simulator_evicts(seed, budget, evict_every, th
     q, memory = layer.project(x, torch.arange(length)[None])
     logits = (q[0, 0] @ memory["k"][0, 0].T * layer.config.qk_dim**-0.5).tolist()
     votes = [[max(logits[i][j], 0.0) for j in range(length)] for i in range(length)]
-    expected = simulate(votes, budget, evict_every, [True] * length, threshold, *safe)
+    expected = simulate(votes, budget, evict_every, [True] * length, threshold, *safe, window)
     everyone = torch.ones(1, length, dtype=torch.bool)
     how = {"budget": budget, "evict_every": evict_every, "threshold": threshold}
-    how |= {"grace": safe[0], "first": safe[1]}
+    how |= {"grace": safe[0], "first": safe[1], "window": window}
     _, held, _ = run(layer, x, everyone, [1] * length, block=4, **how)
     assert [set(rows[0]) for rows in held] == expected
     mask = eviction_mask(torch.tensor([votes], dtype=torch.float64), **how)[0]

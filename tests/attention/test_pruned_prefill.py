@@ -57,7 +57,10 @@ def test_departures_are_the_rule_query_by_query(draw):
         budget = None
     grace, first = draw.choice([(1, 1), (1, 1), (1, 3), (2, 1), (7, 2), (18, 1), (30, 4)])
     budget = budget if budget is None else max(budget, grace + first)
-    rule = Rule(budget, draw.choice([1, 1, 2, 3, 5]), threshold, grace, first)
+    window = draw.choice([None, None, 1, 4, 19, 60])
+    if window is not None and draw.random() < 0.3:
+        budget = None
+    rule = Rule(budget, draw.choice([1, 1, 2, 3, 5]), threshold, grace, first, window)
     slots, length = (
         (budget or max(30, grace + first)) + rule.evict_every - 1,
         draw.choice([2, 5, 16, 17, 40, 64, 131]),
@@ -127,6 +130,9 @@ RULES = [
     {"budget": 40, "evict_every": BLOCK},
     {"budget": None, "threshold": 6.0},
     {"budget": 30, "threshold": 3.0, "evict_every": 2},
+    {"budget": None, "window": 50},
+    {"budget": 20, "window": 50, "grace": 3},
+    {"budget": 40, "window": BLOCK + 11, "threshold": 6.0, "evict_every": 3},
 ]
 FORMS = [("mha", {}), ("gqa", {"n_kv_heads": 2}), ("sas", {"cache": "compact"}), ("mha", {"std": 400.0})]
 
@@ -166,7 +172,7 @@ def test_several_blocks_are_the_formula(rule, form, padded):
     assert held_by_parts == held
 
 
-@pytest.mark.parametrize("rule", [RULES[0], RULES[2], RULES[6]], ids=str)
+@pytest.mark.parametrize("rule", [RULES[0], RULES[2], RULES[6], RULES[-1]], ids=str)
 def test_several_blocks_are_the_tokens_one_by_one(rule):
     layer = layer_of("mha", "selective")
     x = torch.randn(2, LENGTH, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(4))

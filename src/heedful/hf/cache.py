@@ -116,7 +116,8 @@ class HeedfulCache(Cache):
         kv_threshold: votes F above which a token goes, whatever the budget; `forgotten` then bounds what was lost.
         kv_grace: the newest tokens that never go, the one that has just arrived included.
         kv_first: the first tokens that never go.
-        windows: per layer, the sliding window where it keeps its own attention and cache, else None.
+        windows: per layer, its sliding window, else None.
+        own: whether layers with a window keep their own attention and cache; else the window is part of the rule.
         converted: for a converted model, whose layers hand over keys and values by `update`.
 
     Raises:
@@ -134,12 +135,14 @@ class HeedfulCache(Cache):
         kv_first: int | None = None,
         *,
         windows: Sequence[int | None] | None = None,
+        own: bool = True,
         converted: bool = False,
     ) -> None:
         self.eviction = Eviction.of(kv_budget, kv_policy, kv_evict_every, kv_threshold, kv_grace, kv_first)
         layer = ConvertedCacheLayer if converted else _CacheLayer
-        layers: list[Any] = [layer(memory) for memory in self.eviction.layer_caches(n_layers)]
-        for i, window in enumerate(windows or []):
+        caches = self.eviction.layer_caches(n_layers, None if own else windows)
+        layers: list[Any] = [layer(memory) for memory in caches]
+        for i, window in enumerate((windows or []) if own else []):
             if window is not None:
                 layers[i] = DynamicSlidingWindowLayer(sliding_window=window)
         super().__init__(layers=layers)

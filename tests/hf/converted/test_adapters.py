@@ -31,6 +31,24 @@ def test_lora_without_target_modules(family: str, make_source: Callable[..., Any
         assert model.generate(input_ids=ids, max_new_tokens=2, kv_budget=8).shape == (2, 26)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_simulated_heads_are_trained_whole_beside_lora(
+    family: str, make_source: Callable[..., Any], ids: Tensor
+):
+    model = peft.get_peft_model(
+        heedful.patch(make_source(family), select_dim=4, attention="sas"),
+        peft.LoraConfig(task_type="CAUSAL_LM", modules_to_save=["sas"]),
+    )
+    model(ids, labels=ids).loss.backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert sum(".sas." in name for name in trained) == 36
+    assert all(p.grad is not None for p in trained.values())
+    with torch.no_grad():
+        assert model.generate(input_ids=ids, max_new_tokens=2, kv_budget=8).shape == (2, 26)
+    merged = model.merge_and_unload()
+    assert sum(".sas." in name for name, _ in merged.named_parameters()) == 36
+
+
 def test_what_peft_does_not_know_stays_unknown(make_source: Callable[..., Any]):
     with pytest.raises(ValueError, match="target_modules"):
         peft.get_peft_model(heedful.patch(make_source("olmo2")), peft.LoraConfig())

@@ -72,18 +72,20 @@ def test_a_patch_that_fails_leaves_the_model_as_it_was(
 ):
     model = make_source(family, **more)
     expected, before = model(ids).logits, model.config.to_dict()
-    if family == "gpt2":
+    calls: list[Any] = []
 
-        def broken(*args: Any) -> None:
+    def broken(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 4:
             raise ValueError("broken")
 
-        monkeypatch.setattr("heedful.hf.converted.model.start", broken)
-    with pytest.raises(ValueError):
-        heedful.patch(model)
+    monkeypatch.setattr("heedful.hf.converted.model.start", broken)
+    with pytest.raises(ValueError, match="broken"):
+        heedful.patch(model, attention="sas")
     assert type(model) is type(make_source(family, **more))
     assert model.config.to_dict() == before and type(model.config) is type(make_source(family).config)
     assert torch.equal(model(ids).logits, expected)
-    assert not any("score" in name for name, _ in model.named_parameters())
+    assert not any(".score" in name or ".sas" in name for name, _ in model.named_parameters())
     if family == "gpt2":
         assert model.transformer.h[0].attn.attn_dropout.p == 0.3
 

@@ -85,10 +85,6 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "huge shapes": (lambda f: edit(f, intermediate_size=10**12), "but config.json asks for"),
     "one layer more": (lambda f: edit(f, num_hidden_layers=4), "lacks 13 of the 54 tensors"),
     "a nonsense size": (lambda f: edit(f, num_attention_heads="many"), "is unsound"),
-    "only windows": (
-        lambda f: edit(f, model_type="mistral", sliding_window=6),
-        "every layer of this model has a sliding",
-    ),
 }
 
 

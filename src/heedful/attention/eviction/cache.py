@@ -39,7 +39,8 @@ class EvictingCache(KVCache):
             keeps a bound on what was lost, `forgotten`.
         grace: the newest tokens that never go, the one that has just arrived included.
         first: the first tokens that never go.
-        block: slots that are added at once where there is no budget.
+        block: slots that are added at once where there is no bound.
+        window: a query sees the last so many tokens, its own included, as in a layer with a sliding window.
 
     Raises:
         ValueError: for what `Rule` refuses, a threshold that does not go with the policy, or an unknown policy.
@@ -54,10 +55,11 @@ class EvictingCache(KVCache):
         grace: int = 1,
         first: int = 1,
         block: int = 128,
+        window: int | None = None,
     ) -> None:
         super().__init__()
         self.block = block
-        self.rule = Rule(budget, evict_every, threshold, grace, first)
+        self.rule = Rule(budget, evict_every, threshold, grace, first, window)
         self.policy = get_policy(policy) if isinstance(policy, str) else policy
         if threshold is not None and self.policy.ranks_by is None:
             raise ValueError(
@@ -76,6 +78,7 @@ class EvictingCache(KVCache):
         rule += [f"evict_every={self.rule.evict_every}"] if self.rule.evict_every > 1 else []
         rule += [f"threshold={self.rule.threshold}"] if self.rule.threshold is not None else []
         rule += [f"{name}={getattr(self.rule, name)}" for name in ("grace", "first") if not self.rule.plain]
+        rule += [f"window={self.rule.window}"] if self.rule.window is not None else []
         return f"EvictingCache({', '.join(rule)}: {self.seen} tokens seen, {self.kept} kept, {self.nbytes:,} bytes)"
 
     @property
@@ -209,7 +212,9 @@ class EvictingCache(KVCache):
         """A block of tokens, or one, by the way that fits."""
         if tokens.length > 1 or not self.slots.filled:
             return self._block(layer, score, tokens, real)
-        if not self.padded and self.rule.evict_every == 1 and self.rule.threshold is None:
+        rule = self.rule
+        # under a window slot 0 is not the first token's for ever
+        if not self.padded and rule.evict_every == 1 and rule.threshold is None and rule.window is None:
             return self._next(layer, score, tokens)
         return self._one(layer, score, tokens, real)
 
@@ -306,7 +311,7 @@ class EvictingCache(KVCache):
             if policy.observes:
                 return gone_at
             # alone at the start, a token stays: nothing to look at, and the step compiles
-            if length == 1 or (rule.threshold is None and self.seen + length <= (rule.budget or 0)):
+            if length == 1 or (rule.threshold is None and self.seen + length <= rule.untouched):
                 return None
             if rated is None:
                 assert rows is not None
@@ -339,7 +344,8 @@ class EvictingCache(KVCache):
         if lost is not None and gone_at is not None:
             assert self._bound is not None
             sizes = layer.logit_sizes(tokens.q, k, real, positions >= 0)
-            self._bound = self._bound.evicted(gone_at < length, lost).met(sizes)
+            hidden = rule.hidden(positions, newest.gather(-1, gone_at.clamp(max=length - 1)))
+            self._bound = self._bound.evicted((gone_at < length) & ~hidden, lost).met(sizes)
         return out
 
     @staticmethod
@@ -398,14 +404,15 @@ class EvictingCache(KVCache):
     def _replace_one(self, layer: Layer, memory: dict[str, Tensor], positions: Tensor) -> None:
         """Make room for one token per row and write it; a padded token, position -1, leaves its row alone."""
         self._next_slot = None
-        if self.rule.budget is None:
+        if self.rule.n_slots is None:
             self._make_room()
         real, before = positions >= 0, self.positions >= 0
         self._rate(layer)
         priority = self.policy.priority(self.scores, self.positions, positions, self.rule.budget or 0)
         alive = self.rule.evict(before, priority, self.positions, positions, room=1)
         if self._bound is not None:
-            self._bound = self._bound.evicted(before & ~alive, self.scores)
+            hidden = self.rule.hidden(self.positions, positions)
+            self._bound = self._bound.evicted(before & ~alive & ~hidden, self.scores)
         self.positions.masked_fill_(~alive, -1)
         slot = (~alive).int().argmax(-1, keepdim=True)
         scores = self.policy.start(positions) if self.policy.ranks_by is None else None

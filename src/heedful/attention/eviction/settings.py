@@ -123,14 +123,23 @@ class Eviction:
             raise ValueError(f"kv_budget must have one entry per layer ({n_layers}), got {len(self.budget)}")
         return list(self.budget)
 
-    def layer_caches(self, n_layers: int) -> list[KVCache]:
+    def layer_caches(self, n_layers: int, windows: Sequence[int | None] | None = None) -> list[KVCache]:
         """An empty cache for each layer.
+
+        Args:
+            n_layers: their number.
+            windows: per layer, how many of the last tokens its queries see, None: all; that bounds what is held.
 
         Raises:
             ValueError: for a list of budgets of another length, or a threshold with a policy that has no votes.
         """
         rest = self.policy, self.evict_every, self.threshold, self.grace, self.first
-        return [
-            LayerCache() if budget is None and self.threshold is None else EvictingCache(budget, *rest)
-            for budget in self.budgets(n_layers)
-        ]
+        caches: list[KVCache] = []
+        for budget, window in zip(self.budgets(n_layers), windows or [None] * n_layers, strict=True):
+            if budget is not None or self.threshold is not None:
+                caches.append(EvictingCache(budget, *rest, window=window))
+            elif window is not None:  # nobody ranks
+                caches.append(EvictingCache(None, "streaming", window=window))
+            else:
+                caches.append(LayerCache())
+        return caches

@@ -18,6 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 from heedful.attention.score import Score
 from heedful.attention.tokens import Tokens
 from heedful.hf.cache import ConvertedCacheLayer, HeedfulCache
+from heedful.hf.converted import window
 from heedful.hf.converted.known import FAMILIES, source_module
 from heedful.hf.converted.norms import largest_norm
 from heedful.hf.converted.sas import Rotation, SimulatedHeads
@@ -46,7 +47,9 @@ class ConvertedAttention(nn.Module):
     scaling: float
     layer_idx: int
     slides: bool
-    """Whether the layer has a sliding window, and keeps its own attention."""
+    """Whether the layer has a sliding window and keeps its own attention, as beside layers that have none."""
+    window: int | None
+    """The last tokens that a query sees in a layer whose attention is ours; None: all."""
     stretch: float
     """What its rotation multiplies lengths by."""
     rotates: bool
@@ -154,14 +157,20 @@ def attend(
         raise ValueError(
             f"the layer caps its logits at {kwargs['softcap']}, its score does not; convert it again"
         )
-    key_mask, segment_ids = _masks(attention_mask, query.shape[0], query.shape[2])
+    batch, length = query.shape[0], query.shape[2]
+    if module.window is None:
+        key_mask, segment_ids = _masks(attention_mask, batch, length)
+    else:
+        key_mask, segment_ids = window.masks_of(attention_mask, batch, length, module.window)
     if segment_ids is None and kwargs.get("cu_seq_lens_q") is not None:
         lengths = kwargs["cu_seq_lens_q"], kwargs.get("cu_seq_lens_k")
-        segment_ids = segments_of_lengths(*lengths, query.shape[0], query.shape[2])
+        segment_ids = segments_of_lengths(*lengths, batch, length)
     if module.sas is not None:
         query, key, value = module.sas(query, key, value, heedful.rotation)
     tokens = Tokens.of(module, heedful.x, query, {"k": key, "v": value}, key_mask, segment_ids)
-    if heedful.cache is None:
+    if heedful.cache is None and module.window is not None:
+        out = window.attend_alone(module, tokens, module.window)
+    elif heedful.cache is None:
         out = tokens.attend_alone(module)
     else:
         held = heedful.cache.layers[module.layer_idx]

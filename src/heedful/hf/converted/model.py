@@ -31,9 +31,14 @@ class ConvertedGenerationMixin(BudgetedGenerationMixin):
         install(self)
 
     def new_cache(self, eviction: Eviction | None = None) -> HeedfulCache:
-        """An empty cache for this model; layers with a sliding window hold that, whatever the eviction says."""
-        n_layers, windows = self.config.num_hidden_layers, windows_of(self)
-        return HeedfulCache(n_layers, eviction or Eviction(), windows=windows, converted=True)
+        """An empty cache for this model.
+
+        Layers with a sliding window hold that, whatever the eviction says, where others have none; if all have one,
+        the eviction acts within it.
+        """
+        windows = windows_of(self)
+        own = None in windows
+        return HeedfulCache(len(windows), eviction or Eviction(), windows=windows, own=own, converted=True)
 
     @property
     def scores(self) -> list[Score]:
@@ -140,7 +145,7 @@ def install(model: Any) -> None:
     """Give the attention modules of a source's model heedful's attention; new parameters start without effect.
 
     Raises:
-        ValueError: if the model has layers that cannot be converted, or none that can.
+        ValueError: if the model has layers that cannot be converted.
     """
     conversion, layers, windows = Conversion.of(model.config), attention_layers(model), windows_of(model)
     heads = model.config.num_attention_heads
@@ -149,11 +154,6 @@ def install(model: Any) -> None:
         raise ValueError(
             f"{type(model).__name__} has {len(windows)} layers but {len(layers)} attention modules that are "
             f"known; it cannot be converted"
-        )
-    if all(window is not None for window in windows):
-        raise ValueError(
-            f"every layer of this model has a sliding window of {windows[0]:,} tokens and holds no more; there is "
-            f"nothing to convert. For texts within the window set sliding_window to null in its config.json"
         )
     score_config = conversion.score_config()
     sizes = conversion.sizes(model.config)
@@ -167,7 +167,8 @@ def install(model: Any) -> None:
         if not isinstance(module, ConvertedAttention):
             source: Any = type(module)
             module.__class__ = converted_class(source)
-        module.slides, module.stretch, module.rotates = window is not None, stretch, rotates
+        module.slides, module.window = window is not None and None in windows, window
+        module.stretch, module.rotates = stretch, rotates
         module.sas = None
         if module.slides:
             continue

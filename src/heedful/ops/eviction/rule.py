@@ -1,8 +1,9 @@
 """The one eviction rule, for prefill, decode and evaluation alike.
 
-At every query: the token arrives; tokens whose priority exceeds the threshold go; if more real tokens are held
-than the budget allows, those with the highest priority go too, the oldest among equals; then the query attends;
-then its votes count. The first real tokens of the row and the newest ones never go, one of each at least.
+At every query: the token arrives; tokens that a sliding window hides from it go; tokens whose priority exceeds the
+threshold go; if more real tokens are held than the budget allows, those with the highest priority go too, the
+oldest among equals; then the query attends; then its votes count. The first real tokens of the row and the newest,
+one of each at least, go by a window alone.
 """
 
 import math
@@ -17,8 +18,8 @@ class Rule:
     """When tokens go.
 
     Raises:
-        ValueError: for a budget below `first + grace`; an `evict_every`, `grace` or `first` below 1; a threshold
-            that is not a finite number greater than 0; neither a budget nor a threshold.
+        ValueError: for a budget below `first + grace`; an `evict_every`, `grace`, `first` or `window` below 1; a
+            threshold that is not a finite number greater than 0; none of budget, threshold and window.
     """
 
     budget: int | None
@@ -31,12 +32,17 @@ class Rule:
     """The newest tokens that never go, the one that has just arrived included."""
     first: int = 1
     """The first tokens that never go."""
+    window: int | None = None
+    """A query sees the last so many tokens, its own included, as in a layer with a sliding window: who is older
+    goes at once, even the first. None = no window."""
 
     def __post_init__(self) -> None:
-        if self.budget is None and self.threshold is None:
+        if self.budget is None and self.threshold is None and self.window is None:
             raise ValueError("give a budget, a threshold, or both; without either nothing is ever evicted")
         for name in ("evict_every", "grace", "first"):
             check_count(name, getattr(self, name))
+        if self.window is not None:
+            check_count("window", self.window)
         if self.budget is not None:
             check_budget(self.budget, self.grace, self.first)
         check_threshold(self.threshold)
@@ -44,7 +50,20 @@ class Rule:
     @property
     def n_slots(self) -> int | None:
         """Tokens that can be held at once; None = no bound."""
-        return None if self.budget is None else self.budget + self.evict_every - 1
+        slots = None if self.budget is None else self.budget + self.evict_every - 1
+        bounds = [bound for bound in (slots, self.window) if bound is not None]
+        return min(bounds, default=None)
+
+    @property
+    def untouched(self) -> int:
+        """Of so many tokens nobody ever goes, unless by a threshold."""
+        return min((bound for bound in (self.budget, self.window) if bound is not None), default=0)
+
+    def hidden(self, positions: Tensor, newest: Tensor) -> Tensor:
+        """Which tokens the window hides from the newest one; (B, S) positions of both, or (B, 1) of the newest."""
+        if self.window is None:
+            return torch.zeros_like(positions, dtype=torch.bool)
+        return (positions <= newest - self.window) & (newest >= 0)
 
     @property
     def plain(self) -> bool:
@@ -82,6 +101,7 @@ class Rule:
         Returns:
             (B, S) bool, what is left.
         """
+        alive = alive & ~self.hidden(positions, newest)
         movable, due = self.movable(positions, newest), self.due(newest)
         if self.threshold is not None:
             alive = alive & ~(movable & (priority > self.threshold) & due[:, None])
@@ -134,6 +154,7 @@ def eviction_mask(
     threshold: float | None = None,
     grace: int = 1,
     first: int = 1,
+    window: int | None = None,
     key_mask: Tensor | None = None,
 ) -> Tensor:
     """The keys each query attends to when tokens are evicted by their votes: evaluation in parallel.
@@ -141,12 +162,13 @@ def eviction_mask(
     Args:
         votes: (B, T, T), S of query i on key j; what is above or on the diagonal does not matter.
         budget: tokens held at most while a query attends, those that never go included; >= first + grace. None =
-            only the threshold evicts.
+            only the threshold and the window evict.
         evict_every: evict only at real-token positions divisible by it; up to budget + evict_every - 1 tokens
             are held in between.
         threshold: a token whose summed votes exceed it goes, whatever the budget; > 0.
         grace: the newest tokens that never go, the one that has just arrived included.
         first: the first tokens that never go.
+        window: a query sees the last so many tokens, its own included; who is older goes at once.
         key_mask: (B, T) bool, False = padding, which never arrives and attends to nothing.
 
     Returns:
@@ -155,7 +177,7 @@ def eviction_mask(
     Raises:
         ValueError: for what `Rule` refuses, or shapes that do not fit.
     """
-    rule = Rule(budget, evict_every, threshold, grace, first)
+    rule = Rule(budget, evict_every, threshold, grace, first, window)
     if votes.ndim != 3 or votes.shape[1] != votes.shape[2]:
         raise ValueError(f"votes must have shape (B, T, T), got {tuple(votes.shape)}")
     batch, length, _ = votes.shape

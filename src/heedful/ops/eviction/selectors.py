@@ -41,7 +41,8 @@ def departures(rule: Rule, priority: Tensor, positions: Tensor) -> Tensor:
     if rule.threshold is not None:  # as it compares with a tensor
         rule = replace(rule, threshold=torch.tensor(rule.threshold, dtype=priority.dtype).item())
     rows = zip(priority, positions, held, strict=True)
-    return torch.stack([_of_row(rule, rated, where, alive) for rated, where, alive in rows])
+    of_row = _of_row if rule.window is None else _of_windowed_row
+    return torch.stack([of_row(rule, rated, where, alive) for rated, where, alive in rows])
 
 
 def least_needed_slot(
@@ -113,6 +114,32 @@ def _of_row(rule: Rule, rated: Tensor, positions: Tensor, alive: int) -> Tensor:
                 gone_at[left[candidate]] = start + query
                 alive -= 1
         alive += arrived[part]
+    return _integers(gone_at).to(positions.device)
+
+
+def _of_windowed_row(rule: Rule, rated: Tensor, positions: Tensor, alive: int) -> Tensor:
+    """`_of_row` where a window hides tokens too: query after query, in plain numbers."""
+    length, total = rated.shape
+    before, places = total - length, positions.tolist()
+    rows = None if rule.budget is None and rule.threshold is None else rated.tolist()
+    held = sorted((c for c in range(before) if places[c] >= 0), key=places.__getitem__)
+    gone_at = [length] * total
+    for query, newest in enumerate(places[before:]):
+        if newest < 0:
+            continue
+        held.append(before + query)
+        going = [c for c in held if places[c] <= newest - (rule.window or 0)]
+        if rows is not None and newest % rule.evict_every == 0:
+            left = held[len(going) :]
+            may = [c for c in left if rule.first <= places[c] <= newest - rule.grace]
+            may.sort(key=rows[query].__getitem__, reverse=True)  # equals stay in order: the oldest first
+            n = 0 if rule.budget is None else max(0, len(left) - rule.budget)
+            if rule.threshold is not None:
+                n = max(n, sum(rows[query][c] > rule.threshold for c in may))
+            going += may[:n]
+        for column in going:
+            gone_at[column] = query
+            held.remove(column)
     return _integers(gone_at).to(positions.device)
 
 
