@@ -11,6 +11,8 @@ FORMS = [
     ("gqa", "selective", "selective", {"n_kv_heads": 2}),
     ("sas", "selective", "selective", {"cache": "compact"}),
     ("mha", "softmax", "h2o", {}),
+    ("gqa", "softmax", "snapkv", {"n_kv_heads": 2}),
+    ("gqa", "softmax", "keydiff", {"n_kv_heads": 2}),
 ]
 
 

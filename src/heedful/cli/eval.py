@@ -34,6 +34,9 @@ one document or a piece of one per row, from the validation data of the run unle
     bytes     what the cache of one row occupies; full: the tokens it holds at the end of a row
     tokens/s  decoding one row token by token, on this machine, in plain PyTorch
 
+The policies tova and keydiff protect no recent token: give them --kv-grace. h2o protects half the budget, snapkv
+the tokens of its window, 32 or half the budget.
+
 Writes eval.csv (anew after every measurement, so that Ctrl-C loses only the one at work) and eval.png.
 
 With --tasks, lm-evaluation-harness asks: log-likelihoods and generated texts obey the budget. These tasks need no

@@ -13,7 +13,7 @@ class KeyDiffPolicy(Policy):
     It is the one with the largest cosine to the mean of the normalised keys that were held before the new token
     came, rotated as they are; no query is looked at. The paper evicts once for each block of a prompt, and each
     key head for itself. Here one token goes at a time, for all key heads of the layer, by the mean of their
-    cosines.
+    cosines. It protects nobody: give it a grace window, or the newest tokens may go before they are of use.
     """
 
     name = "keydiff"
