@@ -45,7 +45,7 @@ class Proof:
     nbytes: int
     """Bytes of the cache."""
     full_bytes: int
-    """Bytes that a full cache has for the same tokens."""
+    """Bytes that a full cache has for the same tokens, sliding windows kept to."""
     difference: float
     """Largest difference of a logit between generating and one pass with the eviction mask; rounding."""
     effect: float
@@ -101,6 +101,11 @@ def prove_budget(
     _check_tokens(logits, again)
     say("one pass with a full cache", 0, 1)
     everything, full = _one_pass(model, output.sequences, Eviction(), prompt_length)
+    if cache.stats.evictions == full.stats.evictions:
+        raise ValueError(
+            f"nothing was evicted in {cache.seen:,} tokens that the model's sliding window lets stay; give a "
+            f"budget below the window"
+        )
     return Proof(
         eviction=eviction,
         read=cache.seen,

@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from heedful.attention.cache import LayerCache
 from heedful.attention.eviction import Eviction, get_policy
 from heedful.data import TokenDataset
 from heedful.evaluation.layerwise import layers_of, starting_at
@@ -197,9 +196,10 @@ class BudgetedLoss:
         if all(budget >= self.context for budget in budgets):
             return None
         cache = self.model.new_cache(self.eviction(budgets))
+        plain = self.model.new_cache(Eviction())
         for i, budget in enumerate(budgets):
-            if budget >= self.context and i not in self.fixed:
-                cache.layers[i].memory = LayerCache()
+            if budget >= self.context:
+                cache.layers[i] = plain.layers[i]
         return cache
 
     def _nll(self, rows: dict[str, Tensor], cache: HeedfulCache | None) -> float:

@@ -13,6 +13,7 @@ from heedful.attention.eviction import Eviction
 from heedful.data import TokenDataset
 from heedful.evaluation import evaluate
 from heedful.evaluation.layerwise import layers_of
+from heedful.evaluation.proof import prove_budget
 from heedful.evaluation.search import BudgetedLoss, BudgetSearch
 
 CONTEXT = 20
@@ -60,6 +61,23 @@ def test_layers_with_a_window_keep_it(make_source: Callable[..., Any], rows: Tok
     assert search.budgets == [4, CONTEXT, CONTEXT] and search.memory_factor == CONTEXT / 4
     assert search.eviction == Eviction((4, CONTEXT, CONTEXT), grace=3)
     assert search.loss == pytest.approx(evaluate(model, rows, kv_budget=search.eviction).loss, abs=1e-5)
+
+
+def test_where_all_layers_slide(make_source: Callable[..., Any], rows: TokenDataset):
+    """A layer that is not tried keeps its window, too; and a budget above the window is none."""
+    model = heedful.patch(make_source("mistral", sliding_window=9), select_dim=4).double()
+    let_them_vote(model)
+    losses = BudgetedLoss(model, rows)
+    assert losses.fixed == set()
+    for budgets in ([CONTEXT, CONTEXT, 6], [CONTEXT, 12, 6], [5, 12, 6]):
+        expected = evaluate(model, rows, kv_budget=budgets).loss
+        assert losses.measure(budgets).loss == pytest.approx(expected, abs=1e-9)
+    assert losses.measure([CONTEXT, 12, CONTEXT]).loss == pytest.approx(losses.full_loss, abs=1e-9)
+    assert prove_budget(model, 7).held == (7, 7, 7)
+    with pytest.raises(
+        ValueError, match="nothing was evicted in 51 tokens that the model's sliding window lets"
+    ):
+        prove_budget(model, 12)
 
 
 def test_a_stop_leaves_the_layers_as_they_were(make_source: Callable[..., Any], rows: TokenDataset):
