@@ -10,6 +10,7 @@ import torch
 from tests.hf.converted.conftest import SPECS
 from tests.hf.converted.test_families import let_them_vote, loaded
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import heedful
 from heedful.cli import main
@@ -83,6 +84,28 @@ def test_queries_and_keys_are_copies_to_the_last_bit(make_source: Callable[..., 
     assert torch.equal(wide_q, q.repeat(1, 3, 1, 1)) and torch.equal(wide_k, k.repeat(1, 3, 1, 1))
     assert not torch.allclose(wide_v, v.repeat(1, 3, 1, 1), atol=0.1)
     torch.testing.assert_close(wide_v.unflatten(1, (3, 2)).float().mean(1), v.float(), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("sim_heads", [4, 8, 12, 28])
+def test_weights_of_16_bits_are_the_source_in_float32(
+    sim_heads: int, make_source: Callable[..., Any], tmp_path: Path, ids: Tensor
+):
+    """The amounts by which values start apart still had a sum of zero, but for their rounding."""
+    make_source("llama").bfloat16().save_pretrained(tmp_path / "source")
+    options = {"attention_options": {"sim_heads": sim_heads}}
+    out = heedful.convert(tmp_path / "source", tmp_path / "out", **SAS, **options)
+    stock, model = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        for folder in (tmp_path / "source", out)
+    )
+    with torch.no_grad():
+        expected = stock(ids).logits
+        torch.testing.assert_close(
+            model(ids).logits, expected, rtol=0, atol=1e-5 * float(expected.abs().max())
+        )
+    apart = attention_layers(model)[0].sas.v.conv1.detach()
+    if sim_heads > 4:
+        assert 0.5 < apart.norm(dim=(1, 2)).mean() < 2
 
 
 def test_what_was_trained_is_saved(save_source: Callable[..., Path], tmp_path: Path, ids: Tensor):

@@ -5,6 +5,7 @@ more than how far two tokens are apart, so the rotation is taken back, and what 
 again and added to the copies. At the start that is nothing: simulated queries and keys are the source's to the bit.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -146,13 +147,23 @@ class Expansion(nn.Module):
         for parameter in self.parameters():
             fill_(parameter, torch.zeros(parameter.shape))
         if self.part == "v":
-            apart = torch.randn(self.sizes.copies, self.heads, *self.conv1.shape[1:])
-            apart = (apart - apart.mean(0)) * self.conv1[0].numel() ** -0.5
+            apart = amounts_apart(self.sizes.copies, (self.heads, *self.conv1.shape[1:]))
             fill_(self.conv1, apart.flatten(0, 1))
         elif self.part == "q" and self.widens:
             added = torch.randn(self.lin1.shape) * self.sizes.head_dim**-0.5
             added[: self.sizes.head_dim] = 0.0
             fill_(self.lin1, added)
+
+
+def amounts_apart(copies: int, shape: tuple[int, int, int]) -> Tensor:
+    """Random weights (copies, heads, in, W), the sum over the copies zero, in bfloat16 and float16 too.
+
+    They are whole numbers up to 256, which 16 bits hold, times a power of two: such that values come out about as
+    large as they went in.
+    """
+    numbers = (45 * torch.randn(copies, *shape)).round().clamp(-128, 128)
+    numbers = numbers - numbers.roll(1, 0)  # about 64 large, none beyond 256
+    return numbers * 2.0 ** round(-math.log2(64 * (shape[1] * shape[2]) ** 0.5))
 
 
 class SimulatedHeads(nn.Module):
