@@ -163,10 +163,10 @@ def convert(
     attention: str = "source",
     attention_options: Mapping[str, Any] | None = None,
     score: str = "selective",
-    selector: str = "added",
+    selector: str = "retention",
     per: str = "layer",
     select_dim: int = 32,
-    rank_only: bool = False,
+    subtract: bool | None = None,
     eviction: "AnyBudget" = None,
     back: bool = False,
     force: bool = False,
@@ -176,8 +176,8 @@ def convert(
         heedful.convert("SmolLM2-135M", "out")
         model, tokenizer = heedful.load("out")
 
-    The model's own blocks stay. With an added selection head, whose votes start at zero, the converted model
-    predicts what its source predicts. Weights are copied as files.
+    The model's own blocks stay. With an added selector, which only says who is evicted, the converted model
+    predicts what its source predicts as long as every token is held. Weights are copied as files.
 
     Args:
         source: folder of a checkpoint with safetensors, or a .gguf file.
@@ -187,10 +187,12 @@ def convert(
         attention_options: of "sas": sim_heads (3 times the heads), sim_head_dim (that of the source) and
             kernel_size (3), as in `heedful.train`.
         score: what happens to the logits: "selective", or "softmax", which evicts by other policies alone.
-        selector: who votes: "added" selection heads of their own, or attention "head" 0, as in the paper.
-        per: an added selection head per "layer", or per "kv_head", which then holds tokens of its own.
-        select_dim: size of an added selection head.
-        rank_only: votes only say who is evicted; they are not subtracted from the logits.
+        selector: who says which tokens go: a "retention", by which each token says on arrival how long it will
+            matter; "added" selection heads, by which later tokens vote; or attention "head" 0, as in the paper.
+        per: an added selector per "layer", or per "kv_head", which then holds tokens of its own.
+        select_dim: size of an added selection head; a retention has twice as many hidden features.
+        subtract: whether votes are subtracted from the logits, or only say who is evicted; None: subtracted where
+            head 0 casts them, as in the paper.
         eviction: what `generate` holds by default: a number of tokens, a list with one per layer, or an `Eviction`.
         back: the other way: `source` is a converted model, `out` becomes the stock one. Fine-tuned weights are
             kept, selection heads and simulated heads are dropped: once simulated heads are trained, the stock
@@ -217,7 +219,7 @@ def convert(
     options: dict[str, Any] = {"attention": attention, "attention_options": attention_options}
     options |= {"score": score, "selector": selector, "per": per, "select_dim": select_dim}
     return convert_path(
-        source, out, force=force, eviction=Eviction.of(eviction), rank_only=rank_only, **options
+        source, out, force=force, eviction=Eviction.of(eviction), subtract=subtract, **options
     )
 
 
@@ -227,10 +229,10 @@ def patch(
     attention: str = "source",
     attention_options: Mapping[str, Any] | None = None,
     score: str = "selective",
-    selector: str = "added",
+    selector: str = "retention",
     per: str = "layer",
     select_dim: int = 32,
-    rank_only: bool = False,
+    subtract: bool | None = None,
     eviction: "AnyBudget" = None,
 ) -> Any:
     """Give a stock transformers model in memory heedful's attention, in place: `convert`, for experiments.
@@ -248,7 +250,7 @@ def patch(
         selector: as in `convert`.
         per: as in `convert`.
         select_dim: as in `convert`.
-        rank_only: as in `convert`.
+        subtract: as in `convert`.
         eviction: as in `convert`.
 
     Returns:
@@ -264,7 +266,7 @@ def patch(
 
     options: dict[str, Any] = {"attention": attention, "attention_options": attention_options}
     options |= {"score": score, "selector": selector, "per": per, "select_dim": select_dim}
-    options |= {"rank_only": rank_only, "eviction": Eviction.of(eviction)}
+    options |= {"subtract": subtract, "eviction": Eviction.of(eviction)}
     return run(model, conversion_of(model.config.to_dict(), **options))
 
 

@@ -25,7 +25,7 @@ def test_there_and_back(heedful: Callable[..., Any], source: Path, tmp_path: Pat
         "convert", source, out, "--per", "kv_head", "--select-dim", 8, "--kv-budget", 32, "--kv-grace", 4
     )
     assert done.code == 0, done.err
-    assert f"{out}: converted, " in done.out and "2,112 added" in done.out
+    assert f"{out}: converted, " in done.out and "1,192 added" in done.out
     assert {"tokenizer.json", "chat_template.jinja", "LICENSE", "README.md"} <= {
         p.name for p in out.iterdir()
     }
@@ -35,7 +35,7 @@ def test_there_and_back(heedful: Callable[..., Any], source: Path, tmp_path: Pat
     assert text.code == 0 and text.out.startswith("It is a truth")
     assert "32, 32 kept per layer" in text.err
     done = heedful("convert", out, tmp_path / "back", "--back")
-    assert done.code == 0 and "2,112 parameters of selection heads were dropped" in done.out
+    assert done.code == 0 and "1,192 parameters of selection heads were dropped" in done.out
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == (
         source / "model.safetensors"
     ).read_bytes()
@@ -68,7 +68,7 @@ def test_it_is_measured_under_budgets(heedful: Callable[..., Any], source: Path,
         (["nowhere", "out"], 1, "has no config.json"),
         (["stock", "stock"], 1, "is the source itself"),
         (["stock", "out", "--back"], 1, "is no converted model"),
-        (["stock", "out", "--per", "kv_head", "--selector", "head"], 1, "needs selector='added'"),
+        (["stock", "out", "--per", "kv_head", "--selector", "head"], 1, "needs selector='retention'"),
     ],
 )
 def test_errors_are_one_line(

@@ -82,7 +82,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A converted model without a saved budget."""
     folder = tmp_path_factory.mktemp("doctor")
     stock = save_stock_model(folder / "stock", ["It is a truth universally acknowledged. " * 20])
-    return package.convert(stock, folder / "out", per="kv_head", select_dim=4, rank_only=True)
+    return package.convert(stock, folder / "out", per="kv_head", selector="added", select_dim=4)
 
 
 def test_a_budget_that_is_given_is_proved(heedful: Heedful, converted: Path):

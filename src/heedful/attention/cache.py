@@ -244,7 +244,7 @@ class LayerCache(KVCache):
             tensors.clear()
 
     def _attend(self, layer: Layer, tokens: Tokens) -> Tensor:
-        x, q, memory, key_mask, segment_ids, _ = tokens
+        x, q, memory, key_mask, segment_ids = tokens[:5]
         masks = {
             name: self._whole_mask(name, mask, x.shape[:2])
             for name, mask in (("key_mask", key_mask), ("segment_ids", segment_ids))

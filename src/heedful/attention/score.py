@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,17 @@ class LayerLoss:
     """(B,), per row, weighted."""
     kept: Tensor
     """(B, T), the tokens that each query still holds, softly counted; 0 at padding. Detached."""
+
+
+class Selection(NamedTuple):
+    """What selection heads of a score's own make of new tokens."""
+
+    q: Tensor
+    """(B, R, T, D'), queries."""
+    k: Tensor
+    """(B, R, T, D'), keys, which are remembered."""
+    own_votes: Tensor | None = None
+    """(B, R, T), 0 or more: what each token's votes against it begin with, where they may differ; None: 0."""
 
 
 Select = tuple[Tensor, Tensor] | None
@@ -86,11 +97,12 @@ class Score(nn.Module):
         """
         raise NotImplementedError
 
-    def selection(self, x: Tensor, scale: float) -> Select:
+    def selection(self, x: Tensor, scale: float) -> Selection | None:
         """Queries and keys of selection heads of the score's own; None, the default: there are none.
 
         The keys are remembered with the tokens. All other methods are then given both as `select`: queries
-        (B, R, T, D') and the keys of all tokens, (B, R, S, D').
+        (B, R, T, D') and the keys of all tokens, (B, R, S, D'). Where tokens are evicted, the per-token state of a
+        new one begins with its own votes.
 
         Args:
             x: (B, T, C).

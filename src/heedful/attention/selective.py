@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from heedful.attention.config import ScoreConfig, check_whole, option
 from heedful.attention.init import fill_
 from heedful.attention.registry import register_score
-from heedful.attention.score import EvictableScore, LayerLoss, Select
+from heedful.attention.score import EvictableScore, LayerLoss, Select, Selection
 from heedful.attention.softmax import SoftmaxScore
+from heedful.ops.checks import check_choice
 from heedful.ops.dot_product import wide_logits
 from heedful.ops.precision import wide_dtype
 from heedful.ops.selective import memory_share, selective_attention, unmasked_count
@@ -20,6 +21,9 @@ from heedful.ops.selective.api import attend_visible
 from heedful.ops.selective.pruned import attend_pruned
 from heedful.ops.selective.reference import soft_masks
 from heedful.ops.selective.slots import attend_slots
+
+OWN_VOTES, VOTES = 8.0, -6.0
+"""Where a retention starts, before its softplus: 8 votes, so that it may say less, and 0.0025 more per query."""
 
 
 @register_score("selective")
@@ -29,6 +33,10 @@ class SelectiveScore(EvictableScore):
     L^0 are the logits of attention head 0, as in the paper, or of selection heads of its own (`selector="added"`),
     two projections of the layer's input: `select_q` and `select_k`. With as many of those as key heads, each key
     head and its query heads have an F, and under a budget tokens, of their own.
+
+    `selector="retention"` asks the token alone, as it arrives, what its votes begin with and how many every later
+    query will cast: a small network of the layer's input says both, and F[i,j] = c_j + a_j (i - j - 1). Compare the
+    retention gates of TRIM-KV (arXiv 2512.03324).
     """
 
     formula = """
@@ -57,21 +65,30 @@ class SelectiveScore(EvictableScore):
             0.0, "weight of the memory loss, which trains for small caches; paper: 0.1"
         )
         memory_tau: float = option(1.0, "votes at which a token counts as gone in the memory loss")
-        selector: Literal["head", "added"] = option(
+        selector: Literal["head", "added", "retention"] = option(
             "head",
-            "who votes: attention head 0 (head, as in the paper) or selection heads of its own (added)",
+            "who votes: attention head 0 (head, as in the paper), selection heads of its own (added), or all "
+            "queries alike, as much as the token itself said when it came (retention)",
         )
-        selectors: int = option(1, "added selection heads: one for the layer, or one for each key/value head")
-        select_dim: int = option(32, "size of an added selection head")
+        selectors: int = option(1, "added selectors: one for the layer, or one for each key/value head")
+        select_dim: int = option(
+            32, "size of an added selection head; a retention has twice as many hidden features"
+        )
         subtract: bool = option(True, "subtract the votes from the logits; else they only say who is evicted")
 
         def __post_init__(self) -> None:
             super().__post_init__()
             check_whole("selectors", self.selectors)
             check_whole("select_dim", self.select_dim)
+            check_choice("selector", self.selector, ("head", "added", "retention"))
             if self.selector == "head" and self.selectors != 1:
                 raise ValueError(
-                    f"selectors={self.selectors} needs selector='added'; attention head 0 is one selection head"
+                    f"selectors={self.selectors} needs selector='added' or 'retention'; attention head 0 is one "
+                    f"selection head"
+                )
+            if self.selector == "retention" and self.subtract:
+                raise ValueError(
+                    "selector='retention' says who goes, and is not subtracted: give subtract=False"
                 )
             if not self.subtract and self.memory_loss:
                 raise ValueError("memory_loss trains votes that are subtracted; it needs subtract=True")
@@ -84,11 +101,15 @@ class SelectiveScore(EvictableScore):
 
         def state_bytes_per_token(self, bytes_per_value: int = 4) -> int:
             """One float32 per token and selection head, F, and the keys of added ones."""
-            keys = self.select_dim * bytes_per_value if self.selector == "added" else 0
+            size = {"head": 0, "added": self.select_dim, "retention": 1}[self.selector]
+            keys = size * bytes_per_value
             return self.selectors * ((4 if self.subtract else 0) + keys)
 
         def parameter_count(self, n_heads: int, d_model: int) -> int:
-            """None, or the two projections of added selection heads."""
+            """None, or those of added selection heads or of the retention."""
+            if self.selector == "retention":
+                hidden = 2 * self.select_dim
+                return hidden * (d_model + 1) + 2 * self.selectors * (hidden + 1)
             return 2 * self.selectors * self.select_dim * (d_model + 1) if self.selector == "added" else 0
 
         def flops_per_token(self, context: int, n_heads: int, qk_dim: int, v_dim: int, d_model: int) -> int:
@@ -96,6 +117,8 @@ class SelectiveScore(EvictableScore):
             flops = super().flops_per_token(context, n_heads, qk_dim, v_dim, d_model)
             if self.selector == "added":
                 flops += 2 * self.selectors * self.select_dim * (context + 2 * d_model)
+            if self.selector == "retention":
+                flops += 4 * self.select_dim * (d_model + 2 * self.selectors)
             return flops
 
     config: Config
@@ -112,34 +135,60 @@ class SelectiveScore(EvictableScore):
             wide = self.selectors * self.config.select_dim
             self.select_q = nn.Linear(d_model, wide)
             self.select_k = nn.Linear(d_model, wide)
+        if self.config.selector == "retention":
+            self.selectors = self.config.selectors
+            hidden = 2 * self.config.select_dim
+            self.retain = nn.Sequential(
+                nn.Linear(d_model, hidden), nn.SiLU(), nn.Linear(hidden, 2 * self.selectors)
+            )
 
-    def selection(self, x: Tensor, scale: float) -> Select:
-        """Queries and keys of the added selection heads, (B, R, T, D') both; logits are over sqrt(D')."""
+    def selection(self, x: Tensor, scale: float) -> Selection | None:
+        """Queries and keys of the added selection heads, (B, R, T, D') both; logits are over sqrt(D').
+
+        Of a retention queries that are all alike, and as a key the votes that each will cast, D' = 1.
+        """
         if self.config.selector == "head":
             return None
+        if self.config.selector == "retention":
+            said = nn.functional.softplus(self.retain(x).to(wide_dtype(x))).mT
+            own_votes, votes = said.chunk(2, dim=1)
+            k = votes[..., None].to(x.dtype)
+            return Selection(torch.full_like(k, 1 / scale), k, own_votes)
         shape = (self.selectors, self.config.select_dim)
         q, k = (layer(x).unflatten(-1, shape).transpose(1, 2) for layer in (self.select_q, self.select_k))
-        return q * (self.config.select_dim**-0.5 / scale), k
+        return Selection(q * (self.config.select_dim**-0.5 / scale), k)
 
     def reset_parameters(self) -> None:
-        """Added selection heads start with logits as small as all logits do."""
+        """Added selection heads start with logits as small as all logits do; a retention silent."""
+        if self.config.selector == "retention":
+            first = self.retain[0]
+            nn.init.normal_(first.weight, std=first.in_features**-0.5)
+            nn.init.zeros_(first.bias)
+            self.silence()
         if self.config.selector == "added":
             for layer in (self.select_q, self.select_k):
                 nn.init.normal_(layer.weight, std=(0.2 / layer.in_features) ** 0.5)
                 nn.init.zeros_(layer.bias)
 
     def silence(self) -> None:
-        """Let added selection heads cast no vote at all: their keys become zero."""
+        """Let added selection heads cast no vote at all: their keys become zero. A retention treats all alike."""
         if self.config.selector == "head":
+            return
+        if self.config.selector == "retention":
+            last = self.retain[2]
+            fill_(last.weight, torch.zeros(last.weight.shape))
+            fill_(last.bias, torch.tensor([OWN_VOTES, VOTES]).repeat_interleave(self.selectors))
             return
         fill_(self.select_k.weight, torch.zeros(self.select_k.weight.shape))
         fill_(self.select_k.bias, torch.zeros(self.select_k.bias.shape))
 
     @property
     def silent(self) -> bool:
-        """Whether added selection heads have keys, or queries, of zero."""
+        """Whether added selection heads have keys, or queries, of zero, or a retention treats all tokens alike."""
         if self.config.selector == "head":
             return False
+        if self.config.selector == "retention":
+            return not bool(self.retain[2].weight.any())
         return any(
             not bool(layer.weight.any()) and not bool(layer.bias.any())
             for layer in (self.select_q, self.select_k)

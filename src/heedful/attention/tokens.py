@@ -25,6 +25,8 @@ class Tokens(NamedTuple):
     """(B, T) integers of packed documents; None: one per row."""
     select_q: Tensor | None = None
     """(B, R, T, D'), the queries of selection heads of the score's own; their keys are in `memory`. None: none."""
+    own_votes: Tensor | None = None
+    """(B, R, T), what the votes against each token begin with; None: 0."""
 
     @classmethod
     def of(
@@ -40,7 +42,7 @@ class Tokens(NamedTuple):
         own = layer.score.selection(x, layer.scale)
         if own is None:
             return cls(x, q, memory, key_mask, segment_ids)
-        return cls(x, q, {**memory, SELECT_K: own[1]}, key_mask, segment_ids, own[0])
+        return cls(x, q, {**memory, SELECT_K: own.k}, key_mask, segment_ids, own.q, own.own_votes)
 
     @property
     def length(self) -> int:
@@ -53,7 +55,8 @@ class Tokens(NamedTuple):
         key_mask, segment_ids = (mask if mask is None else mask[:, start : start + n] for mask in self[3:5])
         select_q = None if self.select_q is None else self.select_q[:, :, start : start + n]
         x, q = self.x[:, start : start + n], self.q[:, :, start : start + n]
-        return Tokens(x, q, memory, key_mask, segment_ids, select_q)
+        own_votes = None if self.own_votes is None else self.own_votes[..., start : start + n]
+        return Tokens(x, q, memory, key_mask, segment_ids, select_q, own_votes)
 
     def selection(self, memory: dict[str, Tensor]) -> dict[str, Any]:
         """What a score with selection heads of its own is given beside q and k; `memory`: of all keys."""
@@ -87,7 +90,8 @@ class Tokens(NamedTuple):
         select_q = None if self.select_q is None else apart(self.select_q)
         masks = rows(self.key_mask), rows(self.segment_ids)
         x = self.x[..., :0].repeat_interleave(groups, 0)  # scores that vote per key head read no x
-        return Tokens(x, apart(self.q), memory, *masks, select_q)
+        own_votes = None if self.own_votes is None else self.own_votes.flatten(0, 1)[:, None]
+        return Tokens(x, apart(self.q), memory, *masks, select_q, own_votes)
 
 
 class Layer(Protocol):

@@ -11,6 +11,7 @@ COMMANDS = {
     "train": "train a language model on your text, with any attention and score",
     "compare": "train several forms alike and compare them: table, plot, raw data",
     "convert": "make a Hugging Face checkpoint forget: give it heedful's attention, or take it back",
+    "adapt": "teach a converted checkpoint whom to forget",
     "generate": "continue a prompt with a trained model",
     "eval": "measure a trained model with a KV cache of few tokens: table, plot, raw data",
     "bench": "measure speed, as ratios of runs that take turns",

@@ -15,10 +15,10 @@ from heedful.screen import spinner
 
 DESCRIPTION = """Make a checkpoint forget: convert a Hugging Face model into one with heedful's attention.
 
-The model's own blocks stay; the attention of every layer gets a selection head whose votes start at zero, so that
-the converted model predicts what its source predicts. Weights are copied as files. Known are Llama (SmolLM),
-Mistral, Mixtral, Qwen 2 and 3, Gemma 2 and 3 (text), OLMo 2, Phi-3, GPT-2 and GPT-NeoX (Pythia): folders with
-safetensors, or .gguf files. Then: heedful generate OUT "a prompt" --kv-budget 256."""
+The model's own blocks stay; the attention of every layer gets a selector, which only says who is evicted: as long
+as every token is held, the converted model predicts what its source predicts. Weights are copied as files. Known
+are Llama (SmolLM), Mistral, Mixtral, Qwen 2 and 3, Gemma 2 and 3 (text), OLMo 2, Phi-3, GPT-2 and GPT-NeoX
+(Pythia): folders with safetensors, or .gguf files. Then: heedful adapt OUT --data my.txt."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -40,16 +40,30 @@ def run(arguments: Sequence[str]) -> int:
                 "score", str, "selective", "what happens to the logits: selective, or softmax (nobody votes)"
             ),
             flag(
-                "selector", Literal["added", "head"], "added", "who votes: an added selection head, or head 0"
+                "selector",
+                Literal["retention", "added", "head"],
+                "retention",
+                "who says which tokens go: each token as it arrives (retention), an added selection head by "
+                "which later tokens vote (added), or attention head 0 (head)",
             ),
             flag(
                 "per",
                 Literal["layer", "kv_head"],
                 "layer",
-                "an added selection head per layer, or per KV head",
+                "a selector per layer, or per KV head",
             ),
-            flag("select_dim", int, 32, "size of an added selection head"),
-            flag("rank_only", bool, False, "votes only say who is evicted, instead of being subtracted too"),
+            flag(
+                "select_dim",
+                int,
+                32,
+                "size of an added selection head, half the hidden features of a retention",
+            ),
+            flag(
+                "subtract",
+                bool | None,
+                None,
+                "subtract votes from the logits, else they only say who goes; if left out where head 0 casts them",
+            ),
             flag("kv_budget", str, "", "tokens that each layer holds by default: 256, 256,128,..., or full"),
             flag("kv_policy", str | None, None, "which token is evicted by default: " + ", ".join(POLICIES)),
             flag("kv_grace", int | None, None, "newest tokens that are never evicted by default"),
@@ -81,7 +95,7 @@ def _convert(values: dict[str, Any]) -> None:
                 "what the simulated heads have learned is lost: they cannot be folded into the source's heads"
             )
         return
-    names = "attention", "score", "selector", "per", "select_dim", "rank_only"
+    names = "attention", "score", "selector", "per", "select_dim", "subtract"
     options = {name: values[name] for name in names}
     options["attention_options"] = values.get("attention_options", {})
     try:
@@ -116,8 +130,8 @@ def _say(out: Path, options: dict[str, Any]) -> None:
     added, total = sum(map(checkpoint.parameters, ADDED)), checkpoint.parameters()
     share = f"{added:,} added ({added / total:.1%})"
     print(f"{out}: converted, {total - added:,} parameters as they were and {share}")
-    if options["score"] == "selective" and options["selector"] == "added":
-        print("its votes are zero until they are trained: until then it predicts what its source predicts")
+    if options["score"] == "selective" and options["selector"] != "head":
+        print(f"until it has learned whom to forget, the oldest go: heedful adapt {out} --data my.txt")
     sizes = Conversion(**checkpoint.config[FIELD]).sizes(checkpoint.config)
     if sizes is not None:
         print(

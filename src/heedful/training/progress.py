@@ -92,7 +92,8 @@ class ProgressCallback(TrainerCallback):
 
     def _line(self, state: TrainerState, text: str) -> None:
         self.last_line = time.perf_counter()
-        self.console.print(f"{self.title}  step {state.global_step}/{state.max_steps}  {text}")
+        line = f"{self.title}  step {state.global_step}/{state.max_steps}  {text}"
+        self.console.print(line, soft_wrap=True)
 
 
 class StepTimer(TrainerCallback):

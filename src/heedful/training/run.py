@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,7 @@ def train(
     arguments = _arguments(settings, out)
     if first:
         _prepare_folder(settings, out, resume)
-    checkpoint = _last_checkpoint(out) if resume else None
+    checkpoint = last_checkpoint(out / CHECKPOINTS) if resume else None
 
     set_seed(settings.seed)
     config = settings.to_config(data.vocab_size, data.context, data.bos_token_id)
@@ -157,7 +157,7 @@ def train(
     timer, stop = StepTimer(), StopOnCtrlC()
     brief, title = title is not None, title or f"{settings.attention} x {settings.score}"
     progress = ProgressCallback(title, tokens_per_step, console, brief)
-    with _quiet_transformers():
+    with quiet_transformers():
         trainer = LanguageModelTrainer(
             model=model,
             args=arguments,
@@ -288,11 +288,11 @@ def _prepare_folder(settings: TrainSettings, out: Path, resume: bool) -> None:
         settings.save(out / SETTINGS)
 
 
-def _last_checkpoint(out: Path) -> str | None:
+def last_checkpoint(place: Path, parts: Sequence[str] = CHECKPOINT_PARTS) -> str | None:
     """The newest checkpoint that was written to its end; Trainer would go on without what is missing."""
-    folders = [p for p in (out / CHECKPOINTS).glob("checkpoint-*") if p.name.partition("-")[2].isdigit()]
+    folders = [p for p in place.glob("checkpoint-*") if p.name.partition("-")[2].isdigit()]
     for folder in sorted(folders, key=lambda p: int(p.name.partition("-")[2]), reverse=True):
-        if all(any(folder.glob(part)) for part in CHECKPOINT_PARTS):
+        if all(any(folder.glob(part)) for part in parts):
             return str(folder)
     return None
 
@@ -338,7 +338,7 @@ def _tensorboard(out: Path) -> TrainerCallback:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Any:
+def quiet_transformers() -> Iterator[None]:
     """Progress is ours; only errors of the libraries below are worth a line."""
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
@@ -349,6 +349,7 @@ def _quiet_transformers() -> Any:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*pin_memory.*")
+            warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
             yield
     finally:
         transformers.logging.set_verbosity(before)

@@ -19,10 +19,11 @@ from heedful.hf.converted.model import attention_layers
 from heedful.hf.names import CACHE, output_cache
 
 HOWS: dict[str, dict[str, Any]] = {
-    "one selection head": {"select_dim": 4},
-    "one for each key head": {"select_dim": 4, "per": "kv_head"},
-    "votes only rank": {"select_dim": 4, "rank_only": True},
-    "apart, votes only rank": {"select_dim": 4, "per": "kv_head", "rank_only": True},
+    "retention": {"select_dim": 4},
+    "retention, apart": {"select_dim": 4, "per": "kv_head"},
+    "votes": {"select_dim": 4, "selector": "added"},
+    "votes, apart": {"select_dim": 4, "selector": "added", "per": "kv_head"},
+    "votes that are subtracted": {"select_dim": 4, "selector": "added", "subtract": True},
     "nobody votes": {"score": "softmax"},
     "simulated heads": {"attention": "sas", "attention_options": {"sim_heads": 8}, "select_dim": 4},
     "wide simulated heads, apart": {
@@ -31,7 +32,7 @@ HOWS: dict[str, dict[str, Any]] = {
         **{"select_dim": 4, "per": "kv_head"},
     },
 }
-AT_ONCE = "one selection head", "simulated heads"
+AT_ONCE = "retention", "simulated heads"
 """What `make test` runs; all of them run in `make test-slow`."""
 families = pytest.mark.parametrize("family", SPECS)
 
@@ -43,14 +44,15 @@ def loaded(folder: Path) -> Any:
 
 
 def let_them_vote(model: Any, seed: int = 3) -> None:
-    """Selection heads with votes of all sizes, simulated heads that are no copies."""
+    """Selectors with votes of all sizes, simulated heads that are no copies."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in attention_layers(model):
-            for name in ("select_q", "select_k"):
-                projection = getattr(getattr(module, "score", None), name, None)
-                if projection is not None:
-                    projection.weight.copy_(torch.randn(projection.weight.shape, generator=generator) * 0.4)
+            for name, weight in module.named_parameters():
+                if ".retain." in f".{name}" and weight.ndim == 2:
+                    weight.copy_(torch.randn(weight.shape, generator=generator))
+                elif "select_" in name and weight.ndim == 2:
+                    weight.copy_(torch.randn(weight.shape, generator=generator) * 0.4)
         for name, parameter in model.named_parameters():
             if ".sas." in name:
                 parameter += torch.randn(parameter.shape, generator=generator) * 0.1
@@ -90,9 +92,12 @@ FEW = "gemma2", "phi3", "gpt2"
         pytest.param(family, how, marks=[] if at_once else pytest.mark.slow)
         for family in SPECS
         for how, at_once in (
-            ("apart, votes only rank", True),
+            ("retention, apart", True),
             ("wide simulated heads, apart", family in FEW),
-            *((how, False) for how in AT_ONCE),
+            *(
+                (how, False)
+                for how in ("retention", "votes, apart", "votes that are subtracted", "simulated heads")
+            ),
         )
     ],
 )
@@ -137,7 +142,14 @@ def test_under_a_budget_all_ways_of_running_agree(
 @pytest.mark.parametrize("shard", [pytest.param("5GB", marks=pytest.mark.slow), "20KB"])
 def test_back_it_is_bit_for_bit(family: str, shard: str, save_source: Callable[..., Path], tmp_path: Path):
     source = save_source(family, shard=shard)
-    heedful.convert(source, tmp_path / "out", per="kv_head", select_dim=4, eviction=Eviction(64, grace=8))
+    heedful.convert(
+        source,
+        tmp_path / "out",
+        per="kv_head",
+        selector="added",
+        select_dim=4,
+        eviction=Eviction(64, grace=8),
+    )
     heedful.convert(tmp_path / "out", tmp_path / "back", back=True)
     names = sorted(path.name for path in source.iterdir())
     assert sorted(path.name for path in (tmp_path / "back").iterdir()) == names
@@ -153,7 +165,8 @@ def test_fine_tuned_weights_go_back_and_selection_heads_are_dropped(
     family: str, save_source: Callable[..., Path], tmp_path: Path, ids: Tensor
 ):
     source = save_source(family)
-    model = loaded(heedful.convert(source, tmp_path / "out", select_dim=4))
+    how: dict[str, Any] = HOWS["votes that are subtracted"]
+    model = loaded(heedful.convert(source, tmp_path / "out", **how))
     let_them_vote(model)
     optimizer = torch.optim.SGD(model.train().parameters(), lr=0.05)
     before = model(ids, labels=ids).loss
@@ -183,7 +196,7 @@ def test_head_zero_votes_as_in_the_paper(
 
 
 def test_gradients_reach_votes_through_every_layer(make_source: Callable[..., Any], ids: Tensor):
-    model = heedful.patch(make_source("qwen3"), per="kv_head", select_dim=4)
+    model = heedful.patch(make_source("qwen3"), per="kv_head", **HOWS["votes that are subtracted"])
     let_them_vote(model)
     model.train()(ids, labels=ids).loss.backward()
     grads = [p.grad for name, p in model.named_parameters() if ".score.select" in name]

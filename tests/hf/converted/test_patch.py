@@ -15,6 +15,8 @@ from heedful.attention.eviction import POLICIES, Eviction
 from heedful.hf.converted import HeedfulLlamaConfig, HeedfulLlamaForCausalLM  # type: ignore[attr-defined]
 from heedful.hf.names import CACHE, output_cache
 
+SUBTRACTED: dict[str, Any] = {"selector": "added", "subtract": True, "select_dim": 4}
+
 
 def test_a_patched_model_is_its_source_and_saves_as_converted(
     make_source: Callable[..., Any], tmp_path: Path, ids: Tensor
@@ -78,7 +80,7 @@ def test_gradient_checkpointing_changes_nothing(
 ):
     grads = []
     for on in (False, True):
-        model = heedful.patch(make_source("llama"), select_dim=4).train()
+        model = heedful.patch(make_source("llama"), **SUBTRACTED).train()
         for module in model.modules():
             if hasattr(module, "select_k"):
                 torch.nn.init.normal_(
@@ -95,7 +97,7 @@ def test_gradient_checkpointing_changes_nothing(
 
 def test_qk_norm_certifies_what_a_threshold_forgets(make_source: Callable[..., Any], ids: Tensor):
     """A bound that holds: the outputs of a model that forgot under a threshold differ by no more than it says."""
-    model = heedful.patch(make_source("qwen3"), select_dim=4)
+    model = heedful.patch(make_source("qwen3"), **SUBTRACTED)
     for module in model.modules():
         if hasattr(module, "select_k"):
             torch.nn.init.normal_(module.select_k.weight, std=1.0)

@@ -162,7 +162,7 @@ def test_out_is_never_overwritten(save_source: Callable[..., Path], tmp_path: Pa
         ({"score": "gated"}, "score must be 'selective' or 'softmax'"),
         ({"score": "softmax", "eviction": 16}, "casts no votes to evict by; name another policy"),
         ({"per": "token"}, "per must be 'layer' or 'kv_head'"),
-        ({"selector": "head", "per": "kv_head"}, "needs selector='added'"),
+        ({"selector": "head", "per": "kv_head"}, "needs selector='retention'"),
         ({"select_dim": 0}, "select_dim must be a whole number >= 1"),
         ({"eviction": 1}, "budget must be a whole number >= 2"),
         ({"eviction": [4, 4]}, r"one entry per layer \(3\), got 2"),

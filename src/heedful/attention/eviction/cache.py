@@ -220,7 +220,7 @@ class EvictingCache(KVCache):
 
     def _next(self, layer: Layer, score: EvictableScore, tokens: Tokens) -> Tensor:
         """One real token in every row, under a plain budget: all slots in use are visible."""
-        slot = self._overwrite(layer, tokens.memory)
+        slot = self._overwrite(layer, tokens)
         held, state, positions = self._in_use()
         k, v = layer.keys_values(held)
         own = tokens.selection(held)
@@ -250,7 +250,7 @@ class EvictingCache(KVCache):
     def _one(self, layer: Layer, score: EvictableScore, tokens: Tokens, real: Tensor) -> Tensor:
         """One token per row, or padding, under any rule."""
         newest = self._positions_of(real)
-        self._replace_one(layer, tokens.memory, newest)
+        self._replace_one(layer, tokens, newest)
         held = self.slots.held()
         k, v = layer.keys_values(held)
         own = tokens.selection(held)
@@ -291,6 +291,8 @@ class EvictingCache(KVCache):
                 rated = torch.cat((self.scores[..., :before], own_scores), dim=-1)
             # what was just written is in the processor's cache
             memory = {n: t.narrow(token_axis(t), before, length) for n, t in everything.items()}
+        if tokens.own_votes is not None:
+            state = _with_own(state, tokens.own_votes, score.state_names)
         k, v = layer.keys_values(everything)
         own = tokens.selection(everything)
         gone_at: Tensor | None = None
@@ -382,7 +384,7 @@ class EvictingCache(KVCache):
         state = {name: t[..., :n] for name, t in self.slots.state.items()}
         return self.slots.first(n), state, self.positions[:, :n]
 
-    def _overwrite(self, layer: Layer, memory: dict[str, Tensor]) -> Tensor:
+    def _overwrite(self, layer: Layer, tokens: Tokens) -> Tensor:
         """Write one real token per row in place of the least needed one, under a plain budget: the slots (B, 1)."""
         assert self.rule.budget is not None
         arrived = self.slots.arrived
@@ -395,13 +397,12 @@ class EvictingCache(KVCache):
             priority = self.policy.priority(self.scores, self.positions, arrived, self.rule.budget)
             slot = least_needed_slot(priority, self.positions, arrived, self.rule.grace, self.rule.first)
         self._next_slot = None
-        self.slots.overwrite(
-            memory, slot, self.policy.start(arrived) if self.policy.ranks_by is None else None
-        )
+        scores = self.policy.start(arrived) if self.policy.ranks_by is None else None
+        self.slots.overwrite(tokens.memory, slot, scores, tokens.own_votes)
         self.seen += 1
         return slot
 
-    def _replace_one(self, layer: Layer, memory: dict[str, Tensor], positions: Tensor) -> None:
+    def _replace_one(self, layer: Layer, tokens: Tokens, positions: Tensor) -> None:
         """Make room for one token per row and write it; a padded token, position -1, leaves its row alone."""
         self._next_slot = None
         if self.rule.n_slots is None:
@@ -416,7 +417,9 @@ class EvictingCache(KVCache):
         self.positions.masked_fill_(~alive, -1)
         slot = (~alive).int().argmax(-1, keepdim=True)
         scores = self.policy.start(positions) if self.policy.ranks_by is None else None
-        self.slots.write(memory, positions, slot, real, scores=scores)
+        own = tokens.own_votes
+        state = None if own is None else {name: own for name in self.slots.state}
+        self.slots.write(tokens.memory, positions, slot, real, state, scores)
         self.slots.book["arrived"] += real.long()
         self.seen += 1
 
@@ -486,6 +489,11 @@ class EvictingCache(KVCache):
     def _clear(self) -> None:
         self.seen, self._padded, self._room, self._next_slot, self._bound = 0, False, 0, None, None
         self.slots.clear()
+
+
+def _with_own(state: dict[str, Tensor], own: Tensor, names: list[str]) -> dict[str, Tensor]:
+    """The per-token state (B, 1, S - T), that of new tokens, (B, 1, T), behind it."""
+    return {name: torch.cat((state[name], own.to(state[name].dtype)), -1) if state else own for name in names}
 
 
 def _real_tokens(key_mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:

@@ -89,8 +89,14 @@ class Slots:
 
     # Writing.
 
-    def overwrite(self, memory: dict[str, Tensor], slot: Tensor, scores: Tensor | None = None) -> None:
-        """Put one real token per row into slot (B, 1), with a policy's scores; its state starts at 0."""
+    def overwrite(
+        self,
+        memory: dict[str, Tensor],
+        slot: Tensor,
+        scores: Tensor | None = None,
+        state: Tensor | None = None,
+    ) -> None:
+        """Put one real token per row into slot (B, 1), with a policy's scores; its state starts at `state`, or 0."""
         for name, value in memory.items():
             self._keep_for_undo(name, slot)
             _scatter(self.tensors[name], slot, value)  # of the same type: `check`
@@ -98,7 +104,10 @@ class Slots:
         if scores is not None:
             _scatter(self.book["scores"], slot, scores)
         for storage in self.state.values():
-            storage.scatter_(-1, slot[:, None], 0.0)
+            if state is None:
+                storage.scatter_(-1, slot[:, None], 0.0)
+            else:
+                storage.scatter_(-1, slot[:, None], state.to(storage.dtype))
         self.book["arrived"] += 1
 
     def write(

@@ -39,13 +39,19 @@ def module_source(config_name: str, model_name: str) -> str:
     )
 
 
-def card(config: dict[str, Any], source: str, source_card: Path | None = None) -> str:
+def card(
+    config: dict[str, Any],
+    source: str,
+    source_card: Path | None = None,
+    facts: dict[str, str] | None = None,
+) -> str:
     """A model card in Markdown.
 
     Args:
         config: config.json of the converted model.
         source: what it was converted from, for people.
         source_card: the card of that; it goes along under another name.
+        facts: more lines, such as what it learned from.
     """
     settings = config[FIELD]
     options = ", ".join(f"{name} {value}" for name, value in settings["score_options"].items())
@@ -55,6 +61,7 @@ def card(config: dict[str, Any], source: str, source_card: Path | None = None) -
         "attention": "simulated heads (SAS)" if settings["attention"] == "sas" else "the source's heads",
         "score": settings["score"] + (f" ({options})" if options else ""),
         "cache": kept_by(Eviction.of(settings["eviction"]), layers),
+        **(facts or {}),
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in lines.items())
     known = {"library_name": "transformers", "pipeline_tag": "text-generation", **_still_true(source_card)}

@@ -21,7 +21,7 @@ def conversion_of(
     selector: str,
     per: str,
     select_dim: int,
-    rank_only: bool,
+    subtract: bool | None,
     eviction: Eviction,
 ) -> Conversion:
     """The conversion of a model with this config.
@@ -43,13 +43,15 @@ def conversion_of(
     sizes = own.sizes(config)
     options: dict[str, Any] = {}
     if score == "selective":
-        options = {"selector": selector, "subtract": not rank_only}
-        if selector == "added":
+        options = {"selector": selector, "subtract": selector == "head" if subtract is None else subtract}
+        if selector != "head":
             heads = config.get("num_attention_heads", config.get("n_head"))
             groups = (config.get("num_key_value_heads") or heads) if sizes is None else sizes.sim_kv_heads
             options |= {"select_dim": select_dim, "selectors": groups if per == "kv_head" else 1}
         elif per == "kv_head":
-            raise ValueError("per='kv_head' needs selector='added': attention head 0 is one selection head")
+            raise ValueError(
+                "per='kv_head' needs selector='retention' or 'added': attention head 0 is one selection head"
+            )
     if isinstance(eviction.budget, tuple):
         eviction.budgets(config.get("num_hidden_layers", config.get("n_layer", 0)))
     evicts = eviction.to_dict() if eviction.evicts else None

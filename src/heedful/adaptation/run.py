@@ -1,0 +1,384 @@
+"""One adaptation: selectors of a converted model learn whom to forget; LoRA may learn to do without them."""
+
+import dataclasses
+import os
+import shutil
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import TrainerCallback, TrainingArguments, default_data_collator, set_seed
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import ProgressCallback as TqdmCallback
+
+from heedful.adaptation.amount import amount_for
+from heedful.adaptation.learning import Forgetting, input_sizes, learning_layers, start_selectors
+from heedful.adaptation.lora import projections, with_lora
+from heedful.adaptation.progress import AdaptProgress
+from heedful.adaptation.result import AdaptResult
+from heedful.adaptation.settings import LEAST_CONTEXT, SETTINGS, AdaptSettings
+from heedful.adaptation.trainer import WEIGHTS, AdaptTrainer, DistillTrainer, LocalTrainer, divergence
+from heedful.attention.eviction import Eviction
+from heedful.data import Data, TokenDataset, load_data
+from heedful.errors import Interrupted
+from heedful.hf.converted.rewrite import rewrite
+from heedful.hf.converted.settings import FIELD, Conversion
+from heedful.hf.load import load_model, load_tokenizer
+from heedful.hf.names import CACHE
+from heedful.ops.eviction import Rule
+from heedful.screen import spinner
+from heedful.training.progress import LogFile, StopOnCtrlC
+from heedful.training.run import last_checkpoint, quiet_transformers
+
+FOLDER = "adapt"
+"""Where a model's folder keeps what belongs to its adaptation."""
+RESULT, LOG, DONE = "result.json", "log.jsonl", "done"
+STAGES = "local", "distill"
+CHECKPOINT_PARTS = WEIGHTS, "optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json"
+MEASURED_ROWS = 2
+CALLBACKS: tuple[TrainerCallback, ...] = ()
+"""More of Trainer's callbacks, for both stages."""
+
+
+def adapt(
+    folder: str | Path, settings: AdaptSettings, *, resume: bool = False, console: Console | None = None
+) -> AdaptResult:
+    """Let the selection heads of a converted model learn whom to forget, and save it where it is.
+
+    First stage, forward passes only: each layer's selectors learn to rank tokens by the attention that they will
+    get (`heedful.adaptation.objective`). Second stage, with `lora`: adapters on the attention projections learn to
+    predict under eviction what the model predicts with every token; they are merged into its weights.
+
+    Args:
+        folder: a converted model with added selection heads that only rank. Weights and config are replaced at the
+            very end; `folder/adapt` keeps settings, checkpoints while it runs, a log and the result.
+        settings: what to do.
+        resume: go on from the last checkpoint.
+        console: where to show progress.
+
+    Returns:
+        The figures, also in `folder/adapt/result.json`.
+
+    Raises:
+        FileNotFoundError: if `folder` is no model.
+        FileExistsError: if an adaptation is there already, and `resume` is False.
+        ValueError: if it has no selection heads to train, or settings or data are unsound.
+        Interrupted: after Ctrl-C; `resume=True` goes on.
+        ImportError: for `lora` without PEFT.
+    """
+    folder, writes = Path(folder), os.environ.get("RANK", "0") == "0"
+    console = console or Console(stderr=True, quiet=not writes, highlight=False)
+    place, started = folder / FOLDER, time.perf_counter()
+    settings = _settled(place, settings, resume)
+    if resume and (place / RESULT).exists():
+        return AdaptResult.load(place / RESULT)
+    with spinner(console, f"loading {folder}"):
+        model = load_model(folder)
+    check_adaptable(model, folder)
+    settings = _resolved(settings, model)
+    with spinner(console, "reading the data"):
+        data = load_data(
+            settings.data,
+            validation=settings.val_data,
+            text_column=settings.text_column,
+            tokenizer=load_tokenizer(folder),
+            context=settings.context or LEAST_CONTEXT,
+        )
+    work = _Work(model, settings, data, place, console)
+    if writes:
+        place.mkdir(exist_ok=True)
+        settings.save(place / SETTINGS)
+    kl = [work.measured()]
+    work.local(resume)
+    kl.append(work.measured())
+    if settings.lora:
+        kl.append(work.distill(resume))
+    result = AdaptResult(
+        kl_before=kl[0],
+        kl_after_local=kl[1],
+        kl=kl[-1],
+        held=work.budget,
+        context=work.context,
+        validation_rows=len(work.validation),
+        local_tokens=work.read["local"],
+        distill_tokens=work.read["distill"],
+        trained_parameters=work.trained,
+        seconds=time.perf_counter() - started,
+        settings=settings.to_dict(),
+    )
+    if writes:
+        rewrite(folder, work.changed(), work.eviction, _facts(result))
+        result.save(place / RESULT)
+        for stage in STAGES:
+            shutil.rmtree(place / stage, ignore_errors=True)
+    return result
+
+
+def check_adaptable(model: Any, folder: Path) -> None:
+    """Raise ValueError unless the model has selection heads that can learn."""
+    if not hasattr(model.config, FIELD):
+        raise ValueError(
+            f"{folder} is no converted model; heedful convert makes one, and models of heedful train learn "
+            f"selection from the start"
+        )
+    conversion = Conversion.of(model.config)
+    options = conversion.score_options
+    if (
+        conversion.score != "selective"
+        or options.get("selector", "head") == "head"
+        or options.get("subtract", True)
+    ):
+        raise ValueError(
+            f"{folder} was converted with score {conversion.score!r} and {options}; what learns are added "
+            f"selectors that only rank: convert the source again, without --score, --selector and --subtract"
+        )
+
+
+def _settled(place: Path, settings: AdaptSettings, resume: bool) -> AdaptSettings:
+    """The settings of the adaptation to resume, or these; raises where one is in the way, or missing."""
+    saved = place / SETTINGS
+    if not resume and saved.exists():
+        done = (place / RESULT).exists()
+        hint = f"delete {place} to adapt it further" if done else "--resume goes on with it"
+        raise FileExistsError(f"{place} holds {'a finished' if done else 'an unfinished'} adaptation; {hint}")
+    if not resume:
+        return settings
+    if not saved.exists():
+        raise FileNotFoundError(f"there is no adaptation to resume: {saved} is missing")
+    before, plain = AdaptSettings.load(saved), AdaptSettings()
+    changed = [
+        f"{name} was {getattr(before, name)!r} and is {value!r}"
+        for name, value in settings.to_dict().items()
+        if value not in (getattr(before, name), getattr(plain, name))
+    ]
+    if changed:
+        raise ValueError(
+            f"a resumed adaptation keeps its settings, but {'; '.join(changed)}; leave those out"
+        )
+    return before
+
+
+def _resolved(settings: AdaptSettings, model: Any) -> AdaptSettings:
+    """With what was left out, by the model and the machine."""
+    most = model.config.max_position_embeddings
+    context = settings.context or min(2048, most)
+    if not LEAST_CONTEXT <= context <= most:
+        raise ValueError(
+            f"--context must be {LEAST_CONTEXT} to {most:,}, what the model can read, got {context:,}"
+        )
+    budget, safe = round(settings.target_held * context), settings.kv_grace + settings.kv_first
+    if budget <= safe:
+        raise ValueError(
+            f"--target-held {settings.target_held:g} of {context:,} tokens are {budget}, but the first "
+            f"{settings.kv_first} and the newest {settings.kv_grace} never go: nobody is left to choose; hold more"
+        )
+    amount = amount_for(model.num_parameters(), torch.accelerator.is_available())
+    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    chosen: dict[str, Any] = {"context": context, "precision": "bf16" if bf16 else "fp32", **amount}
+    given = {name: getattr(settings, name) for name in chosen}
+    return dataclasses.replace(
+        settings, **{name: chosen[name] if given[name] is None else given[name] for name in chosen}
+    )
+
+
+def _facts(result: AdaptResult) -> dict[str, str]:
+    """Lines for the model card."""
+    second = f", then LoRA on {result.distill_tokens:,} against the source" if result.distill_tokens else ""
+    return {
+        "adapted": f"selectors on {result.local_tokens:,} tokens, forward passes only{second}; data: "
+        f"{Path(result.settings['data']).name}",
+        "KL to the source": f"{result.kl:.4f} nats per token where {result.held:,} of {result.context:,} tokens "
+        f"are held, on {result.validation_rows} rows of validation text ({result.kl_before:.4f}: oldest first)",
+    }
+
+
+class _Work:
+    """The stages, and what they share."""
+
+    def __init__(
+        self, model: Any, settings: AdaptSettings, data: Data, place: Path, console: Console
+    ) -> None:
+        assert settings.context is not None
+        self.model, self.settings, self.place, self.console = model, settings, place, console
+        self.context = settings.context
+        self.budget = round(settings.target_held * self.context)
+        self.eviction = Eviction(self.budget, grace=settings.kv_grace, first=settings.kv_first)
+        self.rows = TokenDataset({"input_ids": data.train.tensors["input_ids"]})
+        self.validation = whole_rows(data.validation, MEASURED_ROWS)
+        self.trained, self.read = 0, dict.fromkeys(STAGES, 0)
+        self.names: set[str] = set()
+        if settings.precision == "bf16":
+            model.to(torch.bfloat16)
+        if torch.accelerator.is_available():
+            model.to(torch.accelerator.current_accelerator())
+        model.requires_grad_(False)
+        for layer in learning_layers(model):
+            layer.score.float()
+
+    def local(self, resume: bool) -> None:
+        """The first stage: selection heads alone."""
+        settings, model = self.settings, self.model
+        with self._autocast():
+            sizes = input_sizes(model, self.rows.tensors["input_ids"][:1].to(model.device))
+        set_seed(settings.seed)
+        start_selectors(model, sizes)
+        for layer in learning_layers(model):
+            layer.score.requires_grad_(True)
+        # nothing goes back through the layers
+        options = {k: v for k, v in settings.trainer.items() if not k.startswith("gradient_checkpointing")}
+        trainer = self._trainer(LocalTrainer, model, "local", settings.local_tokens, settings.lr, options)
+        trainer.sizes, trainer.measure = sizes, lambda: {"kl": self.measured()}
+        trainer.grace, trainer.first = settings.kv_grace, settings.kv_first
+        self._run(trainer, "local", resume)
+        model.requires_grad_(False)
+
+    def distill(self, resume: bool) -> float:
+        """The second stage: LoRA, merged at the end. Returns the KL before that."""
+        settings, rule = (
+            self.settings,
+            Rule(self.budget, grace=self.settings.kv_grace, first=self.settings.kv_first),
+        )
+        set_seed(settings.seed + 1)
+        names = projections(self.model)
+        peft = with_lora(self.model, settings.lora)
+        if settings.precision == "bf16":
+            for parameter in peft.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
+        with Forgetting(self.model, rule) as forgetting:
+            trainer = self._trainer(
+                DistillTrainer, peft, "distill", settings.distill_tokens, settings.lora_lr, settings.trainer
+            )
+            trainer.forgetting, trainer.rules = forgetting, self._rules(rule)
+            trainer.measure = lambda: {"kl": self.measured(peft, forgetting)}
+            self._run(trainer, "distill", resume)
+            kl = self.measured(peft, forgetting)
+        self.model = peft.merge_and_unload()
+        self.names |= {f"{name}.weight" for name in names}
+        return kl
+
+    def _rules(self, target: Rule) -> list[Rule]:
+        """Steps take turns: the target, half and twice as much, so that the model does not depend on one budget."""
+        safe = target.grace + target.first + 1
+        budgets = [self.budget, max(safe, self.budget // 2), min(self.context, 2 * self.budget)]
+        return [dataclasses.replace(target, budget=budget) for budget in budgets]
+
+    def changed(self) -> dict[str, Tensor]:
+        """The weights that are others now, by name."""
+        return {
+            name: p for name, p in self.model.named_parameters() if name in self.names or ".score." in name
+        }
+
+    @torch.no_grad()
+    def measured(self, peft: Any = None, forgetting: Forgetting | None = None) -> float:
+        """KL to the source with every token, nats per token, of a cache that holds the budget."""
+        model, total = self.model.eval(), 0.0
+        with (
+            spinner(self.console, "measuring"),
+            self._autocast(),
+            nullcontext() if forgetting is None else forgetting.remembering(),
+        ):
+            for row in self.validation:
+                ids = row[None].to(model.device)
+                with nullcontext() if peft is None else peft.disable_adapter():
+                    full = model(ids, use_cache=False).logits
+                cache: Any = {CACHE: model.new_cache(self.eviction)}
+                total += float(divergence(full, model(ids, **cache).logits))
+        return total / len(self.validation)
+
+    def _autocast(self) -> Any:
+        return torch.autocast(
+            self.model.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"
+        )
+
+    def _trainer(
+        self,
+        kind: type[AdaptTrainer],
+        model: Any,
+        stage: str,
+        tokens: int | None,
+        rate: float,
+        options: dict[str, Any],
+    ) -> Any:
+        settings = self.settings
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        per_step = (
+            settings.batch_size
+            * self.context
+            * processes
+            * int(options.get("gradient_accumulation_steps", 1))
+        )
+        steps = max(1, round((tokens or 0) / per_step))
+        self.read[stage] = steps * per_step
+        often = max(1, steps // settings.checkpoints)
+        arguments: dict[str, Any] = {
+            "output_dir": str(self.place / stage),
+            "max_steps": steps,
+            "per_device_train_batch_size": settings.batch_size,
+            "learning_rate": rate,
+            "warmup_steps": min(20, steps // 10),
+            "lr_scheduler_type": "cosine",
+            "weight_decay": 0.0,
+            "max_grad_norm": 1.0,
+            "bf16": settings.precision == "bf16",
+            "use_cpu": not torch.accelerator.is_available(),
+            "seed": settings.seed,
+            "data_seed": settings.seed,
+            "eval_strategy": "steps",
+            "eval_steps": often,
+            "save_strategy": "steps",
+            "save_steps": often,
+            "save_total_limit": 2,
+            "logging_steps": max(1, steps // 100),
+            "remove_unused_columns": False,
+            "report_to": "none",
+            "disable_tqdm": True,
+        }
+        stop = StopOnCtrlC()
+        held = f"{self.budget:,} of {self.context:,} tokens held"
+        progress = AdaptProgress(stage, held, per_step, self.console)
+        with quiet_transformers():
+            trainer: Any = kind(
+                model=model,
+                args=TrainingArguments(**arguments | options),
+                train_dataset=self.rows,
+                eval_dataset=self.rows,  # not read: `measure` knows its own
+                data_collator=default_data_collator,
+                callbacks=[progress, stop, LogFile(self.place / f"{stage}-{LOG}"), *CALLBACKS],
+            )
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(TqdmCallback)
+        trainer.stop, trainer.progress = stop, progress
+        self.trained += sum(p.numel() for p in model.parameters() if p.requires_grad)
+        return trainer
+
+    def _run(self, trainer: Any, stage: str, resume: bool) -> None:
+        """Train; a stage that has been done before is read."""
+        done = self.place / stage / DONE
+        if resume and (done / WEIGHTS).exists():
+            trainer.load_trained(done)
+            return
+        checkpoint = last_checkpoint(self.place / stage, CHECKPOINT_PARTS) if resume else None
+        with quiet_transformers(), trainer.stop:
+            try:
+                trainer.train(resume_from_checkpoint=checkpoint)
+            finally:
+                trainer.progress.close()
+        step, steps = trainer.state.global_step, trainer.args.max_steps
+        if trainer.stop.pressed and step < steps:
+            raise Interrupted(f"stopped at step {step} of {steps} of the stage {stage!r}")
+        if trainer.is_world_process_zero():
+            trainer.save_trained(done)
+
+
+def whole_rows(rows: TokenDataset, most: int) -> Tensor:
+    """Some rows (n, T), evenly spread, without those that are padded unless all are."""
+    ids, labels = rows.tensors["input_ids"], rows.tensors["labels"]
+    whole = (labels[:, -1:] != -100).all(-1)
+    ids = ids[whole] if bool(whole.any()) else ids
+    n = min(most, len(ids))
+    return ids[[i * len(ids) // n for i in range(n)]]

@@ -1,0 +1,152 @@
+"""`Trainer` for the two stages of an adaptation."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import Trainer
+
+from heedful.adaptation.learning import SHARE, Forgetting, learning_layers, local_losses
+from heedful.ops.eviction import Rule
+
+WEIGHTS = "model.safetensors"
+_TOGETHER = 512  # tokens whose log-probabilities are in memory at once
+
+
+class AdaptTrainer(Trainer):
+    """Saves what it trains alone: a checkpoint of a stage has the size of its selection heads or of its LoRA."""
+
+    measure: Callable[[], dict[str, float]]
+    """What is measured in between, on validation text."""
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """What `measure` finds."""
+        was = self.model.training
+        self.model.eval()
+        try:
+            metrics = {f"eval_{name}": value for name, value in self.measure().items()}
+        finally:
+            self.model.train(was)
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def save_trained(self, folder: Path, state: dict[str, Any] | None = None) -> None:
+        """Write what is trained; `state`: gathered from all processes."""
+        folder.mkdir(parents=True, exist_ok=True)
+        names = self._trained()
+        state = self.model.state_dict() if state is None else state
+        save_file({name: state[name].detach().cpu().contiguous() for name in names}, folder / WEIGHTS)
+
+    def load_trained(self, folder: Path) -> None:
+        """Read what `save_trained` wrote.
+
+        Raises:
+            ValueError: if it is of another model.
+        """
+        state = load_file(folder / WEIGHTS)
+        if set(state) != self._trained():
+            raise ValueError(f"{folder} is of another model: its weights have other names")
+        self.model.load_state_dict(state, strict=False)
+
+    def _trained(self) -> set[str]:
+        return {name for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        self.save_trained(Path(output_dir or self.args.output_dir), state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.load_trained(Path(resume_from_checkpoint))
+
+
+class LocalTrainer(AdaptTrainer):
+    """The first stage: every layer's selection heads learn from what the layer itself does. No pass backward."""
+
+    grace: int
+    first: int
+
+    def compute_loss(  # type: ignore[override]
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        """The sum over layers of their local losses, in bf16 too a float32."""
+        with local_losses(self.accelerator.unwrap_model(model), grace=self.grace, first=self.first) as losses:
+            output = model(inputs["input_ids"], use_cache=False, logits_to_keep=1)
+        loss = torch.stack(losses).sum()
+        return (loss, output) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The loss of a layer, not that of all."""
+        if "loss" in logs:
+            logs["loss"] /= len(learning_layers(self.model))
+        super().log(logs, *args, **kwargs)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Adam, whose steps are as large for each weight as `start_selectors` made it."""
+        own, rate = model or self.model, self.args.learning_rate
+        groups = []
+        for layer, size in zip(learning_layers(own), self.sizes, strict=True):
+            score = layer.score
+            if score.config.selector == "retention":
+                first, _, last = score.retain
+                groups.append({"params": [first.weight], "lr": rate / size})
+                groups.append({"params": [first.bias, *last.parameters()], "lr": rate})
+                continue
+            for linear, share in ((score.select_q, SHARE), (score.select_k, 1)):
+                groups.append({"params": [linear.weight], "lr": rate / (size * share)})
+                groups.append({"params": [linear.bias], "lr": rate / share})
+        self.optimizer = torch.optim.Adam(groups, lr=rate)
+        return self.optimizer
+
+    sizes: list[float]
+    """`input_sizes`."""
+
+
+class DistillTrainer(AdaptTrainer):
+    """The second stage: LoRA learns to predict under eviction what the model predicts with every token."""
+
+    forgetting: Forgetting
+    """At work on the model."""
+    rules: list[Rule]
+    """Steps take turns with them."""
+
+    def compute_loss(  # type: ignore[override]
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        """The KL of the next token, nats per token."""
+        ids, peft = inputs["input_ids"], self.accelerator.unwrap_model(model)
+        with torch.no_grad(), peft.disable_adapter(), _evaluating(peft), self.forgetting.remembering():
+            taught = model(ids, use_cache=False).logits
+        # stays for the pass backward, which may compute the layers again
+        self.forgetting.rule = self.rules[self.state.global_step % len(self.rules)]
+        output = model(ids, use_cache=False)
+        loss = divergence(taught, output.logits)
+        return (loss, output) if return_outputs else loss
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was)
+
+
+def divergence(full: Tensor, other: Tensor) -> Tensor:
+    """The mean KL(full || other) of logits (B, T, V), nats per token; gradients reach `other`."""
+
+    def of_some(p: Tensor, q: Tensor) -> Tensor:
+        p, q = p.float().log_softmax(-1), q.float().log_softmax(-1)
+        return F.kl_div(q, p, reduction="sum", log_target=True)
+
+    full, other = full.flatten(0, 1), other.flatten(0, 1)
+    pieces = zip(full.split(_TOGETHER), other.split(_TOGETHER), strict=True)
+    parts = [checkpoint(of_some, p, q, use_reentrant=False) for p, q in pieces]
+    return torch.stack(parts).sum() / len(full)
