@@ -263,7 +263,7 @@ def test_added_selection_heads_evict_whom_the_simulator_evicts(
     out, held, _ = run(layer, x, everyone, [1] * length, **how)
     with torch.no_grad():
         q, memory = layer.project(x, torch.arange(length)[None])
-        select_q, select_k = layer.score.selection(x, layer.scale)
+        select_q, select_k, _ = layer.score.selection(x, layer.scale)
         cast = (select_q @ select_k.mT * layer.scale)[0].relu().tril(-1)
         cast[:, :, 0] = 0
         heads = []
@@ -278,6 +278,39 @@ def test_added_selection_heads_evict_whom_the_simulator_evicts(
             logits = logits - (votes.cumsum(0) - votes) * subtract
             heads.append(logits.masked_fill(~mask, -torch.inf).softmax(-1) @ memory["v"][0, group])
         torch.testing.assert_close(out, layer.aggregate(torch.stack(heads)[None]))
+
+
+@pytest.mark.parametrize("selectors", [1, 2])
+@given(
+    st.integers(0, 10**6),
+    st.integers(4, 8),
+    st.sampled_from([(1, 1), (3, 1), (2, 2)]),
+    st.sampled_from([[1] * 20, [20], [7, 1, 1, 11]]),
+)
+@settings(max_examples=10, deadline=None)
+def test_a_retention_evicts_by_what_each_token_said(selectors, seed, budget, safe, pieces):
+    """F = c + a n after n later queries, in a plain loop."""
+    options = {"n_kv_heads": 2, "selector": "retention", "selectors": selectors, "select_dim": 3}
+    layer = layer_of("gqa", "selective", subtract=False, **options)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in layer.score.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator, dtype=torch.float64))
+        x = torch.randn(1, 20, 16, dtype=torch.float64, generator=generator)
+        said = torch.nn.functional.softplus(layer.score.retain(x))[0].T.tolist()
+    how = {"budget": budget, "grace": safe[0], "first": safe[1]}
+    _, held, _ = run(layer, x, torch.ones(1, 20, dtype=torch.bool), pieces, **how)
+    for r in range(selectors):
+        own, votes = said[r], said[selectors + r]
+        alive: list[int] = []
+        ends = [sum(pieces[: i + 1]) - 1 for i in range(len(pieces))]
+        for t in range(20):
+            alive.append(t)
+            if len(alive) > budget:
+                may = [j for j in alive if safe[1] <= j <= t - safe[0]]
+                alive.remove(max(may, key=lambda j: (own[j] + votes[j] * (t - 1 - j), -j)))
+            if t in ends:
+                assert set(held[ends.index(t)][r]) == set(alive)
 
 
 def test_a_threshold_needs_votes_that_are_subtracted():

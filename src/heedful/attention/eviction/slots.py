@@ -96,7 +96,7 @@ class Slots:
         scores: Tensor | None = None,
         state: Tensor | None = None,
     ) -> None:
-        """Put one real token per row into slot (B, 1), with a policy's scores; its state starts at `state`, or 0."""
+        """Put one real token per row into slot (B, 1), with a policy's scores and a score's state, or 0."""
         for name, value in memory.items():
             self._keep_for_undo(name, slot)
             _scatter(self.tensors[name], slot, value)  # of the same type: `check`
