@@ -30,7 +30,7 @@ def local_losses(model: nn.Module, *, grace: int, first: int) -> Iterator[list[T
     def see(score: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         q, k, _ = args
         cap = getattr(score, "softcap", None)
-        safe = {"grace": grace, "first": first, "softcap": cap}
+        safe: dict[str, Any] = {"grace": grace, "first": first, "softcap": cap}
         own = score.selection(kwargs["x"].detach(), kwargs["scale"])
         losses.append(local_loss(q.detach(), k.detach(), own[:2], kwargs["scale"], own.own_votes, **safe))
 
@@ -155,7 +155,8 @@ class Forgetting:
 
     def __enter__(self) -> "Forgetting":
         for score in self.scores:
-            score.__class__ = _forgetting_class(type(score))
+            kind: Any = type(score)
+            score.__class__ = _forgetting_class(kind)
             score.at_work = self
         return self
 

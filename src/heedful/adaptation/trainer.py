@@ -25,14 +25,18 @@ class AdaptTrainer(Trainer):
     measure: Callable[[], dict[str, float]]
     """What is measured in between, on validation text."""
 
+    @property
+    def _own(self) -> Any:
+        return self.model
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """What `measure` finds."""
-        was = self.model.training
-        self.model.eval()
+        was = self._own.training
+        self._own.eval()
         try:
             metrics = {f"eval_{name}": value for name, value in self.measure().items()}
         finally:
-            self.model.train(was)
+            self._own.train(was)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -41,7 +45,7 @@ class AdaptTrainer(Trainer):
         """Write what is trained; `state`: gathered from all processes."""
         folder.mkdir(parents=True, exist_ok=True)
         names = self._trained()
-        state = self.model.state_dict() if state is None else state
+        state = self._own.state_dict() if state is None else state
         save_file({name: state[name].detach().cpu().contiguous() for name in names}, folder / WEIGHTS)
 
     def load_trained(self, folder: Path) -> None:
@@ -53,13 +57,13 @@ class AdaptTrainer(Trainer):
         state = load_file(folder / WEIGHTS)
         if set(state) != self._trained():
             raise ValueError(f"{folder} is of another model: its weights have other names")
-        self.model.load_state_dict(state, strict=False)
+        self._own.load_state_dict(state, strict=False)
 
     def _trained(self) -> set[str]:
-        return {name for name, p in self.model.named_parameters() if p.requires_grad}
+        return {name for name, p in self._own.named_parameters() if p.requires_grad}
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        self.save_trained(Path(output_dir or self.args.output_dir), state_dict)
+        self.save_trained(Path(output_dir or str(self.args.output_dir)), state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.load_trained(Path(resume_from_checkpoint))
@@ -83,12 +87,12 @@ class LocalTrainer(AdaptTrainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The loss of a layer, not that of all."""
         if "loss" in logs:
-            logs["loss"] /= len(learning_layers(self.model))
+            logs["loss"] /= len(learning_layers(self._own))
         super().log(logs, *args, **kwargs)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Adam, whose steps are as large for each weight as `start_selectors` made it."""
-        own, rate = model or self.model, self.args.learning_rate
+        own, rate = model or self._own, self.args.learning_rate
         groups = []
         for layer, size in zip(learning_layers(own), self.sizes, strict=True):
             score = layer.score

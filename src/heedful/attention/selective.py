@@ -161,7 +161,7 @@ class SelectiveScore(EvictableScore):
     def reset_parameters(self) -> None:
         """Added selection heads start with logits as small as all logits do; a retention silent."""
         if self.config.selector == "retention":
-            first = self.retain[0]
+            first: Any = self.retain[0]
             nn.init.normal_(first.weight, std=first.in_features**-0.5)
             nn.init.zeros_(first.bias)
             self.silence()
@@ -175,7 +175,7 @@ class SelectiveScore(EvictableScore):
         if self.config.selector == "head":
             return
         if self.config.selector == "retention":
-            last = self.retain[2]
+            last: Any = self.retain[2]
             fill_(last.weight, torch.zeros(last.weight.shape))
             fill_(last.bias, torch.tensor([OWN_VOTES, VOTES]).repeat_interleave(self.selectors))
             return
@@ -188,7 +188,8 @@ class SelectiveScore(EvictableScore):
         if self.config.selector == "head":
             return False
         if self.config.selector == "retention":
-            return not bool(self.retain[2].weight.any())
+            last: Any = self.retain[2]
+            return not bool(last.weight.any())
         return any(
             not bool(layer.weight.any()) and not bool(layer.bias.any())
             for layer in (self.select_q, self.select_k)
