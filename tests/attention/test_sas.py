@@ -208,6 +208,23 @@ def test_identity_start_with_odd_sizes(head_dim: int, wide: int):
     torch.testing.assert_close(sas(x), host(x), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("groups", [None, 2])
+def test_copies_of_the_identity_start_learn_apart(groups: int | None):
+    """They got equal gradients, and were copies for ever."""
+    torch.manual_seed(0)
+    sas = build("sas", d_model=32, n_heads=4, n_kv_heads=groups, init="identity")
+    x, y = torch.randn(2, 16, 32), torch.randn(2, 16, 32)
+    at_first = [e.conv1.weight.detach().clone() for e in (sas.q_expand, sas.k_expand)]
+    optimizer = torch.optim.Adam(sas.parameters(), lr=1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (sas(x) - y).square().mean().backward()
+        optimizer.step()
+    for expansion, before in zip((sas.q_expand, sas.k_expand), at_first, strict=True):
+        learned = (expansion.conv1.weight.detach() - before).unflatten(0, (3, 4))
+        assert (learned - learned.mean(0)).norm() > 0.1 * learned.norm()
+
+
 def test_expansions_act_before_norm_and_rope():
     """A start other than the identity, by hand: project, expand, norm, rotate, attend, average."""
     torch.manual_seed(0)

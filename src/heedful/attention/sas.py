@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from heedful.attention.base import Attention
 from heedful.attention.config import AttentionConfig, check_whole, option
-from heedful.attention.init import fill_
+from heedful.attention.init import fill_, zero_sum
 from heedful.attention.plain import is_plain
 from heedful.attention.registry import register_attention
 from heedful.ops.causal import causal_attention
@@ -183,15 +183,18 @@ class Expansion(nn.Module):
             assert layer.bias is not None
             nn.init.uniform_(layer.bias, -bound, bound)
 
-    def reset_identity(self, source: list[int], gain: float) -> None:
+    def reset_identity(self, source: list[int], gain: float, copies: int = 1) -> None:
         """Simulated head h copies head `source[h]`, features keep their places, times `gain`.
 
+        With `copies` > 1, for values, the copies of a head start apart, by amounts whose sum is zero.
         With D̂ > D, feature i of each half of D goes to the start of that half of D̂, where the rotary
         pairs of D are.
         """
         nn.init.zeros_(self.conv1.bias)  # type: ignore[arg-type]
         taps = torch.zeros(self.conv1.weight.shape)
         taps[range(len(source)), source, self.conv1.weight.shape[-1] // 2] = 1.0
+        if copies > 1:
+            taps += zero_sum(copies, (len(source) // copies, *taps.shape[1:])).flatten(0, 1)
         fill_(self.conv1.weight, taps)
         nn.init.zeros_(self.conv2.weight)
         nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]
@@ -302,7 +305,7 @@ class SASAttention(Attention):
         gain = (config.qk_dim / config.size) ** 0.25
         self.q_expand.reset_identity(heads, 1.0 if config.qk_norm else gain)
         self.k_expand.reset_identity(groups, 1.0 if config.qk_norm else gain)
-        self.v_expand.reset_identity(groups, 1.0)
+        self.v_expand.reset_identity(groups, 1.0, config.score_heads // config.n_heads)
         if config.qk_norm:
             for norm in (self.q_norm, self.k_norm):
                 nn.init.constant_(norm.weight, config.init_logit_std**0.5 / gain)

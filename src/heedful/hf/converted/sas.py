@@ -5,7 +5,6 @@ more than how far two tokens are apart, so the rotation is taken back, and what 
 again and added to the copies. At the start that is nothing: simulated queries and keys are the source's to the bit.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from heedful.attention.init import fill_
+from heedful.attention.init import fill_, zero_sum
 from heedful.attention.sas import SASConfig
 from heedful.ops.precision import wide_dtype
 from heedful.ops.rope import rotate
@@ -105,10 +104,8 @@ class Expansion(nn.Module):
     """The expansion of one of q, k, v, as in `heedful.ops.sas.expand`; its parameters are what differs from copies.
 
     Simulated head i copies head i mod H. All parameters but two start at zero, so that weight decay, too, draws
-    towards the source. Copies that are alike in everything would get equal gradients and stay alike for ever: the
-    simulated values of a head start apart, by random amounts as large as values are, whose sum is zero: the mean of
-    the outputs is the source's. Where features are added to queries and keys, those of the queries start random and
-    those of the keys at zero.
+    towards the source: the values of copies start apart (`heedful.attention.init.zero_sum`), and where features are
+    added to queries and keys, those of the queries start random.
 
     Args:
         heads: H, the heads that come in.
@@ -147,23 +144,12 @@ class Expansion(nn.Module):
         for parameter in self.parameters():
             fill_(parameter, torch.zeros(parameter.shape))
         if self.part == "v":
-            apart = amounts_apart(self.sizes.copies, (self.heads, *self.conv1.shape[1:]))
+            apart = zero_sum(self.sizes.copies, (self.heads, *self.conv1.shape[1:]))
             fill_(self.conv1, apart.flatten(0, 1))
         elif self.part == "q" and self.widens:
             added = torch.randn(self.lin1.shape) * self.sizes.head_dim**-0.5
             added[: self.sizes.head_dim] = 0.0
             fill_(self.lin1, added)
-
-
-def amounts_apart(copies: int, shape: tuple[int, int, int]) -> Tensor:
-    """Random weights (copies, heads, in, W), the sum over the copies zero, in bfloat16 and float16 too.
-
-    They are whole numbers up to 256, which 16 bits hold, times a power of two: such that values come out about as
-    large as they went in.
-    """
-    numbers = (45 * torch.randn(copies, *shape)).round().clamp(-128, 128)
-    numbers = numbers - numbers.roll(1, 0)  # about 64 large, none beyond 256
-    return numbers * 2.0 ** round(-math.log2(64 * (shape[1] * shape[2]) ** 0.5))
 
 
 class SimulatedHeads(nn.Module):
