@@ -23,11 +23,11 @@ ALL_SLIDE: dict[str, dict[str, Any]] = {
     "gemma2": {"layer_types": ["sliding_attention"] * 3},
 }
 HOWS: dict[str, dict[str, Any]] = {
-    "votes": {},
-    "apart": {"per": "kv_head"},
-    "rank": {"rank_only": True},
+    "votes": {"selector": "added", "subtract": True},
+    "apart": {"selector": "added", "subtract": True, "per": "kv_head"},
+    "retention": {},
     "nobody": {"score": "softmax"},
-    "simulated": {"attention": "sas"},
+    "simulated": {"selector": "added", "subtract": True, "attention": "sas"},
 }
 families = pytest.mark.parametrize("family", ALL_SLIDE)
 
@@ -103,7 +103,7 @@ def test_all_ways_of_running_agree(
 def test_votes_are_trained_and_documents_stay_apart(
     family: str, patched: Callable[..., Any], make_source: Callable[..., Any], ids: Tensor
 ):
-    model = patched(family, per="kv_head")
+    model = patched(family, **HOWS["apart"])
     positions = torch.cat((torch.arange(10), torch.arange(14)))[None]
     with torch.no_grad():
         packed = model(ids[:1], position_ids=positions).logits
@@ -138,7 +138,7 @@ def test_an_assistant(patched: Callable[..., Any], ids: Tensor):
 
 def test_what_the_window_hides_is_not_lost(patched: Callable[..., Any], ids: Tensor):
     """Nobody has votes against it: only the window lets tokens go, which the source does not see either."""
-    model = patched("mistral")
+    model = patched("mistral", **HOWS["votes"])
     for chunk in (24, 1):
         cache = model.new_cache(Eviction(threshold=1e-3))
         with torch.no_grad():
