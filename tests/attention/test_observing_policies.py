@@ -158,6 +158,23 @@ def test_several_blocks_are_the_tokens_one_by_one(policy, score):
         ]
 
 
+@pytest.mark.parametrize("policy", OBSERVING)
+@pytest.mark.parametrize(("budget", "window"), [(8, 12), (12, 7), (None, 6)])
+def test_a_window_moves_on_with_every_query(policy, budget, window):
+    """Whoever it leaves behind goes at once, also where the budget waits for `evict_every`."""
+    layer, x = layer_of("gqa", n_kv_heads=2), text(40, 9, batch=2)
+    how = {"budget": budget, "window": window, "evict_every": 3}
+    caches = [EvictingCache(policy=policy, **how) for _ in range(3)]
+    with torch.no_grad():
+        single, *others = (
+            torch.cat([layer(piece, cache=cache) for piece in x.split(sizes, dim=1)], dim=1)
+            for cache, sizes in zip(caches, (1, 40, [7, 1, 15, 17]), strict=True)
+        )
+    for out, cache in zip(others, caches[1:], strict=True):
+        torch.testing.assert_close(out, single)
+        assert torch.equal(cache.positions.sort().values, caches[0].positions.sort().values)
+
+
 def test_snapkv_remembers_a_window_for_each_token():
     layer, cache = layer_of("mha").float(), EvictingCache(6, "snapkv")
     with torch.no_grad():

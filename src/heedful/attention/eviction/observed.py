@@ -20,7 +20,7 @@ def observed_departures(
     """The query before which each token is evicted, as `Rule.evict` does one query after the other.
 
     Args:
-        rule: when tokens go; it has a budget.
+        rule: when tokens go; it has a budget or a window.
         policy: one that needs weights or keys.
         scores: (B, S) or (B, N, S), before the first query.
         positions: (B, S) position of each token in its row, -1 = padding or none.
@@ -38,7 +38,9 @@ def observed_departures(
     alive[:, before:] = False
     gone_at = torch.full_like(positions, length)
     due = [False] * length
-    if positions.shape[1] > budget:  # else nobody can go, and the device need not be asked
+    if rule.window is not None:
+        due = [True] * length  # it moves on with every query
+    elif positions.shape[1] > budget:  # else nobody can go, and the device need not be asked
         due = rule.due(positions[:, before:].reshape(-1, 1)).view(-1, length).any(0).tolist()
     for t in range(length):
         newest = positions[:, before + t, None]
