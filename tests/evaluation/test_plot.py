@@ -13,7 +13,7 @@ from heedful.evaluation.plot import plot_budgets
 
 def result(policy: str | None, kept: float, loss: float, accuracy: float = 0.5) -> BudgetResult:
     return BudgetResult(
-        policy, "full" if policy is None else int(kept), kept, 10, loss, None, accuracy, 0.0, 1, 1.0
+        policy, "full" if policy is None else int(kept), kept, 10, loss, None, accuracy, 0.0, 1.0, 1, 1.0
     )
 
 

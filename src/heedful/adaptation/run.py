@@ -244,7 +244,8 @@ class _Work:
         )
         set_seed(settings.seed + 1)
         names = projections(self.model)
-        peft = with_lora(self.model, settings.lora)
+        with quiet_transformers():
+            peft = with_lora(self.model, settings.lora)
         if settings.precision == "bf16":
             for parameter in peft.parameters():
                 if parameter.requires_grad:

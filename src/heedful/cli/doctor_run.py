@@ -71,9 +71,12 @@ def _who_votes(score: Any) -> str:
     if config.form != "selective":
         return f"{config.form}: nobody votes"
     who = "attention head 0"
-    if config.selector == "added":
+    if config.selector != "head":
         per = "for the layer" if config.selectors == 1 else f"for each of {config.selectors} key heads"
-        who = f"an added selection head of {config.select_dim} {per}"
+        what = (
+            f"an added selection head of {config.select_dim}" if config.selector == "added" else "a retention"
+        )
+        who = f"{what} {per}"
     what = "are subtracted from the logits" if config.subtract else "only say who goes"
     return f"selective: {who}; votes {what}"
 

@@ -21,7 +21,8 @@ DESCRIPTION = """Measure a trained model with a KV cache that holds few tokens.
     heedful eval runs/a                                            # each policy with 8, 16, 32, 64 tokens
     heedful eval runs/a --kv-budget 4,16,full --policy streaming,tova --rows 64
     heedful eval runs/a --data other.txt --out runs/a/eval-other
-    heedful eval converted --data book.txt --kv-budget 256,512,full --kv-grace 64 --rows 8
+    heedful eval converted --data book.txt --rows 8                # an eighth, a quarter, a half of the context
+    heedful eval converted --source stock --data book.txt --rows 8 --policy selective,streaming,tova,snapkv
     heedful eval converted --tasks blimp,needle --task-data blimp --length 512,2048 --kv-budget 64,full --limit 200
 
 A budget is how many tokens the cache of each layer holds while a query attends, the first and the newest
@@ -31,11 +32,15 @@ one document or a piece of one per row, from the validation data of the run unle
     loss      nats per token, lower is better; bits/byte compares across tokenizers
     right     share of right answers, for synthetic tasks
     KL        how far the predictions are from those of the full cache, nats per token; 0 = the same
+    same      share of tokens whose most likely prediction is that of the full cache
     bytes     what the cache of one row occupies; full: the tokens it holds at the end of a row
     tokens/s  decoding one row token by token, on this machine, in plain PyTorch
 
 The policies tova and keydiff protect no recent token: give them --kv-grace. h2o protects half the budget, snapkv
 the tokens of its window, 32 or half the budget.
+
+With --source, the stock model that this one was made from: its full cache is what predictions are compared with,
+and the policies that need no training run on it.
 
 Writes eval.csv (anew after every measurement, so that Ctrl-C loses only the one at work) and eval.png.
 
@@ -51,6 +56,7 @@ network; any other that the harness knows can be named beside them:
 Writes tasks.json, anew after every measurement."""
 
 TABLE, FIGURE = "eval.csv", "eval.png"
+USUAL = "8,16,32,64,full"
 MOST_ROWS = 256
 MOST_LOGITS = 2**27  # of a batch, half a gigabyte
 LENGTH, MADE = "512", 100
@@ -71,7 +77,13 @@ def run(arguments: Sequence[str]) -> int:
                 None,
                 "column of --data that holds the texts; the run's if left out",
             ),
-            flag("kv_budget", str, "8,16,32,64,full", "tokens the cache of each layer holds, or full"),
+            flag(
+                "kv_budget",
+                str | None,
+                None,
+                f"tokens the cache of each layer holds, or full; {USUAL}, for a converted model parts of --context",
+            ),
+            flag("source", str | None, None, "folder of the stock model that this one was made from"),
             flag(
                 "policy",
                 str | None,
@@ -84,8 +96,8 @@ def run(arguments: Sequence[str]) -> int:
                 None,
                 "tokens in a row; the run's if left out, for a converted model 2048",
             ),
-            flag("kv_grace", int, 1, "newest tokens that are never evicted"),
-            flag("kv_first", int, 1, "first tokens that are never evicted"),
+            flag("kv_grace", int | None, None, "newest tokens that are never evicted; as saved, or 1"),
+            flag("kv_first", int | None, None, "first tokens that are never evicted; as saved, or 1"),
             flag("rows", int | None, None, f"rows to measure on, evenly spread; {MOST_ROWS} if left out"),
             flag("tasks", str | None, None, "tasks of lm-evaluation-harness, instead of a text"),
             flag("task_data", str | None, None, "with --tasks blimp: folder of its .jsonl files"),
@@ -101,7 +113,7 @@ def run(arguments: Sequence[str]) -> int:
         arguments,
     )
     safe = values["kv_grace"], values["kv_first"]
-    budgets = _budgets(values["kv_budget"], *safe)
+    budgets = None if values["kv_budget"] is None else _budgets(values["kv_budget"], *safe_or_one(safe))
     if values["context"] is not None and values["context"] < 2:
         raise UsageError(f"--context must be 2 or more, got {values['context']}")
     policies = None if values["policy"] is None else _policies(values["policy"])
@@ -114,13 +126,23 @@ def run(arguments: Sequence[str]) -> int:
     if values["tasks"] is not None:
         if values["rows"] is not None:
             raise UsageError("--rows belongs to a text, with --tasks it is --limit")
-        return run_tasks(folder, values, budgets, policies, out)
+        if values["source"] is not None:
+            raise UsageError("--source belongs to a text, not to --tasks")
+        values["kv_grace"], values["kv_first"] = safe_or_one(safe)
+        return run_tasks(folder, values, budgets or _budgets(USUAL, *safe_or_one(safe)), policies, out)
     for name, usual in (("task_data", None), ("length", LENGTH), ("limit", None)):
         if values[name] != usual:
             raise UsageError(f"--{name.replace('_', '-')} belongs to --tasks, and none is given")
     data = values["data"], values["text_column"], values["context"]
-    _evaluate(folder, *data, budgets, policies, safe, values["rows"], out)
+    source = None if values["source"] is None else Path(values["source"])
+    _evaluate(folder, source, *data, budgets, policies, safe, values["rows"], out)
     return 0
+
+
+def safe_or_one(safe: tuple[int | None, int | None]) -> tuple[int, int]:
+    """The newest and the first tokens that never go."""
+    grace, first = (1 if value is None else value for value in safe)
+    return grace, first
 
 
 def _budgets(text: str, grace: int, first: int) -> list[int | str]:
@@ -155,25 +177,27 @@ def _policies(text: str) -> tuple[str, ...]:
 
 def _evaluate(
     folder: Path,
+    source: Path | None,
     data: str | None,
     text_column: str | None,
     context: int | None,
-    budgets: list[int | str],
+    budgets: list[int | str] | None,
     policies: tuple[str, ...] | None,
-    safe: tuple[int, int],
+    safe: tuple[int | None, int | None],
     most: int | None,
     out: Path,
 ) -> None:
     from heedful.data import TokenDataset, count_bytes, token_bytes
     from heedful.evaluation.kv_budget import (
         BudgetResult,
+        check_budgets,
         check_policies,
         default_policies,
         evaluate_budgets,
         to_csv,
     )
     from heedful.evaluation.plot import plot_budgets
-    from heedful.hf.load import load_model, load_tokenizer
+    from heedful.hf.load import load_model, load_source, load_tokenizer
     from heedful.training import held_out
 
     if out.exists() and not out.is_dir():
@@ -181,6 +205,7 @@ def _evaluate(
     console = Console(highlight=False)
     screen = Console(stderr=True, highlight=False)
     model = load_model(folder)
+    before = None if source is None else load_source(source)
     policies = policies or default_policies(model)
     try:
         check_policies(model, policies)
@@ -197,6 +222,19 @@ def _evaluate(
         if tokenizer is not None and held.n_bytes is not None:
             n_bytes = count_bytes(rows.tensors["labels"], token_bytes(tokenizer))
         is_text = n_bytes is not None
+    saved = model.saved_eviction()
+    grace, first = (
+        given if given is not None else usual
+        for given, usual in zip(safe, (saved.grace, saved.first), strict=True)
+    )
+    if budgets is None and model.config.model_type == "heedful":
+        budgets = _budgets(USUAL, 1, 1)
+    elif budgets is None:
+        budgets = [*(max(held.context // part, grace + first) for part in (8, 4, 2)), "full"]
+    try:
+        check_budgets(budgets, model.config.num_hidden_layers, grace, first)
+    except ValueError as error:
+        raise UsageError(f"--kv-budget: {error}") from None
     out.mkdir(parents=True, exist_ok=True)
 
     part = "" if n_rows == total else f" of {total:,}"
@@ -214,8 +252,9 @@ def _evaluate(
                 rows,
                 budgets,
                 policies,
-                grace=safe[0],
-                first=safe[1],
+                grace=grace,
+                first=first,
+                source=before,
                 n_bytes=n_bytes,
                 batch_size=max(1, min(32, MOST_LOGITS // (held.context * model.config.vocab_size))),
                 progress=progress.update,
@@ -285,6 +324,7 @@ def _print(results: Sequence[Any], heading: str, is_text: bool, console: Console
         Column("loss"),
         Column("bits/byte" if is_text else "right"),
         Column("KL", optional=True),
+        Column("same", optional=True),
         Column("bytes"),
         Column("tokens/s", optional=True),
     ]
@@ -295,6 +335,7 @@ def _print(results: Sequence[Any], heading: str, is_text: bool, console: Console
             f"{r.loss:.4f}",
             f"{r.accuracy:.1%}" if r.bits_per_byte is None else f"{r.bits_per_byte:.4f}",
             f"{r.kl:.4f}",
+            f"{r.agreement:.1%}",
             f"{r.cache_bytes:,}",
             f"{r.tokens_per_second:,.0f}",
         )

@@ -42,7 +42,10 @@ class BudgetResult:
     accuracy: float
     """Share of labelled tokens whose most likely prediction is right."""
     kl: float
-    """KL(full cache || budget) of the predictions, nats per labelled token; 0 for the full cache."""
+    """KL(full cache || budget) of the predictions, nats per labelled token; the full cache is that of the source,
+    where one is given."""
+    agreement: float
+    """Share of labelled tokens whose most likely prediction is that of the full cache."""
     cache_bytes: int
     """Bytes of the cache for one row: with a budget all slots, filled or not, and what the policy remembers;
     for the full cache those of the tokens held."""
@@ -58,6 +61,7 @@ def evaluate_budgets(
     *,
     grace: int = 1,
     first: int = 1,
+    source: Any = None,
     n_bytes: int | None = None,
     batch_size: int = 32,
     decoded: int = 128,
@@ -77,6 +81,8 @@ def evaluate_budgets(
         policies: which token is evicted (`heedful.attention.eviction`); default: `default_policies(model)`.
         grace: the newest tokens that never go, the one that has just arrived included.
         first: the first tokens that never go.
+        source: the model that `model` was made from (`load_source`): its full cache is what predictions are
+            compared with, and it runs under policies other than "selective", which need no training. None: `model`.
         n_bytes: UTF-8 bytes that the labelled tokens stand for, for bits per byte.
         batch_size: rows at a time.
         decoded: tokens decoded one by one to measure the speed, at most; the first few do not count.
@@ -91,6 +97,13 @@ def evaluate_budgets(
     """
     policies = default_policies(model) if policies is None else tuple(policies)
     check_policies(model, policies)
+    if source is not None:
+        check_policies(source, [name for name in policies if name != "selective"] or ["streaming"])
+        if source.config.vocab_size != model.config.vocab_size:
+            raise ValueError(
+                f"the source has a vocabulary of {source.config.vocab_size:,}, the model of "
+                f"{model.config.vocab_size:,}: it was not made from that"
+            )
     check_budgets(budgets, model.config.num_hidden_layers, grace, first)
     if "segment_ids" in rows.tensors:
         raise ValueError(
@@ -108,7 +121,22 @@ def evaluate_budgets(
         (p, b, Eviction() if p is None else Eviction.of(b, p, kv_grace=grace, kv_first=first))
         for p, b in plan
     ]
-    return (_measure(model, rows, p, b, e, n_bytes, batch_size, decoded, report) for p, b, e in evictions)
+    full = model if source is None else source
+    return (
+        _measure(
+            model if p in (None, "selective") else full,
+            full,
+            rows,
+            p,
+            b,
+            e,
+            n_bytes,
+            batch_size,
+            decoded,
+            report,
+        )
+        for p, b, e in evictions
+    )
 
 
 def default_policies(model: Any) -> tuple[str, ...]:
@@ -146,12 +174,12 @@ def to_csv(results: Sequence[BudgetResult]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
         ["policy", "kv_budget", "kept", "tokens", "loss", "bits_per_byte", "accuracy"]
-        + ["kl", "cache_bytes", "tokens_per_second"]
+        + ["kl", "agreement", "cache_bytes", "tokens_per_second"]
     )
     for r in results:
         writer.writerow(
             [r.policy, budget_name(r.kv_budget), r.kept, r.tokens, r.loss, r.bits_per_byte, r.accuracy]
-            + [r.kl, r.cache_bytes, round(r.tokens_per_second, 1)]
+            + [r.kl, r.agreement, r.cache_bytes, round(r.tokens_per_second, 1)]
         )
     return text.getvalue()
 
@@ -163,6 +191,7 @@ def budget_name(budget: Budget) -> str:
 
 def _measure(
     model: Any,
+    full: Any,
     rows: TokenDataset,
     policy: str | None,
     budget: Budget,
@@ -176,15 +205,19 @@ def _measure(
         return model.new_cache(eviction)
 
     report(policy, budget, 0)
-    tally, divergence, cache_bytes = Tally(), 0.0, 0
+    tally, divergence, same, cache_bytes = Tally(), 0.0, 0, 0
     kept: list[int] = []
-    with measuring(model):
+    with measuring(model), measuring(full):
         for batch in batches(model, rows, batch_size):
             n_rows, cache = len(batch["labels"]), new_cache()
             logits, targets = labelled_logits(model, batch, cache)
             tally.add(logits, targets)
-            if policy is not None:
-                divergence += _divergence(labelled_logits(model, batch)[0], logits)
+            if policy is not None or full is not model:
+                taught = labelled_logits(full, batch)[0]
+                divergence += _divergence(taught, logits)
+                same += int((taught.argmax(-1) == logits.argmax(-1)).sum())
+            else:
+                same += len(targets)
             cache_bytes = max(cache_bytes, held_bytes(cache) // n_rows)
             kept = [max(pair) for pair in zip(kept or cache.kept, cache.kept, strict=True)]
             report(policy, budget, n_rows)
@@ -199,6 +232,7 @@ def _measure(
         bits_per_byte=result.bits_per_byte(n_bytes) if n_bytes else None,
         accuracy=result.accuracy,
         kl=max(0.0, divergence / result.tokens),  # rounding can take a sum of nothing below 0
+        agreement=same / result.tokens,
         cache_bytes=cache_bytes,
         tokens_per_second=speed,
     )

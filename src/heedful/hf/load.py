@@ -1,15 +1,30 @@
 """Loading a trained model from its folder, or saying plainly why it cannot be."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, logging
+from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 from heedful.hf.configuration import HeedfulConfig
+from heedful.hf.converted.convert import patch
 from heedful.hf.converted.families import model_class
 from heedful.hf.converted.known import FAMILIES, family_of
+from heedful.hf.converted.settings import Conversion
 from heedful.hf.modeling import HeedfulForCausalLM
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def load_model(folder: str | Path) -> Any:
@@ -27,9 +42,6 @@ def load_model(folder: str | Path) -> Any:
         running = (folder / "train.json").exists()
         hint = f"its training has not finished: heedful train --resume --out {folder}" if running else ""
         raise FileNotFoundError(f"{folder} holds no model (no config.json){'; ' if hint else ''}{hint}")
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
         config, _ = HeedfulConfig.get_config_dict(folder)
         kind = str(config.get("model_type"))
@@ -38,14 +50,13 @@ def load_model(folder: str | Path) -> Any:
             more = "; `heedful convert` makes one of it" if kind in FAMILIES else ""
             raise ValueError(f"{folder} holds a {kind!r} model, expected a heedful one{more}")
         own: Any = HeedfulForCausalLM if family is None else model_class(family)
-        loaded: Any = own.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+        with _quiet():
+            loaded: Any = own.from_pretrained(folder, local_files_only=True, output_loading_info=True)
     except (SafetensorError, OSError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         reason = (str(error) or type(error).__name__).strip().split("\n")[0]
         raise ValueError(
             f"the model in {folder} cannot be read ({reason}); train or copy it again"
         ) from error
-    finally:
-        logging.set_verbosity(verbosity)
     model, report = loaded
     if (
         family is not None
@@ -59,6 +70,23 @@ def load_model(folder: str | Path) -> Any:
             f"the weights in {folder} do not fit its config.json: {wrong}; train or copy it again"
         )
     return model.eval()
+
+
+def load_source(folder: str | Path) -> Any:
+    """A stock model, so that it can run with heedful's caches; one that is converted as it is.
+
+    Raises:
+        FileNotFoundError: if there is no model.
+        ValueError: if it is damaged, or of a kind that cannot be converted.
+    """
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} holds no model (no config.json)")
+    if str(HeedfulConfig.get_config_dict(folder)[0].get("model_type")) not in FAMILIES:
+        return load_model(folder)
+    with _quiet():
+        stock = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    return patch(stock.eval(), Conversion(score="softmax"))
 
 
 def load_tokenizer(folder: str | Path) -> Any:
