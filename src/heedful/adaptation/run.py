@@ -125,6 +125,11 @@ def check_adaptable(model: Any, folder: Path) -> None:
             f"{folder} is no converted model; heedful convert makes one, and models of heedful train learn "
             f"selection from the start"
         )
+    if any(layer.window is not None for layer in learning_layers(model)):
+        raise ValueError(
+            f"{folder} has a sliding window in every layer; what a selector would learn from looks beyond it, so "
+            f"that it cannot be adapted: evict without, by --kv-policy streaming or h2o"
+        )
     conversion = Conversion.of(model.config)
     options = conversion.score_options
     if (

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import heedful
+from heedful.adaptation.run import check_adaptable
 from heedful.attention.eviction import Eviction
 from heedful.hf.converted.window import masks_of
 from heedful.hf.names import CACHE, output_cache
@@ -151,6 +152,12 @@ def test_what_the_window_hides_is_not_lost(patched: Callable[..., Any], ids: Ten
 def test_masks_that_say_otherwise_are_refused(patched: Callable[..., Any], ids: Tensor):
     with pytest.raises(ValueError, match="a layer with a sliding window of 6 attends causally"):
         patched("mistral")(ids, attention_mask=torch.ones(2, 1, 24, 24, dtype=torch.bool))
+
+
+def test_adaptation_is_refused(patched: Callable[..., Any]):
+    """The attention to come that its selectors learn from would be that of all later queries."""
+    with pytest.raises(ValueError, match="out has a sliding window in every layer"):
+        check_adaptable(patched("mistral"), Path("out"))
 
 
 def test_masks_are_read_off():
