@@ -91,7 +91,7 @@ def test_selectors_learn_and_nothing_else_changes(convert: Callable[..., Path], 
 def test_lora_is_merged_and_goes_back(convert: Callable[..., Path], stock: Path, text: Path, tmp_path: Path):
     folder = convert()
     before = weights(folder)
-    settings = AdaptSettings(data=str(text), lora=4, lora_lr=5e-3, **{**QUICK, "distill_tokens": 128 * 30})
+    settings = AdaptSettings(data=str(text), lora=4, lora_lr=5e-3, **{**QUICK, "distill_tokens": 128 * 16})
     result = adapt(folder, settings)
     assert result.kl < 0.99 * result.kl_after_local
     after = weights(folder)
@@ -104,6 +104,16 @@ def test_lora_is_merged_and_goes_back(convert: Callable[..., Path], stock: Path,
     heedful.convert(folder, tmp_path / "back", back=True)
     back = weights(tmp_path / "back")
     assert all(torch.equal(back[name], after[name]) for name in back) and back.keys() == weights(stock).keys()
+
+
+def test_lora_alone_where_nobody_votes(convert: Callable[..., Path], text: Path):
+    folder = convert(score="softmax")
+    before = weights(folder)
+    result = adapt(folder, AdaptSettings(data=str(text), lora=2, **{**QUICK, "distill_tokens": 128 * 2}))
+    assert result.local_tokens == 0 and result.kl_after_local == result.kl_before
+    after = weights(folder)
+    assert sum(not torch.equal(t, after[name]) for name, t in before.items()) == 8  # q, k, v, o of two layers
+    assert heedful.load(folder).model.saved_eviction() == Eviction(32, "streaming", grace=4, first=2)
 
 
 class StopAt(TrainerCallback):

@@ -51,10 +51,11 @@ def adapt(
 
     First stage, forward passes only: each layer's selectors learn to rank tokens by the attention that they will
     get (`heedful.adaptation.objective`). Second stage, with `lora`: adapters on the attention projections learn to
-    predict under eviction what the model predicts with every token; they are merged into its weights.
+    predict under eviction what the model predicts with every token; they are merged into its weights. A model in
+    which nobody votes (score "softmax") has the second stage alone, and the oldest go.
 
     Args:
-        folder: a converted model with added selection heads that only rank. Weights and config are replaced at the
+        folder: a converted model with added selectors that only rank. Weights and config are replaced at the
             very end; `folder/adapt` keeps settings, checkpoints while it runs, a log and the result.
         settings: what to do.
         resume: go on from the last checkpoint.
@@ -66,7 +67,7 @@ def adapt(
     Raises:
         FileNotFoundError: if `folder` is no model.
         FileExistsError: if an adaptation is there already, and `resume` is False.
-        ValueError: if it has no selection heads to train, or settings or data are unsound.
+        ValueError: if it has no selectors to train, or settings or data are unsound.
         Interrupted: after Ctrl-C; `resume=True` goes on.
         ImportError: for `lora` without PEFT.
     """
@@ -78,7 +79,7 @@ def adapt(
         return AdaptResult.load(place / RESULT)
     with spinner(console, f"loading {folder}"):
         model = load_model(folder)
-    check_adaptable(model, folder)
+    selects = check_adaptable(model, folder, settings.lora)
     settings = _resolved(settings, model)
     with spinner(console, "reading the data"):
         data = load_data(
@@ -88,12 +89,13 @@ def adapt(
             tokenizer=load_tokenizer(folder),
             context=settings.context or LEAST_CONTEXT,
         )
-    work = _Work(model, settings, data, place, console)
+    work = _Work(model, settings, data, place, console, selects)
     if writes:
         place.mkdir(exist_ok=True)
         settings.save(place / SETTINGS)
     kl = [work.measured()]
-    work.local(resume)
+    if selects:
+        work.local(resume)
     kl.append(work.measured())
     if settings.lora:
         kl.append(work.distill(resume))
@@ -118,8 +120,12 @@ def adapt(
     return result
 
 
-def check_adaptable(model: Any, folder: Path) -> None:
-    """Raise ValueError unless the model has selection heads that can learn."""
+def check_adaptable(model: Any, folder: Path, lora: int) -> bool:
+    """Whether the model has selectors that can learn.
+
+    Raises:
+        ValueError: if nothing in it can.
+    """
     if not hasattr(model.config, FIELD):
         raise ValueError(
             f"{folder} is no converted model; heedful convert makes one, and models of heedful train learn "
@@ -131,16 +137,15 @@ def check_adaptable(model: Any, folder: Path) -> None:
             f"that it cannot be adapted: evict without, by --kv-policy streaming or h2o"
         )
     conversion = Conversion.of(model.config)
+    if conversion.score == "softmax" and lora:
+        return False
     options = conversion.score_options
-    if (
-        conversion.score != "selective"
-        or options.get("selector", "head") == "head"
-        or options.get("subtract", True)
-    ):
+    if options.get("selector", "head") == "head" or options.get("subtract", True):
         raise ValueError(
             f"{folder} was converted with score {conversion.score!r} and {options}; what learns are added "
             f"selectors that only rank: convert the source again, without --score, --selector and --subtract"
         )
+    return True
 
 
 def _settled(place: Path, settings: AdaptSettings, resume: bool) -> AdaptSettings:
@@ -193,9 +198,13 @@ def _resolved(settings: AdaptSettings, model: Any) -> AdaptSettings:
 def _facts(result: AdaptResult) -> dict[str, str]:
     """Lines for the model card."""
     second = f", then LoRA on {result.distill_tokens:,} against the source" if result.distill_tokens else ""
+    first = (
+        f"selectors on {result.local_tokens:,} tokens, forward passes only"
+        if result.local_tokens
+        else "nobody votes"
+    )
     return {
-        "adapted": f"selectors on {result.local_tokens:,} tokens, forward passes only{second}; data: "
-        f"{Path(result.settings['data']).name}",
+        "adapted": f"{first}{second}; data: {Path(result.settings['data']).name}",
         "KL to the source": f"{result.kl:.4f} nats per token where {result.held:,} of {result.context:,} tokens "
         f"are held, on {result.validation_rows} rows of validation text ({result.kl_before:.4f}: oldest first)",
     }
@@ -205,13 +214,20 @@ class _Work:
     """The stages, and what they share."""
 
     def __init__(
-        self, model: Any, settings: AdaptSettings, data: Data, place: Path, console: Console
+        self,
+        model: Any,
+        settings: AdaptSettings,
+        data: Data,
+        place: Path,
+        console: Console,
+        selects: bool,
     ) -> None:
         assert settings.context is not None
         self.model, self.settings, self.place, self.console = model, settings, place, console
         self.context = settings.context
         self.budget = round(settings.target_held * self.context)
-        self.eviction = Eviction(self.budget, grace=settings.kv_grace, first=settings.kv_first)
+        policy = "selective" if selects else "streaming"
+        self.eviction = Eviction(self.budget, policy, grace=settings.kv_grace, first=settings.kv_first)
         self.rows = TokenDataset({"input_ids": data.train.tensors["input_ids"]})
         self.validation = whole_rows(data.validation, MEASURED_ROWS)
         self.trained, self.read = 0, dict.fromkeys(STAGES, 0)

@@ -58,7 +58,7 @@ def card(
     layers = config.get("num_hidden_layers", config.get("n_layer", 0))
     lines = {
         "source": f"{source}, {settings['source'].get('model_type')}",
-        "attention": "simulated heads (SAS)" if settings["attention"] == "sas" else "the source's heads",
+        "attention": "simulated heads (SAS)" if settings.get("attention") == "sas" else "the source's heads",
         "score": settings["score"] + (f" ({options})" if options else ""),
         "cache": kept_by(Eviction.of(settings["eviction"]), layers),
         **(facts or {}),
