@@ -27,7 +27,7 @@ def simulated(model: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("family", [family for family in SPECS if family != "gpt2"])
-@pytest.mark.parametrize("wide", [None, 12])
+@pytest.mark.parametrize("wide", [12, pytest.param(None, marks=pytest.mark.slow)])
 def test_only_how_far_tokens_are_apart_matters(
     family: str, wide: int | None, make_source: Callable[..., Any], ids: Tensor
 ):

@@ -67,7 +67,7 @@ def test_converted_it_is_its_source_and_back(
 
 
 @pytest.mark.parametrize(("family", "how"), [*zip(ALL_SLIDE, HOWS, strict=False), ("mistral", "simulated")])
-@pytest.mark.parametrize("budget", [4, None])
+@pytest.mark.parametrize("budget", [4, pytest.param(None, marks=pytest.mark.slow)])
 def test_all_ways_of_running_agree(
     family: str, how: str, budget: int | None, patched: Callable[..., Any], ids: Tensor
 ):
@@ -100,7 +100,7 @@ def test_all_ways_of_running_agree(
     torch.testing.assert_close(nll, expected)
 
 
-@families
+@pytest.mark.parametrize("family", ["mistral", "gemma2"])
 def test_votes_are_trained_and_documents_stay_apart(
     family: str, patched: Callable[..., Any], make_source: Callable[..., Any], ids: Tensor
 ):
