@@ -122,21 +122,30 @@ def _say_left_behind(source: Path) -> None:
 
 
 def _say(out: Path, options: dict[str, Any]) -> None:
+    from transformers import AutoConfig
+
     from heedful.hf.converted.checkpoint import Checkpoint
     from heedful.hf.converted.convert import ADDED
-    from heedful.hf.converted.settings import FIELD, Conversion
+    from heedful.hf.converted.model import windows_of
+    from heedful.hf.converted.settings import Conversion
 
     checkpoint = Checkpoint.read(out)
     added, total = sum(map(checkpoint.parameters, ADDED)), checkpoint.parameters()
     share = f"{added:,} added ({added / total:.1%})"
     print(f"{out}: converted, {total - added:,} parameters as they were and {share}")
-    if options["score"] == "selective" and options["selector"] != "head":
+    config = AutoConfig.from_pretrained(out)
+    if None not in windows_of(config):
+        print(
+            f"its layers hold {windows_of(config)[0]:,} tokens, their sliding window, unless a budget is lower"
+        )
+    elif options["score"] == "selective" and options["selector"] != "head":
         print(f"until it has learned whom to forget, the oldest go: heedful adapt {out} --data my.txt")
-    sizes = Conversion(**checkpoint.config[FIELD]).sizes(checkpoint.config)
+    sizes = Conversion.of(config).sizes(config)
     if sizes is not None:
         print(
-            f"its {sizes.sim_heads} simulated heads are copies of {sizes.heads} until they are trained; a token "
-            f"takes {sizes.of_cache:g} times the cache of the source, and attention as many times the work"
+            f"its {sizes.sim_heads} simulated heads are copies of {sizes.heads} until they are trained "
+            f"(Trainer, PEFT); a token takes {sizes.of_cache:g} times the cache of the source, and attention as "
+            f"many times the work"
         )
 
 

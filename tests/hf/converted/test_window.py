@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 import heedful
 from heedful.adaptation.run import check_adaptable
 from heedful.attention.eviction import Eviction
+from heedful.cli import main
 from heedful.hf.converted.window import masks_of
 from heedful.hf.names import CACHE, output_cache
 
@@ -154,10 +155,18 @@ def test_masks_that_say_otherwise_are_refused(patched: Callable[..., Any], ids: 
         patched("mistral")(ids, attention_mask=torch.ones(2, 1, 24, 24, dtype=torch.bool))
 
 
+def test_what_convert_says(
+    save_source: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["convert", str(save_source("mistral", **ALL_SLIDE["mistral"])), str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "its layers hold 6 tokens, their sliding window" in said and "adapt" not in said
+
+
 def test_adaptation_is_refused(patched: Callable[..., Any]):
     """The attention to come that its selectors learn from would be that of all later queries."""
     with pytest.raises(ValueError, match="out has a sliding window in every layer"):
-        check_adaptable(patched("mistral"), Path("out"))
+        check_adaptable(patched("mistral"), Path("out"), lora=2)
 
 
 def test_masks_are_read_off():

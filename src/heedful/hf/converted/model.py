@@ -36,7 +36,7 @@ class ConvertedGenerationMixin(BudgetedGenerationMixin):
         Layers with a sliding window hold that, whatever the eviction says, where others have none; if all have one,
         the eviction acts within it.
         """
-        windows = windows_of(self)
+        windows = windows_of(self.config)
         own = None in windows
         return HeedfulCache(len(windows), eviction or Eviction(), windows=windows, own=own, converted=True)
 
@@ -130,9 +130,8 @@ def attention_layers(model: nn.Module) -> list[Any]:
     return sorted(found, key=lambda module: module.layer_idx)
 
 
-def windows_of(model: Any) -> list[int | None]:
-    """The sliding window of each layer, None where it attends to all tokens."""
-    config = model.config
+def windows_of(config: Any) -> list[int | None]:
+    """The sliding window of each layer of a model, None where it attends to all tokens."""
     window = getattr(config, "sliding_window", None)
     n = config.num_hidden_layers
     kinds = getattr(config, "layer_types", None)
@@ -147,7 +146,11 @@ def install(model: Any) -> None:
     Raises:
         ValueError: if the model has layers that cannot be converted.
     """
-    conversion, layers, windows = Conversion.of(model.config), attention_layers(model), windows_of(model)
+    conversion, layers, windows = (
+        Conversion.of(model.config),
+        attention_layers(model),
+        windows_of(model.config),
+    )
     heads = model.config.num_attention_heads
     groups = getattr(model.config, "num_key_value_heads", None) or heads
     if len(layers) != len(windows):
