@@ -1,4 +1,4 @@
-"""Every block of code in README.md is run, as it stands but for its size.
+"""Every block of code in README.md and in docs/ is run, as it stands but for its size.
 
 What is substituted, so that a block takes seconds: trainings become three steps of a tiny model on a small text
 (`steps`, `--steps`, `TINY`), texts of a hundred tokens become eight, measurements take their smallest sizes
@@ -18,13 +18,19 @@ import pytest
 from tests.stock import save_stock_model
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README, GUIDE = (
+    (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/your-checkpoint.md")
+)
+
+
+def commands_of(text: str) -> list[list[str]]:
+    """The lines of its bash blocks, as words."""
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.S)
+    return [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+
+
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
-COMMANDS = [
-    shlex.split(line, comments=True)
-    for block in re.findall(r"```bash\n(.*?)```", README, re.S)
-    for line in block.splitlines()
-]
+COMMANDS = commands_of(README)
 TINY = {
     "d_model": 16,
     "n_layers": 1,
@@ -35,6 +41,10 @@ TINY = {
     "steps": 3,
     "evaluations": 1,
     "checkpoints": 1,
+}
+QUICK = {
+    "generate": ["--max-new-tokens", "8"],
+    "adapt": ["--context", "160", "--local-tokens", "320"],
 }
 SMALLEST = {
     "kernels": "--lengths 32 --heads 2 --head-dim 8 --seconds 0.02 --turns 3 --no-memory",
@@ -57,6 +67,7 @@ def place(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the text that README calls my.txt."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "my.txt").write_text(text_file.read_text(encoding="utf-8") * 4, encoding="utf-8")
+    (folder / "other.txt").write_text(text_file.read_text(encoding="utf-8")[:3000], encoding="utf-8")
     save_stock_model(folder / "SmolLM2-135M", [text_file.read_text(encoding="utf-8")])
     return folder
 
@@ -95,7 +106,19 @@ def test_make_and_pip_name_what_exists():
 @pytest.mark.slow
 def test_every_command(place: Path):
     """In order, in one folder, so that later ones find what earlier ones left."""
-    for words in COMMANDS:
+    run_all(COMMANDS, place)
+
+
+@pytest.mark.slow
+def test_the_guide(place: Path):
+    run_all(commands_of(GUIDE), place)
+    (code,) = re.findall(r"```python\n(.*?)```", GUIDE, re.S)
+    assert "The capital of France is" in run(["-c", code], place)
+
+
+def run_all(commands: list[list[str]], place: Path) -> None:
+    """Those of heedful."""
+    for words in commands:
         if words[:1] != ["heedful"]:
             continue
         command = words[1:]
@@ -107,11 +130,10 @@ def test_every_command(place: Path):
                 command += [f"--{name.replace('_', '-')}", str(value)]
             if "--data" not in command:
                 command += ["--data", "my.txt"]
-        if command[0] == "generate":
-            command += ["--max-new-tokens", "8"]
-        if command[0] == "eval" and "--context" in command:
-            command[command.index("--context") + 1] = "64"
-            command[command.index("--kv-budget") + 1] = "16,full"
+        command += QUICK.get(command[0], [])
+        if "--source" in command:
+            command[command.index("--rows") + 1] = "1"
+            command += ["--context", "160"]
         if "--tasks" in command:
             if find_spec("lm_eval") is None:  # an extra of its own
                 continue

@@ -43,14 +43,14 @@ _HOME = {
         "register_score",
     ),
     "heedful.decoder": ("Decoder", "DecoderConfig"),
-    "heedful.api": ("compare", "convert", "load", "patch", "train"),
+    "heedful.api": ("adapt", "compare", "convert", "load", "patch", "train"),
 }
 _load, __dir__ = lazy_names(__name__, _HOME)
 
 __all__ = ["__version__", *sorted(name for names in _HOME.values() for name in names)]
 
 if TYPE_CHECKING:
-    from heedful.api import compare, convert, load, patch, train  # noqa: F401
+    from heedful.api import adapt, compare, convert, load, patch, train  # noqa: F401
     from heedful.attention import *  # noqa: F403
     from heedful.decoder import Decoder, DecoderConfig  # noqa: F401
     from heedful.ops import *  # noqa: F403

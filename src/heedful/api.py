@@ -1,6 +1,6 @@
-"""The commands as functions: `heedful.train`, `heedful.compare`, `heedful.convert`, and `heedful.load`.
+"""The commands as functions: `heedful.train`, `compare`, `convert`, `adapt`, and what loads their results, `load`.
 
-Their options are those of the commands, the fields of `TrainSettings` and `CompareSettings`, declared there.
+Their options are those of the commands, the fields of their settings, declared there.
 What they need beside torch is imported when they are called.
 """
 
@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from heedful.adaptation.settings import AdaptSettings
 from heedful.comparison.settings import CompareSettings
 from heedful.ops.checks import nearest
 from heedful.training.settings import TrainSettings
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+    from heedful.adaptation.result import AdaptResult
     from heedful.attention.eviction.settings import AnyBudget
     from heedful.hf.modeling import HeedfulForCausalLM
     from heedful.training.result import RunResult
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 _EACH_RUN_HAS_ITS_OWN = ("attention", "score", "seed")
+_ADAPT_OPTIONS = dataclasses.fields(AdaptSettings)
 _TRAIN_OPTIONS = dataclasses.fields(TrainSettings)
 _COMPARE_OPTIONS = (
     *(f for f in dataclasses.fields(CompareSettings) if f.name != "train"),
@@ -268,6 +271,38 @@ def patch(
     options |= {"score": score, "selector": selector, "per": per, "select_dim": select_dim}
     options |= {"subtract": subtract, "eviction": Eviction.of(eviction)}
     return run(model, conversion_of(model.config.to_dict(), **options))
+
+
+@_with_options(_ADAPT_OPTIONS)
+def adapt(
+    folder: str | Path, *, resume: bool = False, console: "Console | None" = None, **options: Any
+) -> "AdaptResult":
+    """Let a converted checkpoint learn whom to forget, and save it where it is.
+
+        heedful.convert("SmolLM2-135M", "out")
+        result = heedful.adapt("out", data="my.txt", target_held=0.25)
+
+    Args:
+        folder: what `convert` left.
+        resume: go on with the adaptation in `folder`, with the options it has; they are left out then.
+        console: where progress is shown; the terminal's stderr if None.
+        **options: as in `heedful adapt`, see below.
+
+    Returns:
+        The figures, also in `folder/adapt/result.json`.
+
+    Raises:
+        TypeError: for an unknown option.
+        ValueError: for an unsound option or unusable data, or if nothing in the model can learn.
+        FileExistsError: if `folder` holds an adaptation already and `resume` is False.
+        heedful.training.Interrupted: after Ctrl-C; `resume=True` goes on.
+        ImportError: if the extras of `heedful[lm]`, for `lora` of `heedful[adapt]`, are missing.
+    """
+    given = _check_options("heedful.adapt", options, _ADAPT_OPTIONS)
+    _require("heedful.adapt", "transformers", "accelerate", "tokenizers", "safetensors", "rich")
+    from heedful.adaptation.run import adapt as run
+
+    return run(folder, AdaptSettings(**given), resume=resume, console=console)
 
 
 def load(run: str | Path) -> Loaded:

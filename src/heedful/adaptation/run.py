@@ -94,7 +94,7 @@ def adapt(
         place.mkdir(exist_ok=True)
         settings.save(place / SETTINGS)
     kl = [work.measured()]
-    if selects:
+    if selects and settings.local_tokens != 0:
         work.local(resume)
     kl.append(work.measured())
     if settings.lora:
