@@ -47,11 +47,9 @@ Writes eval.csv (anew after every measurement, so that Ctrl-C loses only the one
 With --tasks, lm-evaluation-harness asks: log-likelihoods and generated texts obey the budget. These tasks need no
 network; any other that the harness knows can be named beside them:
 
-    blimp              pairs of sentences, which is good English; from the folder --task-data
-    text               bits per byte of --data, read --context tokens at a time
-    needle, needle_multikey, variable_tracking, copy, mqar
-                       made up, --length tokens long: facts to find, variables to follow, words to repeat, pairs
-                       to recall
+    blimp     pairs of sentences, which is good English; from the folder --task-data
+    text      bits per byte of --data, read --context tokens at a time
+    made up   --length tokens long: needle, needle_multikey, variable_tracking, copy, mqar (facts to recall)
 
 Writes tasks.json, anew after every measurement."""
 
