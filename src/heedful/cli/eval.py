@@ -22,8 +22,8 @@ DESCRIPTION = """Measure a trained model with a KV cache that holds few tokens.
     heedful eval runs/a --kv-budget 4,16,full --policy streaming,tova --rows 64
     heedful eval runs/a --data other.txt --out runs/a/eval-other
     heedful eval converted --data book.txt --rows 8                # an eighth, a quarter, a half of the context
-    heedful eval converted --source stock --data book.txt --rows 8 --policy selective,streaming,tova,snapkv
-    heedful eval converted --tasks blimp,needle --task-data blimp --length 512,2048 --kv-budget 64,full --limit 200
+    heedful eval converted --source stock --data book.txt --rows 8 --policy selective,h2o,snapkv
+    heedful eval converted --tasks blimp,needle --task-data blimp --limit 200 --kv-budget 64,full
 
 A budget is how many tokens the cache of each layer holds while a query attends, the first and the newest
 included; the policy says which token goes when one more arrives. The text is read as decoding would read it,
