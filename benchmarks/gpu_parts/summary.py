@@ -22,7 +22,7 @@ def summary(out: Path) -> str:
     for row in parts:
         if not row["ok"]:
             lines += ["", f"`{row['part']}` failed:", "", "```", row["error"].rstrip(), "```"]
-    lines += [*_checks(out), *_timings(out), *_training(out), *_tilings(out)]
+    lines += [*_checks(out), *_timings(out), *_training(out), *_adaptation(out), *_tilings(out)]
     return "\n".join(lines) + "\n"
 
 
@@ -74,6 +74,26 @@ def _training(out: Path) -> list[str]:
     ]
     heads = ("form", "parameters", "steps", "seconds", "tokens per second", "validation loss, nats per byte")
     return ["", "## Training", "", *_table(heads, cells)] if ends else []
+
+
+def _adaptation(out: Path) -> list[str]:
+    rows = [row for row in _rows(out / "adapt.jsonl") if "kl" in row]
+    cells = [
+        (
+            row["parameters"],
+            row["context"],
+            *(
+                ""
+                if row[f"{stage}_tokens_per_second"] is None
+                else f"{row[f'{stage}_tokens_per_second']:,.0f}"
+                for stage in ("local", "distill")
+            ),
+            "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.1f}",
+        )
+        for row in rows
+    ]
+    heads = ("parameters", "context", "first stage, tokens per second", "second stage", "peak, GiB")
+    return ["", "## Adapting a checkpoint", "", *_table(heads, cells)] if rows else []
 
 
 def _tilings(out: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Two models of 30M parameters on the bytes of three novels, a minute each: softmax, and selection in Triton."""
+"""Two models of 30M parameters on the bytes of three novels, half a minute each: softmax, selection in Triton."""
 
 import lzma
 import time

@@ -106,6 +106,21 @@ def test_lora_is_merged_and_goes_back(convert: Callable[..., Path], stock: Path,
     assert all(torch.equal(back[name], after[name]) for name in back) and back.keys() == weights(stock).keys()
 
 
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_a_checkpoint_in_16_bits_stays_one(precision: str, stock: Path, text: Path, tmp_path: Path):
+    AutoModelForCausalLM.from_pretrained(stock).bfloat16().save_pretrained(tmp_path / "stock")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(stock / name, tmp_path / "stock" / name)
+    folder = heedful.convert(tmp_path / "stock", tmp_path / "out")
+    settings = AdaptSettings(data=str(text), lora=2, precision=precision, **QUICK)  # type: ignore[arg-type]
+    result = adapt(folder, settings)
+    assert result.kl < result.kl_before
+    assert {t.dtype for t in weights(folder).values()} == {torch.bfloat16}
+    model, _ = heedful.load(folder)
+    assert model.dtype == torch.bfloat16
+    model.generate(torch.arange(3, 60)[None], max_new_tokens=4)
+
+
 def test_lora_alone_where_nobody_votes(convert: Callable[..., Path], text: Path):
     folder = convert(score="softmax")
     before = weights(folder)

@@ -33,7 +33,14 @@ def lines(file: Path) -> list[dict[str, object]]:
 def test_every_part(tmp_path: Path):
     done, out = gpu(tmp_path)
     assert done.returncode == 0, done.stdout
-    assert [row["part"] for row in lines(out / "parts.jsonl")] == ["tests", "check", "tune", "time", "train"]
+    assert [row["part"] for row in lines(out / "parts.jsonl")] == [
+        "tests",
+        "check",
+        "tune",
+        "time",
+        "train",
+        "adapt",
+    ]
     checks = lines(out / "checks.jsonl")
     assert {"out", "F", "d_q", "d_k", "d_v", "slot"} <= {row["tensor"] for row in checks}
     assert all(row["ok"] and row["error"] <= row["tolerance"] for row in checks)
@@ -43,6 +50,10 @@ def test_every_part(tmp_path: Path):
     assert {(work, "heedful triton") for work in ("training", "decode")} <= timed
     ends = [row for row in lines(out / "train.jsonl") if "validation_loss" in row]
     assert [row["form"] for row in ends] == ["mha softmax", "mha selective"]
+    (adapted,) = lines(out / "adapt.jsonl")
+    assert (
+        adapted["held"] == 32 and adapted["local_tokens_per_second"] and adapted["distill_tokens_per_second"]
+    )
     assert json.loads((out / "environment.json").read_text())["interpreted"]
     assert "interpreter" in (out / "summary.md").read_text()
 

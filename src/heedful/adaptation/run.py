@@ -232,8 +232,7 @@ class _Work:
         self.validation = whole_rows(data.validation, MEASURED_ROWS)
         self.trained, self.read = 0, dict.fromkeys(STAGES, 0)
         self.names: set[str] = set()
-        if settings.precision == "bf16":
-            model.to(torch.bfloat16)
+        model.to(torch.bfloat16 if settings.precision == "bf16" else torch.float32)
         if torch.accelerator.is_available():
             model.to(torch.accelerator.current_accelerator())
         model.requires_grad_(False)
