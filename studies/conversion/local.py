@@ -95,10 +95,45 @@ class Retention(nn.Module):
             self.out.bias.view(2, selectors)[1] = -6.0  # a slope of 0.0025 a token
 
     def forward(self, x: Tensor) -> Tensor:
-        levels, slopes = self.out(nn.functional.silu(self.hidden(x / self.scale))).mT.chunk(2, dim=-2)
+        hidden = self.hidden(x / self.scale)
+        hidden = hidden if isinstance(self.hidden, nn.Identity) else nn.functional.silu(hidden)
+        levels, slopes = self.out(hidden).mT.chunk(2, dim=-2)
         at = torch.arange(x.shape[-2])
         age = (at[:, None] - at).clamp(min=0)
         return nn.functional.softplus(slopes)[..., None, :] * age - levels[..., None, :]
+
+
+class OwnVote(Selector):
+    """Votes, and one that each token casts on itself as it arrives."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = (
+            layer(x / self.scale).unflatten(-1, self.shape).transpose(-3, -2) for layer in (self.q, self.k)
+        )
+        return super().forward(x) + ((q * k).sum(-1) * self.shape[1] ** -0.5).relu()[..., None, :]
+
+
+class Level(Selector):
+    """Votes, and a linear function of the token that they begin with."""
+
+    def __init__(self, width: int, selectors: int, size: int, scale: float, rotary: bool = False) -> None:
+        super().__init__(width, selectors, size, scale, rotary)
+        self.level = nn.Linear(width, selectors)
+        nn.init.zeros_(self.level.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) - self.level(x / self.scale).mT[..., None, :]
+
+
+class LinearRetention(Retention):
+    """Without a hidden layer."""
+
+    def __init__(self, width: int, selectors: int, size: int, scale: float) -> None:
+        super().__init__(width, selectors, size, scale)
+        self.hidden, self.out = nn.Identity(), nn.Linear(width, 2 * selectors)
+        nn.init.zeros_(self.out.weight)
+        with torch.no_grad():
+            self.out.bias.view(2, selectors)[1] = -6.0
 
 
 HELD_OUT = 8  # texts, the last
@@ -107,9 +142,13 @@ FORMS = {
     "width 32": (1, 32, Selector),
     "width 64": (1, 64, Selector),
     "width 32, rotary": (1, 32, partial(Selector, rotary=True)),
+    "width 32, own vote": (1, 32, OwnVote),
+    "width 32, level": (1, 32, Level),
+    "width 32, rotary, level": (1, 32, partial(Level, rotary=True)),
+    "linear retention": (1, 32, LinearRetention),
     "width 32, per KV head": (0, 32, Selector),
-    "scalar retention": (1, 32, Retention),
-    "scalar retention, per KV head": (0, 32, Retention),
+    "retention": (1, 32, Retention),
+    "retention, per KV head": (0, 32, Retention),
 }
 
 
