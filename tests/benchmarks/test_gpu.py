@@ -76,7 +76,10 @@ def test_a_part_that_fails_leaves_the_others(tmp_path: Path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--parts", "check,nothing"], "--parts must be some of tests,check,tune,time,train, got 'nothing'"),
+        (
+            ["--parts", "check,nothing"],
+            "--parts must be some of tests,check,tune,time,train,adapt, got 'nothing'",
+        ),
         (["--limit", "check=soon"], "--limit must be PART=SECONDS"),
     ],
 )

@@ -82,7 +82,7 @@ def test_text(heedful: Heedful, selective: Path, monkeypatch: pytest.MonkeyPatch
     assert max(map(len, lines[:-1])) <= 80  # the last names the files, however long their paths are
     assert lines[0] == f"words.txt (validation), 6 of {len(held.rows)} rows of 32 tokens"
     header = next(line.split() for line in lines if "policy" in line)
-    assert header == ["policy", "tokens", "loss", "bits/byte", "KL", "bytes", "tokens/s"]
+    assert header == ["policy", "tokens", "loss", "bits/byte", "KL", "same", "bytes", "tokens/s"]
     full = next(line.split() for line in lines if "full cache" in line)
     assert full[:5] == [
         "full",
