@@ -80,6 +80,7 @@ def test_selectors_learn_and_nothing_else_changes(convert: Callable[..., Path], 
     assert heedful.load(folder).model.saved_eviction() == eviction
     assert sorted(p.name for p in (folder / "adapt").iterdir()) == [
         "adapt.json",
+        "data.sha256",
         "local-log.jsonl",
         "result.json",
     ]
@@ -171,6 +172,52 @@ def test_a_stop_loses_nothing(
     with pytest.raises(FileExistsError, match="holds a finished adaptation; delete"):
         adapt(stopped, settings)
     assert adapt(stopped, AdaptSettings(), resume=True) == result
+
+
+@pytest.mark.parametrize("where", ["rewrite", "replace"])
+def test_a_stop_at_the_very_end_is_made_good(
+    where: str, convert: Callable[..., Path], text: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """LoRA is merged once, whenever the weights were being replaced."""
+    settings = AdaptSettings(data=str(text), lora=2, lora_lr=5e-3, **{**QUICK, "local_tokens": 128})
+    whole, stopped = convert("whole"), convert("stopped")
+    result = adapt(whole, settings)
+
+    def stop(*args: Any, **kwargs: Any) -> None:
+        if where == "replace":
+            rewrite(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    rewrite = run_module.rewrite
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "rewrite", stop)
+        with pytest.raises(KeyboardInterrupt):
+            adapt(stopped, settings)
+    again = adapt(stopped, AdaptSettings(), resume=True)
+    for name, t in weights(whole).items():
+        torch.testing.assert_close(weights(stopped)[name], t, rtol=0, atol=0)
+    assert (again.kl_before, again.kl) == (result.kl_before, result.kl)
+    assert (stopped / "README.md").read_text() == (whole / "README.md").read_text()
+
+
+def test_a_resumption_meets_other_data_and_damage(convert: Callable[..., Path], text: Path, tmp_path: Path):
+    folder, own = convert(), tmp_path / "own.txt"
+    own.write_text(text.read_text())
+    settings = AdaptSettings(data=str(own), **QUICK)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "CALLBACKS", (StopAt("local", 5),))
+        with pytest.raises(Interrupted):
+            adapt(folder, settings)
+    own.write_text("hello world. " * 4000)
+    with pytest.raises(ValueError, match="the data is not what this adaptation began with"):
+        adapt(folder, AdaptSettings(), resume=True)
+    own.write_text(text.read_text())
+    (checkpoint,) = (folder / "adapt" / "local").glob("checkpoint-*")
+    (checkpoint / "optimizer.pt").write_bytes(b"PK damaged")
+    with pytest.raises(
+        ValueError, match=f"{checkpoint.name} cannot be read .*; delete it to go on from the one"
+    ):
+        adapt(folder, AdaptSettings(), resume=True)
 
 
 def test_what_cannot_be_adapted(convert: Callable[..., Path], stock: Path, text: Path, tmp_path: Path):

@@ -45,7 +45,7 @@ def test_the_whole_way(heedful: Callable[..., Any], folder: Path, monkeypatch: p
         "selectors, layer by layer  step 10/10  KL to the source ",
         "LoRA against the source  step 6/6  KL to the source ",
         "KL to the source with 32 of 128 tokens held: ",
-        "it holds 32 tokens by default now; measure it on text of another kind: heedful eval out --data other.txt",
+        "it holds 32 tokens by default now; measure it on text of another kind: heedful eval out --source STOCK ",
     ):
         assert part in done.err
     measured = ["--data", "other.txt", "--context", 128, "--rows", 2, "--policy", "selective,streaming"]
@@ -59,6 +59,7 @@ def test_the_whole_way(heedful: Callable[..., Any], folder: Path, monkeypatch: p
         *(("streaming", budget) for budget in budgets),
     ]
     assert float(rows[0]["kl"]) > 0 and float(rows[0]["agreement"]) < 1  # LoRA changed it
+    assert "is the model itself" in heedful("eval", "out", "--source", "out", *measured).error(2)
     heedful("convert", "stock", "plain")
     assert heedful("eval", "plain", *measured, "--kv-grace", 4, "--kv-first", 4).code == 0
     for ours, alone in zip(rows[4:], table(Path("plain"))[4:], strict=True):

@@ -31,6 +31,8 @@ class AdaptResult:
     """Read in the second stage; 0: there was none."""
     trained_parameters: int
     """Of selection heads, and of adapters, which are merged at the end."""
+    policy: str
+    """Who goes: "selective", or "streaming" where nobody votes."""
     seconds: float
     """Of this call; after a resumption of the last one."""
     settings: dict[str, Any]

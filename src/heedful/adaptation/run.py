@@ -1,6 +1,7 @@
 """One adaptation: selectors of a converted model learn whom to forget; LoRA may learn to do without them."""
 
 import dataclasses
+import hashlib
 import os
 import shutil
 import time
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments, default_data_collator, set_seed
 from transformers.trainer_callback import PrinterCallback
@@ -25,18 +27,20 @@ from heedful.adaptation.trainer import WEIGHTS, AdaptTrainer, DistillTrainer, Lo
 from heedful.attention.eviction import Eviction
 from heedful.data import Data, TokenDataset, load_data
 from heedful.errors import Interrupted
+from heedful.files import write_text
 from heedful.hf.converted.rewrite import rewrite
 from heedful.hf.converted.settings import FIELD, Conversion
 from heedful.hf.load import load_model, load_tokenizer
 from heedful.hf.names import CACHE
 from heedful.ops.eviction import Rule
 from heedful.screen import spinner
-from heedful.training.progress import LogFile, StopOnCtrlC
+from heedful.training.progress import LogFile, StepTimer, StopOnCtrlC
 from heedful.training.run import last_checkpoint, quiet_transformers
 
 FOLDER = "adapt"
 """Where a model's folder keeps what belongs to its adaptation."""
 RESULT, LOG, DONE = "result.json", "log.jsonl", "done"
+FINAL, PENDING, DATA = "final.safetensors", "final.json", "data.sha256"
 STAGES = "local", "distill"
 CHECKPOINT_PARTS = WEIGHTS, "optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json"
 MEASURED_ROWS = 2
@@ -77,6 +81,8 @@ def adapt(
     settings = _settled(place, settings, resume)
     if resume and (place / RESULT).exists():
         return AdaptResult.load(place / RESULT)
+    if resume and (place / PENDING).exists():  # a stop in the middle of the very end
+        return _finish(folder)
     with spinner(console, f"loading {folder}"):
         model = load_model(folder)
     selects = check_adaptable(model, folder, settings.lora)
@@ -93,6 +99,7 @@ def adapt(
     if writes:
         place.mkdir(exist_ok=True)
         settings.save(place / SETTINGS)
+        _keep_data(place, work.rows, resume)
     kl = [work.measured()]
     if selects and settings.local_tokens != 0:
         work.local(resume)
@@ -109,15 +116,41 @@ def adapt(
         local_tokens=work.read["local"],
         distill_tokens=work.read["distill"],
         trained_parameters=work.trained,
+        policy=work.eviction.policy,
         seconds=time.perf_counter() - started,
         settings=settings.to_dict(),
     )
-    if writes:
-        rewrite(folder, work.changed(), work.eviction, _facts(result))
-        result.save(place / RESULT)
-        for stage in STAGES:
-            shutil.rmtree(place / stage, ignore_errors=True)
+    if not writes:
+        return result
+    changed = {name: t.detach().cpu().contiguous() for name, t in work.changed().items()}
+    save_file(changed, place / FINAL)
+    result.save(place / PENDING)
+    return _finish(folder)
+
+
+def _finish(folder: Path) -> AdaptResult:
+    """Give the model its new weights. They lie in a file: a stop in between is made good by doing it again."""
+    place = folder / FOLDER
+    result = AdaptResult.load(place / PENDING)
+    settings = AdaptSettings(**result.settings)
+    eviction = Eviction(result.held, result.policy, grace=settings.kv_grace, first=settings.kv_first)
+    rewrite(folder, load_file(place / FINAL), eviction, _facts(result))
+    os.replace(place / PENDING, place / RESULT)
+    (place / FINAL).unlink()
+    for stage in STAGES:
+        shutil.rmtree(place / stage, ignore_errors=True)
     return result
+
+
+def _keep_data(place: Path, rows: TokenDataset, resume: bool) -> None:
+    """Remember what is learned from; raise where it is no longer what it was."""
+    own = hashlib.sha256(rows.tensors["input_ids"].numpy().tobytes()).hexdigest()
+    path = place / DATA
+    if resume and path.exists() and path.read_text() != own:
+        raise ValueError(
+            f"the data is not what this adaptation began with; bring it back, or delete {place} and adapt again"
+        )
+    write_text(path, own)
 
 
 def check_adaptable(model: Any, folder: Path, lora: int) -> bool:
@@ -359,7 +392,7 @@ class _Work:
             "report_to": "none",
             "disable_tqdm": True,
         }
-        stop = StopOnCtrlC()
+        stop, timer = StopOnCtrlC(), StepTimer()
         held = f"{self.budget:,} of {self.context:,} tokens held"
         progress = AdaptProgress(stage, held, per_step, self.console)
         with quiet_transformers():
@@ -369,11 +402,11 @@ class _Work:
                 train_dataset=self.rows,
                 eval_dataset=self.rows,  # not read: `measure` knows its own
                 data_collator=default_data_collator,
-                callbacks=[progress, stop, LogFile(self.place / f"{stage}-{LOG}"), *CALLBACKS],
+                callbacks=[timer, progress, stop, LogFile(self.place / f"{stage}-{LOG}"), *CALLBACKS],
             )
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(TqdmCallback)
-        trainer.stop, trainer.progress = stop, progress
+        trainer.stop, trainer.progress, trainer.timer = stop, progress, timer
         self.trained += sum(p.numel() for p in model.parameters() if p.requires_grad)
         return trainer
 
@@ -381,12 +414,19 @@ class _Work:
         """Train; a stage that has been done before is read."""
         done = self.place / stage / DONE
         if resume and (done / WEIGHTS).exists():
-            trainer.load_trained(done)
+            try:
+                trainer.load_trained(done)
+            except Exception as error:
+                raise _unreadable(done, error, "to go on from the last checkpoint") from error
             return
         checkpoint = last_checkpoint(self.place / stage, CHECKPOINT_PARTS) if resume else None
         with quiet_transformers(), trainer.stop:
             try:
                 trainer.train(resume_from_checkpoint=checkpoint)
+            except Exception as error:
+                if checkpoint is None or trainer.timer.begun is not None:
+                    raise  # not from reading the checkpoint, which ends before the first step
+                raise _unreadable(Path(checkpoint), error, "to go on from the one before it") from error
             finally:
                 trainer.progress.close()
         step, steps = trainer.state.global_step, trainer.args.max_steps
@@ -394,6 +434,11 @@ class _Work:
             raise Interrupted(f"stopped at step {step} of {steps} of the stage {stage!r}")
         if trainer.is_world_process_zero():
             trainer.save_trained(done)
+
+
+def _unreadable(folder: Path, error: Exception, why: str) -> ValueError:
+    reason = (str(error) or type(error).__name__).strip().split("\n")[0]
+    return ValueError(f"{folder} cannot be read ({reason}); delete it {why}, with --resume")
 
 
 def whole_rows(rows: TokenDataset, most: int) -> Tensor:

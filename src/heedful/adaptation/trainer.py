@@ -55,8 +55,9 @@ class AdaptTrainer(Trainer):
             ValueError: if it is of another model.
         """
         state = load_file(folder / WEIGHTS)
-        if set(state) != self._trained():
-            raise ValueError(f"{folder} is of another model: its weights have other names")
+        own = {name: p.shape for name, p in self._own.named_parameters() if name in self._trained()}
+        if {name: t.shape for name, t in state.items()} != own:
+            raise ValueError("it is of another model: its weights have other names or shapes")
         self._own.load_state_dict(state, strict=False)
 
     def _trained(self) -> set[str]:

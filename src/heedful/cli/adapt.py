@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from heedful.adaptation.settings import AdaptSettings
+from heedful.adaptation.settings import SETTINGS, AdaptSettings
 from heedful.cli.errors import UsageError
 from heedful.cli.parsing import flag, flag_fields, parse, positional
 from heedful.cli.train import given_trainer_options
@@ -53,19 +53,35 @@ def run(arguments: Sequence[str]) -> int:
 
     try:
         result = adapt(folder, settings, resume=resume, console=console)
+    except KeyboardInterrupt:
+        if (folder / "adapt" / SETTINGS).exists():
+            raise Interrupted(f"stopped; go on with: heedful adapt {folder} --resume") from None
+        raise
     except Interrupted as stopped:
         raise Interrupted(
             f"{stopped}; the model is as it was; go on with: heedful adapt {folder} --resume"
         ) from None
+    rows = counted(result.validation_rows, "row")
+    minutes = counted(max(1, round(result.seconds / 60)), "minute")
     console.print(
         f"KL to the source with {result.held:,} of {result.context:,} tokens held: {result.kl_before:.4f} where "
-        f"the oldest went, {result.kl:.4f} now (nats per token, {result.validation_rows} rows of validation text); "
-        f"{result.trained_parameters:,} parameters trained in {result.seconds / 60:.0f} minutes; saved in {folder}",
+        f"the oldest went, {result.kl:.4f} now (nats per token, {rows} of validation text); "
+        f"{result.trained_parameters:,} parameters trained in {minutes}; saved in {folder}",
         soft_wrap=True,
     )
+    if result.kl >= result.kl_before:
+        console.print(
+            "that is no better than letting the oldest go: read more, with --local-tokens", style="yellow"
+        )
+    source = " --source STOCK" if result.distill_tokens else ""
     console.print(
         f"it holds {result.held:,} tokens by default now; measure it on text of another kind: heedful eval "
-        f"{folder} --data other.txt",
+        f"{folder}{source} --data other.txt",
         soft_wrap=True,
     )
     return 0
+
+
+def counted(n: int, what: str) -> str:
+    """`1 row`, `2 rows`."""
+    return f"{n} {what}" if n == 1 else f"{n:,} {what}s"

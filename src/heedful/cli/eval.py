@@ -203,6 +203,8 @@ def _evaluate(
     console = Console(highlight=False)
     screen = Console(stderr=True, highlight=False)
     model = load_model(folder)
+    if source is not None and source.resolve() == folder.resolve():
+        raise UsageError(f"--source {source} is the model itself; name the stock model that it was made from")
     before = None if source is None else load_source(source)
     policies = policies or default_policies(model)
     try:
@@ -228,7 +230,10 @@ def _evaluate(
     if budgets is None and model.config.model_type == "heedful":
         budgets = _budgets(USUAL, 1, 1)
     elif budgets is None:
-        budgets = [*(max(held.context // part, grace + first) for part in (8, 4, 2)), "full"]
+        parts = {max(held.context // part, grace + first) for part in (8, 4, 2)}
+        if isinstance(saved.budget, int) and saved.budget < held.context:
+            parts.add(saved.budget)
+        budgets = [*sorted(parts), "full"]
     try:
         check_budgets(budgets, model.config.num_hidden_layers, grace, first)
     except ValueError as error:

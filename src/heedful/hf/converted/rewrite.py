@@ -1,6 +1,7 @@
 """Changed weights of a converted model, written where they are."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,9 @@ def rewrite(folder: Path, changed: dict[str, Tensor], eviction: Eviction, facts:
     config: dict[str, Any] = dict(checkpoint.config)
     config[FIELD] = {**config[FIELD], "eviction": eviction.to_dict() if eviction.evicts else None}
     write_json(folder / CONFIG, config)
-    source = str(config[FIELD]["source"].get("_name_or_path") or folder.resolve().name)
+    card_before = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).exists() else ""
+    named = re.search(r"^\| source \| (.+), [\w.-]+ \|$", card_before, re.M)
+    source = named[1] if named else "a checkpoint"
     source_card = folder / SOURCE_CARD
     write_text(folder / CARD, card(config, source, source_card if source_card.exists() else None, facts))
 
