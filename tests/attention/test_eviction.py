@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from heedful.attention import EvictableScore, LayerCache, build, register_score
+from heedful.attention import selective as selective_module
 from heedful.attention.eviction import POLICIES, EvictingCache, eviction_mask
 from heedful.attention.registry import SCORES
 from heedful.ops import selective_attention
@@ -311,6 +312,29 @@ def test_a_retention_evicts_by_what_each_token_said(selectors, seed, budget, saf
                 alive.remove(max(may, key=lambda j: (own[j] + votes[j] * (t - 1 - j), -j)))
             if t in ends:
                 assert set(held[ends.index(t)][r]) == set(alive)
+
+
+@pytest.mark.parametrize("pieces", [[1] * 300, [300], [7, 250, 43]], ids=["single", "whole", "pieces"])
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_retention_counts_exactly_in_float32(exact, pieces, monkeypatch):
+    """F is c + a n to the last bit in every way of running, so that rounding says nowhere who goes."""
+    if not exact:
+        monkeypatch.setattr(selective_module, "STEPS", 2.0**60)  # not rounded
+    layer = layer_of("gqa", "selective", subtract=False, n_kv_heads=2, selector="retention").float()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        last = layer.score.retain[2].weight
+        last.copy_(torch.randn(last.shape, generator=generator) * 0.1)
+    x = torch.randn(1, 300, 16, generator=generator)
+    _, _, memory = run(layer, x, torch.ones(1, 300, dtype=torch.bool), pieces, budget=400)
+    with torch.no_grad():
+        said = [layer.score.selection(part, layer.scale) for part in x.split(pieces, 1)]
+    k, own = torch.cat([part.k for part in said], 2), torch.cat([part.own_votes for part in said], 2)
+    later = 299 - torch.arange(300, dtype=torch.float64)
+    expected = own[0, 0].double() + k[0, 0, :, 0].double() * later
+    got = memory.scores[0, :300].double()[memory.positions[0, :300].argsort()]
+    assert torch.equal(got[1:], expected[1:]) == exact  # nobody votes on the first token
+    torch.testing.assert_close(got[1:], expected[1:], rtol=1e-4, atol=1e-4)
 
 
 def test_a_threshold_needs_votes_that_are_subtracted():

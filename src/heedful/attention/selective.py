@@ -25,6 +25,10 @@ from heedful.ops.selective.slots import attend_slots
 OWN_VOTES, VOTES = 8.0, -6.0
 """Where a retention starts, before its softplus: 8 votes, so that it may say less, and 0.0025 more per query."""
 
+STEPS = 2.0**19
+"""A retention counts in parts of 1 / STEPS, unless it learns: F up to 32 is then an exact sum in float32, in
+whatever order, in one pass or token by token."""
+
 
 @register_score("selective")
 class SelectiveScore(EvictableScore):
@@ -151,6 +155,8 @@ class SelectiveScore(EvictableScore):
             return None
         if self.config.selector == "retention":
             said = nn.functional.softplus(self.retain(x).to(wide_dtype(x))).mT
+            if not torch.is_grad_enabled():
+                said = (said * STEPS).round() / STEPS
             own_votes, votes = said.chunk(2, dim=1)
             k = votes[..., None].to(x.dtype)
             return Selection(torch.full_like(k, 1 / scale), k, own_votes)
