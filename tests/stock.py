@@ -8,8 +8,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
-def save_stock_model(folder: Path, texts: list[str]) -> Path:
-    """A llama of two layers with a byte-level tokenizer, a chat template and a licence."""
+def save_stock_model(folder: Path, texts: list[str], std: float = 0.02) -> Path:
+    """A llama of two layers with a byte-level tokenizer, a chat template and a licence.
+
+    Args:
+        folder: made if missing.
+        texts: what its tokenizer is made from.
+        std: of its weights; from 0.2 on it matters whom a token attends to.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -23,5 +29,6 @@ def save_stock_model(folder: Path, texts: list[str]) -> Path:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": len(tokenizer.get_vocab())}
-    LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=512)).save_pretrained(folder)
+    config = LlamaConfig(**sizes, max_position_embeddings=512, initializer_range=std)
+    LlamaForCausalLM(config).save_pretrained(folder)
     return folder

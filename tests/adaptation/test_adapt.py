@@ -39,14 +39,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
     """Weights so large that whom it attends to matters."""
-    folder = save_stock_model(tmp_path_factory.mktemp("stock"), [text.read_text()[:5000]])
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    torch.manual_seed(1)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(folder)
-    return folder
+    return save_stock_model(tmp_path_factory.mktemp("stock"), [text.read_text()[:5000]], std=0.3)
 
 
 @pytest.fixture
@@ -155,10 +148,8 @@ def test_a_stop_loses_nothing(
     whole, stopped = convert("whole"), convert("stopped")
     adapt(whole, settings)
     untouched = weights(stopped)
-    with monkeypatch.context() as patch:
-        patch.setattr(run_module, "CALLBACKS", (StopAt(stage, step),))
-        with pytest.raises(Interrupted, match=f"stopped at step {step + 1} of"):
-            adapt(stopped, settings)
+    with pytest.raises(Interrupted, match=f"stopped at step {step + 1} of"):
+        adapt(stopped, settings, callbacks=[StopAt(stage, step)])
     assert all(torch.equal(t, untouched[name]) for name, t in weights(stopped).items())
     with pytest.raises(FileExistsError, match="holds an unfinished adaptation; --resume goes on"):
         adapt(stopped, settings)
@@ -204,10 +195,8 @@ def test_a_resumption_meets_other_data_and_damage(convert: Callable[..., Path], 
     folder, own = convert(), tmp_path / "own.txt"
     own.write_text(text.read_text())
     settings = AdaptSettings(data=str(own), **QUICK)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "CALLBACKS", (StopAt("local", 5),))
-        with pytest.raises(Interrupted):
-            adapt(folder, settings)
+    with pytest.raises(Interrupted):
+        adapt(folder, settings, callbacks=[StopAt("local", 5)])
     own.write_text("hello world. " * 4000)
     with pytest.raises(ValueError, match="the data is not what this adaptation began with"):
         adapt(folder, AdaptSettings(), resume=True)

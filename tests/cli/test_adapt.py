@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tests.stock import save_stock_model
-from transformers import AutoModelForCausalLM
 
 from heedful.data.austen import load_austen
 
@@ -21,13 +19,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = load_austen()[0][0]
     (folder / "my.txt").write_text(text[:16_000])
     (folder / "other.txt").write_text(load_austen()[0][1][:2000])
-    save_stock_model(folder / "stock", [text[:5000]])
-    model = AutoModelForCausalLM.from_pretrained(folder / "stock")
-    torch.manual_seed(1)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(folder / "stock")
+    save_stock_model(folder / "stock", [text[:5000]], std=0.3)
     return folder
 
 

@@ -35,7 +35,7 @@ def test_there_and_back(heedful: Callable[..., Any], source: Path, tmp_path: Pat
     assert text.code == 0 and text.out.startswith("It is a truth")
     assert "32, 32 kept per layer" in text.err
     done = heedful("convert", out, tmp_path / "back", "--back")
-    assert done.code == 0 and "1,192 parameters of selection heads were dropped" in done.out
+    assert done.code == 0 and "1,192 parameters of selectors were dropped" in done.out
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == (
         source / "model.safetensors"
     ).read_bytes()

@@ -36,16 +36,7 @@ def trained(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def stock(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A stock llama with weights large enough for everything to matter."""
-    from transformers import AutoModelForCausalLM
-
-    folder = save_stock_model(tmp_path_factory.mktemp("lm-eval") / "stock", [text_file.read_text()])
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.2)
-    model.save_pretrained(folder)
-    return folder
+    return save_stock_model(tmp_path_factory.mktemp("lm-eval") / "stock", [text_file.read_text()], std=0.2)
 
 
 @pytest.fixture(scope="session")

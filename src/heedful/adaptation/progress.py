@@ -1,10 +1,6 @@
 """What a person sees while a model adapts."""
 
-import time
-from typing import Any
-
 from rich.console import Console
-from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from heedful.training.progress import ProgressCallback
 
@@ -28,18 +24,8 @@ class AdaptProgress(ProgressCallback):
         super().__init__(TITLES[stage], tokens_per_step, console)
         self.held = held
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        logs = logs or {}
-        if "eval_kl" in logs:
-            self._line(state, f"KL to the source {logs['eval_kl']:.4f} with {self.held}")
-        elif "loss" in logs:
-            self.loss = f"loss {float(logs['loss']):.3f}"
-            if self.bar is None and time.perf_counter() - self.last_line > 10:
-                self._line(state, self._info(state))
+    def measured(self, logs: dict[str, float]) -> str | None:
+        """The KL of a small cache."""
+        if "eval_kl" not in logs:
+            return None
+        return f"KL to the source {logs['eval_kl']:.4f} with {self.held}"

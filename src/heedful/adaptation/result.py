@@ -30,7 +30,7 @@ class AdaptResult:
     distill_tokens: int
     """Read in the second stage; 0: there was none."""
     trained_parameters: int
-    """Of selection heads, and of adapters, which are merged at the end."""
+    """Of selectors, and of adapters, which are merged at the end."""
     policy: str
     """Who goes: "selective", or "streaming" where nobody votes."""
     seconds: float

@@ -5,6 +5,7 @@ import hashlib
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,11 @@ from heedful.adaptation.lora import projections, with_lora
 from heedful.adaptation.progress import AdaptProgress
 from heedful.adaptation.result import AdaptResult
 from heedful.adaptation.settings import LEAST_CONTEXT, SETTINGS, AdaptSettings
-from heedful.adaptation.trainer import WEIGHTS, AdaptTrainer, DistillTrainer, LocalTrainer, divergence
+from heedful.adaptation.trainer import WEIGHTS, AdaptTrainer, DistillTrainer, LocalTrainer
 from heedful.attention.eviction import Eviction
 from heedful.data import Data, TokenDataset, load_data
 from heedful.errors import Interrupted
+from heedful.evaluation.loss import divergence, measuring
 from heedful.files import write_text
 from heedful.hf.converted.rewrite import rewrite
 from heedful.hf.converted.settings import FIELD, Conversion
@@ -44,14 +46,17 @@ FINAL, PENDING, DATA = "final.safetensors", "final.json", "data.sha256"
 STAGES = "local", "distill"
 CHECKPOINT_PARTS = WEIGHTS, "optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json"
 MEASURED_ROWS = 2
-CALLBACKS: tuple[TrainerCallback, ...] = ()
-"""More of Trainer's callbacks, for both stages."""
 
 
 def adapt(
-    folder: str | Path, settings: AdaptSettings, *, resume: bool = False, console: Console | None = None
+    folder: str | Path,
+    settings: AdaptSettings,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> AdaptResult:
-    """Let the selection heads of a converted model learn whom to forget, and save it where it is.
+    """Let the selectors of a converted model learn whom to forget, and save it where it is.
 
     First stage, forward passes only: each layer's selectors learn to rank tokens by the attention that they will
     get (`heedful.adaptation.objective`). Second stage, with `lora`: adapters on the attention projections learn to
@@ -64,6 +69,7 @@ def adapt(
         settings: what to do.
         resume: go on from the last checkpoint.
         console: where to show progress.
+        callbacks: more of Trainer's callbacks, for both stages.
 
     Returns:
         The figures, also in `folder/adapt/result.json`.
@@ -95,7 +101,7 @@ def adapt(
             tokenizer=load_tokenizer(folder),
             context=settings.context or LEAST_CONTEXT,
         )
-    work = _Work(model, settings, data, place, console, selects)
+    work = _Work(model, settings, data, place, console, selects, callbacks)
     if writes:
         place.mkdir(exist_ok=True)
         settings.save(place / SETTINGS)
@@ -254,10 +260,11 @@ class _Work:
         place: Path,
         console: Console,
         selects: bool,
+        callbacks: Sequence[TrainerCallback],
     ) -> None:
         assert settings.context is not None
         self.model, self.settings, self.place, self.console = model, settings, place, console
-        self.context = settings.context
+        self.context, self.callbacks = settings.context, callbacks
         self.budget = round(settings.target_held * self.context)
         policy = "selective" if selects else "streaming"
         self.eviction = Eviction(self.budget, policy, grace=settings.kv_grace, first=settings.kv_first)
@@ -273,7 +280,7 @@ class _Work:
             layer.score.float()
 
     def local(self, resume: bool) -> None:
-        """The first stage: selection heads alone."""
+        """The first stage: selectors alone."""
         settings, model = self.settings, self.model
         with self._autocast():
             sizes = input_sizes(model, self.rows.tensors["input_ids"][:1].to(model.device))
@@ -284,7 +291,7 @@ class _Work:
         # nothing goes back through the layers
         options = {k: v for k, v in settings.trainer.items() if not k.startswith("gradient_checkpointing")}
         trainer = self._trainer(LocalTrainer, model, "local", settings.local_tokens, settings.lr, options)
-        trainer.sizes, trainer.measure = sizes, lambda: {"kl": self.measured()}
+        trainer.sizes, trainer.measure = sizes, self.measured
         trainer.grace, trainer.first = settings.kv_grace, settings.kv_first
         self._run(trainer, "local", resume)
         model.requires_grad_(False)
@@ -308,7 +315,7 @@ class _Work:
                 DistillTrainer, peft, "distill", settings.distill_tokens, settings.lora_lr, settings.trainer
             )
             trainer.forgetting, trainer.rules = forgetting, self._rules(rule)
-            trainer.measure = lambda: {"kl": self.measured(peft, forgetting)}
+            trainer.measure = lambda: self.measured(peft, forgetting)
             self._run(trainer, "distill", resume)
             kl = self.measured(peft, forgetting)
         self.model = peft.merge_and_unload()
@@ -327,12 +334,12 @@ class _Work:
             name: p for name, p in self.model.named_parameters() if name in self.names or ".score." in name
         }
 
-    @torch.no_grad()
     def measured(self, peft: Any = None, forgetting: Forgetting | None = None) -> float:
         """KL to the source with every token, nats per token, of a cache that holds the budget."""
-        model, total = self.model.eval(), 0.0
+        model, total = self.model, 0.0
         with (
             spinner(self.console, "measuring"),
+            measuring(model),
             self._autocast(),
             nullcontext() if forgetting is None else forgetting.remembering(),
         ):
@@ -341,7 +348,7 @@ class _Work:
                 with nullcontext() if peft is None else peft.disable_adapter():
                     full = model(ids, use_cache=False).logits
                 cache: Any = {CACHE: model.new_cache(self.eviction)}
-                total += float(divergence(full, model(ids, **cache).logits))
+                total += float(divergence(full, model(ids, **cache).logits)) / ids.numel()
         return total / len(self.validation)
 
     def _autocast(self) -> Any:
@@ -402,7 +409,7 @@ class _Work:
                 train_dataset=self.rows,
                 eval_dataset=self.rows,  # not read: `measure` knows its own
                 data_collator=default_data_collator,
-                callbacks=[timer, progress, stop, LogFile(self.place / f"{stage}-{LOG}"), *CALLBACKS],
+                callbacks=[timer, progress, stop, LogFile(self.place / f"{stage}-{LOG}"), *self.callbacks],
             )
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(TqdmCallback)

@@ -1,29 +1,25 @@
 """`Trainer` for the two stages of an adaptation."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers import Trainer
 
 from heedful.adaptation.learning import SHARE, Forgetting, learning_layers, local_losses
+from heedful.evaluation.loss import divergence, measuring
 from heedful.ops.eviction import Rule
 
 WEIGHTS = "model.safetensors"
-_TOGETHER = 512  # tokens whose log-probabilities are in memory at once
 
 
 class AdaptTrainer(Trainer):
-    """Saves what it trains alone: a checkpoint of a stage has the size of its selection heads or of its LoRA."""
+    """Saves what it trains alone: a checkpoint of a stage has the size of its selectors or of its LoRA."""
 
-    measure: Callable[[], dict[str, float]]
-    """What is measured in between, on validation text."""
+    measure: Callable[[], float]
+    """The KL to the source on validation text, measured in between."""
 
     @property
     def _own(self) -> Any:
@@ -31,12 +27,7 @@ class AdaptTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """What `measure` finds."""
-        was = self._own.training
-        self._own.eval()
-        try:
-            metrics = {f"eval_{name}": value for name, value in self.measure().items()}
-        finally:
-            self._own.train(was)
+        metrics = {"eval_kl": self.measure()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -71,7 +62,7 @@ class AdaptTrainer(Trainer):
 
 
 class LocalTrainer(AdaptTrainer):
-    """The first stage: every layer's selection heads learn from what the layer itself does. No pass backward."""
+    """The first stage: every layer's selectors learn from what the layer itself does. No pass backward."""
 
     grace: int
     first: int
@@ -125,33 +116,10 @@ class DistillTrainer(AdaptTrainer):
     ) -> Any:
         """The KL of the next token, nats per token."""
         ids, peft = inputs["input_ids"], self.accelerator.unwrap_model(model)
-        with torch.no_grad(), peft.disable_adapter(), _evaluating(peft), self.forgetting.remembering():
+        with measuring(peft), peft.disable_adapter(), self.forgetting.remembering():
             taught = model(ids, use_cache=False).logits
         # stays for the pass backward, which may compute the layers again
         self.forgetting.rule = self.rules[self.state.global_step % len(self.rules)]
         output = model(ids, use_cache=False)
-        loss = divergence(taught, output.logits)
+        loss = divergence(taught, output.logits) / ids.numel()
         return (loss, output) if return_outputs else loss
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    was = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was)
-
-
-def divergence(full: Tensor, other: Tensor) -> Tensor:
-    """The mean KL(full || other) of logits (B, T, V), nats per token; gradients reach `other`."""
-
-    def of_some(p: Tensor, q: Tensor) -> Tensor:
-        p, q = p.float().log_softmax(-1), q.float().log_softmax(-1)
-        return F.kl_div(q, p, reduction="sum", log_target=True)
-
-    full, other = full.flatten(0, 1), other.flatten(0, 1)
-    pieces = zip(full.split(_TOGETHER), other.split(_TOGETHER), strict=True)
-    parts = [checkpoint(of_some, p, q, use_reentrant=False) for p, q in pieces]
-    return torch.stack(parts).sum() / len(full)

@@ -87,7 +87,7 @@ def _convert(values: dict[str, Any]) -> None:
 
             dropped = convert_back(source, out, force=force)
         _say_left_behind(source)
-        counts = {"selection heads": dropped.selection, "simulated heads": dropped.expansion}
+        counts = {"selectors": dropped.selection, "simulated heads": dropped.expansion}
         what = " and ".join(f"{n:,} parameters of {of}" for of, n in counts.items() if n)
         print(f"{out}: the stock model; {f'{what} were' if what else 'nothing was'} dropped")
         if dropped.expansion:

@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from heedful.attention.eviction import Eviction
 from heedful.attention.eviction.settings import Budget
 from heedful.data import TokenDataset
-from heedful.evaluation.loss import Tally, batches, labelled_logits, measuring
+from heedful.evaluation.loss import Tally, batches, divergence, labelled_logits, measuring
 from heedful.evaluation.search import check_policy
 from heedful.hf.cache import HeedfulCache
 
@@ -205,7 +204,7 @@ def _measure(
         return model.new_cache(eviction)
 
     report(policy, budget, 0)
-    tally, divergence, same, cache_bytes = Tally(), 0.0, 0, 0
+    tally, apart, same, cache_bytes = Tally(), 0.0, 0, 0
     kept: list[int] = []
     with measuring(model), measuring(full):
         for batch in batches(model, rows, batch_size):
@@ -214,7 +213,7 @@ def _measure(
             tally.add(logits, targets)
             if policy is not None or full is not model:
                 taught = labelled_logits(full, batch)[0]
-                divergence += _divergence(taught, logits)
+                apart += float(divergence(taught, logits))
                 same += int((taught.argmax(-1) == logits.argmax(-1)).sum())
             else:
                 same += len(targets)
@@ -231,20 +230,11 @@ def _measure(
         loss=result.loss,
         bits_per_byte=result.bits_per_byte(n_bytes) if n_bytes else None,
         accuracy=result.accuracy,
-        kl=max(0.0, divergence / result.tokens),  # rounding can take a sum of nothing below 0
+        kl=max(0.0, apart / result.tokens),  # rounding can take a sum of nothing below 0
         agreement=same / result.tokens,
         cache_bytes=cache_bytes,
         tokens_per_second=speed,
     )
-
-
-def _divergence(full: Tensor, budgeted: Tensor) -> float:
-    """KL(full || budgeted) of logits (M, V), nats, summed over M; some tokens at a time, to save memory."""
-    total = 0.0
-    for p, q in zip(full.split(1024), budgeted.split(1024), strict=True):
-        per_class = F.kl_div(q.log_softmax(-1), p.log_softmax(-1), reduction="none", log_target=True)
-        total += per_class.sum(-1).double().sum().item()
-    return total
 
 
 def held_bytes(cache: HeedfulCache) -> int:

@@ -9,11 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from heedful.attention.eviction import Eviction
 from heedful.attention.eviction.settings import AnyBudget
 from heedful.data import TokenDataset
 from heedful.hf.cache import HeedfulCache
+from heedful.ops.precision import wide_dtype
+
+_TOGETHER = 512  # tokens whose log-probabilities are in memory at once
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,27 @@ def evaluate(
                 cache = model.new_cache(eviction)  # type: ignore[operator]
             tally.add(*labelled_logits(model, batch, cache))
     return tally.evaluation()
+
+
+def divergence(full: Tensor, other: Tensor) -> Tensor:
+    """KL(full || other) of the predictions, nats, summed over all tokens.
+
+    Some tokens at a time, and again in the pass backward, so that no third tensor of this size is in memory.
+
+    Args:
+        full: (..., V) logits.
+        other: (..., V) logits; gradients reach these.
+
+    Returns:
+        A scalar, float32 or wider.
+    """
+
+    def of_some(p: Tensor, q: Tensor) -> Tensor:
+        p, q = (x.to(wide_dtype(x)).log_softmax(-1) for x in (p, q))
+        return F.kl_div(q, p, reduction="none", log_target=True).sum()
+
+    pieces = zip(*(x.flatten(0, -2).split(_TOGETHER) for x in (full, other)), strict=True)
+    return torch.stack([checkpoint(of_some, p, q, use_reentrant=False) for p, q in pieces]).sum()
 
 
 @contextmanager

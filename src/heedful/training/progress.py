@@ -64,15 +64,20 @@ class ProgressCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         logs = logs or {}
-        if "eval_loss" in logs and not self.brief:
-            loss, accuracy = logs["eval_loss"], logs["eval_accuracy"]
-            self._line(state, f"validation loss {loss:.3f}, next token right {accuracy:.1%}")
+        if (measured := self.measured(logs)) and not self.brief:
+            self._line(state, measured)
         elif "loss" in logs:
             self.loss = f"loss {float(logs['loss']):.3f}"
             if "memory_loss" in logs:
                 self.loss += f", of it memory {logs['memory_loss']:.3f}"
             if self.bar is None and time.perf_counter() - self.last_line > (60 if self.brief else 10):
                 self._line(state, self._info(state))
+
+    def measured(self, logs: dict[str, float]) -> str | None:
+        """What an evaluation found, for people; None where the logs are of none."""
+        if "eval_loss" not in logs:
+            return None
+        return f"validation loss {logs['eval_loss']:.3f}, next token right {logs['eval_accuracy']:.1%}"
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
