@@ -3,7 +3,7 @@
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,21 @@ def source(tmp_path: Path) -> Path:
     return save_stock_model(tmp_path / "stock", ["It is a truth universally acknowledged. " * 8])
 
 
+@pytest.fixture
+def signals_arrive() -> Iterator[None]:
+    """As in a terminal: under nohup, or in the background of a script, some are ignored."""
+    usual = {
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+        signal.SIGINT: signal.default_int_handler,
+    }
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("signals_arrive")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
 @pytest.mark.parametrize("when", [COPYING, "OUT is replaced"])
 def test_stopped_by_a_signal(
