@@ -198,7 +198,7 @@ def convert(
             head 0 casts them, as in the paper.
         eviction: what `generate` holds by default: a number of tokens, a list with one per layer, or an `Eviction`.
         back: the other way: `source` is a converted model, `out` becomes the stock one. Fine-tuned weights are
-            kept, selection heads and simulated heads are dropped: once simulated heads are trained, the stock
+            kept, selectors and simulated heads are dropped: once simulated heads are trained, the stock
             model is another model. The options above do not matter then.
         force: replace `out` if it is there.
 

@@ -2,7 +2,7 @@
 
 Every family of transformers ends its attention in a call of a registered function. Ours is registered under one
 name, and the modules of a converted model tell it, by an argument of their own, what it has to know: the layer's
-input, for the selection heads, and the cache.
+input, for the selectors, and the cache.
 """
 
 from functools import cache

@@ -24,7 +24,7 @@ from heedful.hf.converted.settings import FIELD, Conversion
 from heedful.hf.saved import CARD, MODULE
 
 OF_SCORES, OF_SAS = ".score.", ".sas."
-"""What the names of parameters that conversion added have in common: of selection heads, and of expansions."""
+"""What the names of parameters that conversion added have in common: of selectors, and of expansions."""
 ADDED = OF_SCORES, OF_SAS
 _DROPOUTS = "attention_dropout", "attn_pdrop"
 _BYTES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -81,7 +81,7 @@ class Dropped(NamedTuple):
     """Parameters that the stock checkpoint of a converted one has not."""
 
     selection: int
-    """Of selection heads."""
+    """Of selectors."""
     expansion: int
     """Of simulated heads: once these are trained, the stock model is another model."""
 

@@ -30,7 +30,7 @@ def generate(
 
     Args:
         model: a causal model of transformers of a family that `heedful.convert` knows, or one of heedful's.
-        kv_from: folder of a converted model with the weights of this stock one: its selection heads vote, and its
+        kv_from: folder of a converted model with the weights of this stock one: its selectors vote, and its
             saved budget holds where none is given. Without it nobody votes, and the policy is "streaming" unless
             `kv_policy` names another.
         generation_config: as in transformers.
@@ -65,7 +65,7 @@ def _budgeted(model: Any, kv_from: str | Path | None) -> Iterator[None]:
     if isinstance(model, BudgetedGenerationMixin):
         if kv_from is not None:
             raise ValueError(
-                f"kv_from={str(kv_from)!r} gives a stock model selection heads; this {type(model).__name__} has "
+                f"kv_from={str(kv_from)!r} gives a stock model selectors; this {type(model).__name__} has "
                 f"its own: leave it out"
             )
         yield
@@ -106,7 +106,7 @@ def _check_same_weights(checkpoint: Checkpoint, model: Any) -> None:
             here = own.pop(name)
             if value.shape != here.shape or not torch.equal(value.to(here.device, here.dtype), here):
                 raise ValueError(
-                    f"{name} of {checkpoint.folder} differs from the model's: its selection heads belong to other "
+                    f"{name} of {checkpoint.folder} differs from the model's: its selectors belong to other "
                     f"weights; load the converted model itself"
                 )
     tied = set(getattr(model, "_tied_weights_keys", None) or ())
