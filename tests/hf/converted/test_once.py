@@ -66,9 +66,7 @@ def test_a_converted_checkpoint_gives_a_stock_model_its_votes_and_budget(
     assert state_of(stock) == before
     with torch.no_grad():
         stock.model.layers[1].mlp.up_proj.weight[0] += 1
-    with pytest.raises(
-        ValueError, match=r"up_proj.weight of .* differs from the model's: its selectors"
-    ):
+    with pytest.raises(ValueError, match=r"up_proj.weight of .* differs from the model's: its selectors"):
         stock.generate(ids, **PLAIN, **USE, kv_from=str(tmp_path / "voting"))
     assert state_of(stock) == before
 
