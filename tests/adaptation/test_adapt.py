@@ -1,6 +1,8 @@
 """`adapt` on a tiny model: what it changes, that it helps, that a stop loses nothing, and what it refuses."""
 
+import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from tests.stock import save_stock_model
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -255,3 +258,11 @@ def test_damaged_settings(damage: str, message: str, convert: Callable[..., Path
     with pytest.raises(ValueError, match=message):
         adapt(folder, AdaptSettings(), resume=True)
     shutil.rmtree(folder / "adapt")
+
+
+def test_says_that_there_is_little_text(convert: Callable[..., Path], tmp_path: Path):
+    few = tmp_path / "few.txt"
+    few.write_text(load_austen()[0][0][:450])
+    said = Console(record=True, quiet=False, file=io.StringIO())
+    adapt(convert(), AdaptSettings(data=str(few), **QUICK), console=said)
+    assert re.search(r"tokens, which are read \d+ times;\s+more text", said.export_text())

@@ -46,6 +46,8 @@ FINAL, PENDING, DATA = "final.safetensors", "final.json", "data.sha256"
 STAGES = "local", "distill"
 CHECKPOINT_PARTS = WEIGHTS, "optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json"
 MEASURED_ROWS = 2
+MANY_PASSES = 10
+"""Over the same text; beyond, it is said that there is little."""
 
 
 def adapt(
@@ -375,6 +377,11 @@ class _Work:
         )
         steps = max(1, round((tokens or 0) / per_step))
         self.read[stage] = steps * per_step
+        if (passes := self.read[stage] / (len(self.rows) * self.context)) > MANY_PASSES:
+            self.console.print(
+                f"[yellow]the data has {len(self.rows) * self.context:,} tokens, which are read "
+                f"{passes:,.0f} times; more text teaches better[/]"
+            )
         often = max(1, steps // settings.checkpoints)
         arguments: dict[str, Any] = {
             "output_dir": str(self.place / stage),

@@ -140,4 +140,9 @@ def kept_by(eviction: Eviction, n_layers: int) -> str:
     if eviction.budget is None:
         return f"forgets tokens with more than {eviction.threshold:g} votes against them"
     budgets = eviction.budgets(n_layers)
-    return f"holds {', '.join(map(str, budgets))} tokens, by layer; who goes: {eviction.policy}"
+    safe = (
+        ""
+        if eviction.grace == eviction.first == 1
+        else f"; the newest {eviction.grace} and first {eviction.first} never go"
+    )
+    return f"holds {', '.join(map(str, budgets))} tokens, by layer; who goes: {eviction.policy}{safe}"
