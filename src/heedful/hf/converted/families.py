@@ -97,14 +97,16 @@ def register_model(family: str) -> None:
     AutoModelForCausalLM.register(config_class(family), model_class(family), exist_ok=True)
 
 
+def architecture_of(family: str) -> str:
+    """The name of `model_class(family)`, as in config.json; the module that has the source's loads slowly."""
+    return f"Heedful{MODEL_FOR_CAUSAL_LM_MAPPING._model_mapping.get(family)}"
+
+
 def class_named(name: str) -> Any:
     """A config or model class by its name, or None."""
     for family in FAMILIES:
         if name == config_class(family).__name__:
             return config_class(family)
-        source = MODEL_FOR_CAUSAL_LM_MAPPING._model_mapping.get(
-            family
-        )  # its name alone: the module loads slowly
-        if name == f"Heedful{source}":
+        if name == architecture_of(family):
             return model_class(family)
     return None

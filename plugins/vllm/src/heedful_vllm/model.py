@@ -1,0 +1,131 @@
+"""heedful's models as vLLM runs them: the model itself, over the tokens of all requests, and one block per request."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
+from vllm.logger import init_logger
+from vllm.model_executor.layers.mamba.abstract import MambaBase
+from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFunc, get_temporal_copy_spec
+from vllm.model_executor.models.interfaces import HasInnerState, IsAttentionFree, SupportsMambaPrefixCaching
+from vllm.sequence import IntermediateTensors
+
+from heedful.hf.cache import HeedfulCache
+from heedful.hf.load import load_model
+from heedful_vllm.layout import Layout, bounded, layout_of, run
+from heedful_vllm.memory import Blocks, LayerMemory
+from heedful_vllm.register import BACKEND
+from heedful_vllm.settings import asked_for
+
+logger = init_logger("vllm.heedful")
+
+
+class Memory(MambaBase, nn.Module):
+    """What vLLM knows of a request's memory: a state of fixed size, which holds the slots of all layers."""
+
+    def __init__(self, name: str, vllm_config: VllmConfig, blocks: Blocks) -> None:
+        nn.Module.__init__(self)
+        self.blocks = blocks
+        vllm_config.compilation_config.static_forward_context[name] = self
+
+    def get_state_shape(self) -> Iterable[tuple[int, ...]]:
+        """The bytes of one request."""
+        return ((self.blocks.layout.nbytes,),)
+
+    def get_state_dtype(self) -> tuple[torch.dtype, ...]:
+        """Bytes."""
+        return (torch.uint8,)
+
+    @property
+    def mamba_type(self) -> Any:
+        """The backend that reads batches for us."""
+        return BACKEND
+
+    def bind_kv_cache(self, kv_cache: Tensor) -> None:
+        """Take the memory that the engine allotted."""
+        super().bind_kv_cache(kv_cache)
+        self.blocks.bind(self.kv_cache[0])
+
+
+class BoundedForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsMambaPrefixCaching):
+    """Any model that heedful trained or converted."""
+
+    NAME = "heedful.memory.0"
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config = vllm_config.model_config
+        self.model = load_model(config.model).to(config.dtype)
+        longest = config.max_model_len
+        asked = self.model.resolve_eviction(**asked_for(vllm_config))
+        n_layers = len(self.model.new_cache(asked).layers)
+        self.eviction = bounded(asked, n_layers, longest)
+        layout = layout_of(self.model, self.eviction)
+        self.blocks = Blocks(self.model, self.eviction, layout)
+        self.memory = Memory(self.NAME, vllm_config, self.blocks)
+        self.cache = HeedfulCache(n_layers, converted=hasattr(self.model.config, "heedful"))
+        for i, layer in enumerate(self.cache.layers):
+            layer.memory = LayerMemory(self.blocks, i)
+        self._say(asked.evicts, layout, longest)
+
+    def _say(self, evicts: bool, layout: Layout, longest: int) -> None:
+        """One line on what is bounded, and by how much."""
+        each = f"{layout.nbytes / 2**20:,.1f} MiB for each request"
+        if not evicts:
+            logger.info(
+                "heedful: no budget: every layer holds all of up to %s tokens, %s; give a kv_budget", longest, each
+            )
+            return
+        budgets = sorted(set(self.eviction.budgets(len(layout.layers))))
+        said = " to ".join(f"{budget:,}" for budget in {budgets[0]: 0, budgets[-1]: 0})
+        logger.info(
+            "heedful: each layer holds %s of up to %s tokens (policy %s), %s, whatever its length",
+            *(said, f"{longest:,}", self.eviction.policy, each),
+        )
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        """(N,) token ids to (N, C)."""
+        return self.model.get_input_embeddings()(input_ids)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """(N,) tokens of all requests, side by side, to (N, C)."""
+        if input_ids is None:
+            raise ValueError("heedful: prompts of embeddings are not supported; give token ids")
+        metadata = get_forward_context().attn_metadata
+        self.blocks.batch = None if metadata is None else metadata[self.NAME]
+        return run(self.model, input_ids[None], self.cache, positions[None])[0]
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor:
+        """(n, C) to (n, vocabulary)."""
+        logits = self.model.get_output_embeddings()(hidden_states)
+        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Nothing to do: heedful's own loader, which refuses what does not fit, has read them."""
+        return {name for name, _ in self.named_parameters()}
+
+    @classmethod
+    def get_mamba_state_copy_func(cls) -> tuple[MambaStateCopyFunc, ...]:
+        """A snapshot is a copy of the block."""
+        return (get_temporal_copy_spec,)
+
+    @classmethod
+    def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
+        """Unknown before there is a model; nobody asks where all layers are of one kind."""
+        raise NotImplementedError
+
+    @classmethod
+    def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
+        """Bytes."""
+        return (torch.uint8,)
