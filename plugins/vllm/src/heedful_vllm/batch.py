@@ -3,6 +3,7 @@
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -25,10 +26,34 @@ class Piece(NamedTuple):
     """Where its memory is."""
 
 
-class Batch(NamedTuple):
-    """The requests of a forward pass."""
+class Singles(NamedTuple):
+    """The requests of a batch that decode: one token each, and memory of those before."""
 
-    pieces: list[Piece]
+    at: Tensor
+    """(n,), their tokens in the batch."""
+    blocks: Tensor
+    """(n,), where their memories are."""
+    seen: Tensor
+    """(n,), tokens that each has had before."""
+
+
+class Batch:
+    """The requests of a forward pass.
+
+    Args:
+        pieces: of every request, in order.
+        device: where the memory is.
+    """
+
+    def __init__(self, pieces: list[Piece], device: torch.device) -> None:
+        self.pieces = pieces
+        """All of them."""
+        single = [piece for piece in pieces if piece.length == 1 and piece.seen > 0]
+        self.longer = [piece for piece in pieces if piece.length > 1 or piece.seen == 0]
+        """Those that read several tokens, or begin."""
+        table = torch.tensor([(p.start, p.block, p.seen) for p in single], dtype=torch.long).view(-1, 3)
+        self.singles = Singles(*table.T.contiguous().to(device))
+        """The others."""
 
 
 class BatchBuilder(AttentionMetadataBuilder[Batch]):
@@ -41,7 +66,7 @@ class BatchBuilder(AttentionMetadataBuilder[Batch]):
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.mode = vllm_config.cache_config.mamba_cache_mode
+        self.mode, self.at = vllm_config.cache_config.mamba_cache_mode, device
 
     def build(
         self,
@@ -62,7 +87,7 @@ class BatchBuilder(AttentionMetadataBuilder[Batch]):
             n = starts[i + 1] - starts[i]
             if n > 0:
                 pieces.append(Piece(starts[i], n, lengths[i] - n, blocks[i]))
-        return Batch(pieces)
+        return Batch(pieces, self.at)
 
 
 class BoundedBackend(AttentionBackend):

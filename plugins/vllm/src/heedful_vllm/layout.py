@@ -10,14 +10,14 @@ from heedful.attention.eviction import Eviction, EvictingCache
 ALIGN = 64
 """Bytes that every tensor's place is a multiple of."""
 NEXT = "next"
-"""The slot that goes next, where the last step named one; -1 = it did not."""
+"""The slot that the next token takes."""
 
 
 class Place(NamedTuple):
     """One tensor of one layer in the block."""
 
     group: str
-    """"tensors", "state" or "book", as in `Slots`, or "next"."""
+    """"tensors", "state" or "book" of `Slots`, or "next"."""
     name: str
     offset: int
     shape: tuple[int, ...]
@@ -31,6 +31,11 @@ class Place(NamedTuple):
     def of(self, block: Tensor) -> Tensor:
         """The tensor in a block of bytes."""
         return block[self.offset : self.offset + self.nbytes].view(self.dtype).view(self.shape)
+
+    def of_all(self, blocks: Tensor) -> Tensor:
+        """The tensors in all of (N, bytes), the blocks in front of the first axis if that has one row."""
+        own = blocks[:, self.offset : self.offset + self.nbytes].view(self.dtype)
+        return own.unflatten(1, self.shape[1:] if self.shape[0] == 1 else self.shape)
 
 
 class Layout:

@@ -5,11 +5,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from heedful.attention.base import Attention
 from heedful.attention.cache import KVCache
 from heedful.attention.eviction import EvictingCache
 from heedful.attention.eviction.bound import LossBound
-from heedful.attention.tokens import Layer, Tokens
-from heedful_vllm.batch import Batch, Piece
+from heedful.attention.eviction.policy import Policy
+from heedful.attention.selective import SelectiveScore
+from heedful.attention.tokens import SELECT_K, Layer, Tokens
+from heedful.hf.converted.attention import ConvertedAttention
+from heedful.ops.eviction import least_needed_slot
+from heedful.ops.selective.slots import attend_slots_of
+from heedful_vllm.batch import Batch, Piece, Singles
 from heedful_vllm.layout import NEXT, Layout
 
 
@@ -29,30 +35,47 @@ class Held:
         else:
             for (group, name), view in self.views.items():
                 getattr(slots, group)[name] = view
-            cache.seen = seen
+            cache.seen, cache._next_slot = seen, None
             if cache.rule.threshold is not None:  # what was lost is not counted here
-                cache._bound = LossBound.nothing_lost(slots.positions.shape[0], torch.float32, slots.positions.device)
-            # the number is in the block, with all else: it may have been copied here
-            cache._next_slot = self.next if tokens.length == 1 and int(self.next[0, 0]) >= 0 else None
+                held = slots.positions
+                cache._bound = LossBound.nothing_lost(held.shape[0], torch.float32, held.device)
         out = cache.attend(layer, tokens)
         for (group, name), view in self.views.items():
             now = getattr(slots, group)[name]
             if now is not view:
                 view.copy_(now)
-        if cache._next_slot is None:
-            self.next.fill_(-1)
-        else:
-            self.next.copy_(cache._next_slot)
+        self.next.copy_(self._following(layer))
         slots.clear()
         return out
 
+    def _following(self, layer: Layer) -> Tensor:
+        """The slot that goes next, as `EvictingCache` would find it then."""
+        cache, slots = self.cache, self.cache.slots
+        if cache._next_slot is not None:
+            return cache._next_slot
+        budget = cache.rule.budget
+        assert budget is not None
+        if cache.seen < budget:
+            return torch.full_like(slots.arrived, cache.seen)
+        cache._rate(layer)
+        priority = cache.policy.priority(cache.scores, cache.positions, slots.arrived, budget)
+        return least_needed_slot(
+            priority, cache.positions, slots.arrived, cache.rule.grace, cache.rule.first
+        )
+
 
 class LayerMemory(KVCache):
-    """One layer of all requests of a batch, which stands for the cache of one row of tokens."""
+    """One layer of all requests of a batch, which stands for the cache of one row of tokens.
+
+    Args:
+        blocks: the memory of all layers.
+        index: of the layer.
+    """
 
     def __init__(self, blocks: "Blocks", index: int) -> None:
         super().__init__()
         self.blocks, self.index = blocks, index
+        self._together: bool | None = None
 
     def attend(self, layer: Layer, tokens: Tokens) -> Tensor:
         """(1, H, T, E), of the tokens of all requests."""
@@ -60,17 +83,86 @@ class LayerMemory(KVCache):
         if batch is None:  # the engine tries how much memory a pass takes
             _, v = layer.keys_values(tokens.memory)
             return tokens.q.new_zeros(*tokens.q.shape[:3], v.shape[-1])
-        parts, end = [], 0
-        for piece in batch.pieces:
+        if self._together is None:
+            self._together = self._decodes_together(layer)
+        if not self._together:
+            return self._each(layer, tokens, batch.pieces)
+        if not batch.longer and len(batch.singles.at) == tokens.length:
+            return self._all(layer, tokens, batch.singles).permute(2, 1, 0, 3)
+        out = self._each(layer, tokens, batch.longer) if batch.longer else None
+        if len(batch.singles.at):
+            at = batch.singles.at
+            singles = self._all(layer, _columns(tokens, at), batch.singles)
+            if out is None:
+                out = singles.new_zeros(1, singles.shape[1], tokens.length, singles.shape[3])
+            out[0, :, at] = singles[:, :, 0].transpose(0, 1)
+        assert out is not None
+        return out
+
+    def _each(self, layer: Layer, tokens: Tokens, pieces: list[Piece]) -> Tensor:
+        """One request after the other."""
+        out: Tensor | None = None
+        for piece in pieces:
             held = self.blocks.held(piece, self.index)
-            whole = piece.length == tokens.length
-            parts.append(
-                held.attend(layer, tokens if whole else tokens.part(piece.start, piece.length), piece.seen)
-            )
-            end = piece.start + piece.length
-        if end < tokens.length:  # padded by the engine
-            parts.append(parts[0].new_zeros(*parts[0].shape[:2], tokens.length - end, parts[0].shape[-1]))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+            if piece.length == tokens.length:
+                return held.attend(layer, tokens, piece.seen)
+            part = held.attend(layer, tokens.part(piece.start, piece.length), piece.seen)
+            if out is None:
+                out = part.new_zeros(*part.shape[:2], tokens.length, part.shape[3])
+            out[:, :, piece.start : piece.start + piece.length] = part
+        assert out is not None
+        return out
+
+    def _decodes_together(self, layer: Layer) -> bool:
+        """Whether a step of this layer is what `_all` does: the plain rule, votes, keys as they are remembered."""
+        cache = self.blocks.empty[self.index]
+        rule, policy, score = cache.rule, cache.policy, layer.score
+        plain_rule = rule.evict_every == 1 and rule.threshold is None and rule.window is None
+        by_votes = policy.ranks_by == "soft_mask" and type(policy).priority is Policy.priority
+        as_kept = type(layer).keys_values in (Attention.keys_values, ConvertedAttention.keys_values)
+        return (
+            plain_rule
+            and by_votes
+            and as_kept
+            and type(score) is SelectiveScore
+            and score.config.impl == "auto"
+            and score.selectors == 1
+        )
+
+    def _all(self, layer: Layer, tokens: Tokens, singles: Singles) -> Tensor:
+        """(n, H, 1, E): one token of each of n requests, written in place of the one that goes."""
+        store = self.blocks.store(self.index)
+        cache = self.blocks.empty[self.index]
+        blocks, seen, budget = singles.blocks, singles.seen, cache.rule.budget
+        assert budget is not None
+        # a step and a piece both leave the slot of the next token
+        slot = store[NEXT][blocks, 0]
+        for name, new in tokens.memory.items():
+            store[name][blocks, :, slot] = new[0].transpose(0, 1)
+        votes, positions = store["soft_mask"][:, 0], store["positions"]
+        votes[blocks, slot] = 0.0 if tokens.own_votes is None else tokens.own_votes[0, 0].to(votes.dtype)
+        positions[blocks, slot] = seen
+        store["arrived"][blocks, 0] = seen + 1
+        select = None
+        if tokens.select_q is not None:
+            select = tokens.select_q.permute(2, 1, 0, 3), store[SELECT_K]
+        out, following = attend_slots_of(
+            blocks,
+            (seen + 1).clamp(max=budget),
+            tokens.q.permute(2, 1, 0, 3),
+            store["k"],
+            store["v"],
+            votes,
+            positions,
+            slot[:, None],
+            layer.scale,
+            grace=cache.rule.grace,
+            first=cache.rule.first,
+            select=select,
+            subtract=layer.score.subtracts,  # type: ignore[attr-defined]
+        )
+        store[NEXT][blocks, 0] = torch.where(seen + 1 < budget, seen + 1, following[:, 0])
+        return out
 
     # Of one request there is nothing to say here.
 
@@ -103,27 +195,43 @@ class Blocks:
 
     def __init__(self, model: Any, eviction: Any, layout: Layout) -> None:
         self.model, self.eviction, self.layout = model, eviction, layout
+        self.empty = self._caches()
+        """A cache for each layer that nothing is in."""
         self.pages: Tensor | None = None
         """(blocks, bytes) uint8."""
         self.batch: Batch | None = None
         """What the current forward pass reads."""
         self._held: dict[int, list[Held]] = {}
+        self._stores: list[dict[str, Tensor]] = []
+
+    def _caches(self) -> list[EvictingCache]:
+        return [layer.memory for layer in self.model.new_cache(self.eviction).layers]
 
     def bind(self, pages: Tensor) -> None:
         """Take the memory."""
         self.pages = pages
         self._held.clear()
+        self._stores = [{place.name: place.of_all(pages) for place in places} for places in self.layout.layers]
+
+    def store(self, layer: int) -> dict[str, Tensor]:
+        """One layer's tensors of all blocks."""
+        return self._stores[layer]
 
     def held(self, piece: Piece, layer: int) -> Held:
         """One layer of a request."""
         found = self._held.get(piece.block)
         if found is None:
             assert self.pages is not None
-            block = self.pages[piece.block]
-            layers = self.model.new_cache(self.eviction).layers
-            found = [
-                Held(one.memory, places, block)
-                for one, places in zip(layers, self.layout.layers, strict=True)
-            ]
+            block, places = self.pages[piece.block], self.layout.layers
+            found = [Held(cache, own, block) for cache, own in zip(self._caches(), places, strict=True)]
             self._held[piece.block] = found
         return found[layer]
+
+
+def _columns(tokens: Tokens, at: Tensor) -> Tokens:
+    """Some tokens of a row."""
+    memory = {name: new.index_select(2, at) for name, new in tokens.memory.items()}
+    select_q = None if tokens.select_q is None else tokens.select_q.index_select(2, at)
+    own_votes = None if tokens.own_votes is None else tokens.own_votes.index_select(2, at)
+    x, q = tokens.x.index_select(1, at), tokens.q.index_select(2, at)
+    return Tokens(x, q, memory, None, None, select_q, own_votes)

@@ -43,7 +43,9 @@ class SlotsJob(ctypes.Structure):
         ("ss", ctypes.c_int64 * 3),
         ("qs", ctypes.c_int64 * 2),
         *((name, ctypes.c_int64 * 3) for name in ("ks", "vs")),
-        *((name, ctypes.c_void_p) for name in ("mask", "positions", "newest", "out", "next", "parallel")),
+        *((name, ctypes.c_void_p) for name in ("mask", "positions", "newest")),
+        *((name, ctypes.c_int64) for name in ("ms", "ps")),
+        *((name, ctypes.c_void_p) for name in ("rows", "in_use", "out", "next", "parallel")),
     ]
 
 

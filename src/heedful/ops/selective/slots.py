@@ -86,6 +86,70 @@ def attend_slots(
     return out, most_voted_slot(soft_mask, positions, following, grace, first)
 
 
+def attend_slots_of(
+    rows: Tensor,
+    in_use: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    soft_mask: Tensor,
+    positions: Tensor,
+    newest: Tensor,
+    scale: float,
+    grace: int = 1,
+    first: int = 1,
+    select: tuple[Tensor, Tensor] | None = None,
+    subtract: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """`attend_slots` for B of the N rows of a store, each with its own number of slots in use. No gradients.
+
+    On the CPU in one call where the operator can be had and all is float32, in place; else row by row.
+
+    Args:
+        rows: (B,) int64, which row of the store is whose; all different.
+        in_use: (B,) int64, slots in use of each, the first ones.
+        q: (B, H, 1, D).
+        k: (N, G, C, D), the store; rows may lie any distance apart.
+        v: (N, G, C, E).
+        soft_mask: (N, C); the votes are added in place.
+        positions: (N, C).
+        newest: (B, 1).
+        scale: multiplies the logits.
+        grace: the newest tokens that never go, the next one included.
+        first: the first tokens that never go.
+        select: queries (B, 1, 1, D') and keys (N, 1, C, D'); None: head 0.
+        subtract: whether the votes are subtracted from the logits; else they only say who goes.
+
+    Returns:
+        As `attend_slots`.
+    """
+    stored = (k, v, soft_mask, positions, *(() if select is None else select[1:]))
+    if (
+        preferred(q.device.type, q.dtype)
+        and not torch.is_grad_enabled()
+        and plain_tensors(q, *stored)
+        and all(x.dtype in (torch.float32, torch.int64) and x.stride(-1) == 1 for x in (q, *stored))
+    ):
+        check_native(q)
+        select_q, select_k = select or (None, None)
+        return run_slots(
+            *(q, k, v, soft_mask, positions, newest, scale, grace, first, select_q, select_k, subtract),
+            rows=rows,
+            in_use=in_use,
+        )
+    outs, following = [], []
+    for b, (row, n) in enumerate(zip(rows.tolist(), in_use.tolist(), strict=True)):
+        own = None if select is None else (select[0][b : b + 1], select[1][row : row + 1, :, :n])
+        held = k[row : row + 1, :, :n], v[row : row + 1, :, :n]
+        places = soft_mask[row : row + 1, :n], positions[row : row + 1, :n], newest[b : b + 1]
+        out, slot = attend_slots(
+            q[b : b + 1], *held, *places, scale, grace=grace, first=first, select=own, subtract=subtract
+        )
+        outs.append(out)
+        following.append(slot)
+    return torch.cat(outs), torch.cat(following)
+
+
 def _two_products(
     q: Tensor, k: Tensor, v: Tensor, soft_mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:

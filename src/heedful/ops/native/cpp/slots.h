@@ -16,8 +16,11 @@ struct Slots {
   const void *select_q, *select_k;  // (B, D'), (B, C, D'), last stride 1
   int64_t ss[3];
   int64_t qs[2], ks[3], vs[3];
-  void* mask;  // (B, C), F before; F after in the end
+  void* mask;                         // (B, C), F before; F after in the end
   const int64_t *positions, *newest;  // (B, C), (B)
+  int64_t ms, ps;                     // row strides of mask and positions
+  const int64_t* rows;                // (B), which row of k, v, mask and positions is whose; null: in order
+  const int64_t* in_use;              // (B), their slots in use; null: n_keys
   void* out;                          // (B, H, E)
   int64_t* next;                      // (B)
   ParallelFn parallel;
@@ -42,16 +45,19 @@ template <class T> class Step {
   const Slots& job;
   Buffer<T> votes;
 
+  long row(long b) const { return job.rows ? job.rows[b] : b; }
+  long keys(long b) const { return job.in_use ? job.in_use[b] : job.n_keys; }
+
   void attend(long b, long h) {
     constexpr int L = LANES<T>;
     static thread_local Buffer<T> held, padded;
-    const long n = job.n_keys, whole = up<T>(n), g = h / (job.heads / job.groups);
+    const long n = keys(b), whole = up<T>(n), g = h / (job.heads / job.groups);
     held.grow(whole);
     T* weights = held;
     const T* q = (const T*)job.q + b * job.qs[0] + h * job.qs[1];
-    const T* k = (const T*)job.k + b * job.ks[0] + g * job.ks[1];
-    const T* v = (const T*)job.v + b * job.vs[0] + g * job.vs[1];
-    const T* mask = (const T*)job.mask + b * n;
+    const T* k = (const T*)job.k + row(b) * job.ks[0] + g * job.ks[1];
+    const T* v = (const T*)job.v + row(b) * job.vs[0] + g * job.vs[1];
+    const T* mask = (const T*)job.mask + row(b) * job.ms;
     const T scale = T(job.scale);
     T top = -INF<T>;
     for (long j = 0; j < n; ++j, k += job.ks[2]) {
@@ -64,7 +70,7 @@ template <class T> class Step {
       T logit = sum_of<T>(sums + more);
       for (; d < job.size; ++d) logit += q[d] * k[d];
       logit *= scale;
-      if (h == 0 && !job.select_size) votes[b * n + j] = logit < 0 ? T(0) : logit;
+      if (h == 0 && !job.select_size) votes[b * job.n_keys + j] = logit < 0 ? T(0) : logit;
       weights[j] = job.subtract ? logit - mask[j] : logit;
       if (weights[j] > top) top = weights[j];
     }
@@ -79,8 +85,8 @@ template <class T> class Step {
     const T factor = 1 / sum_of<T>(total);
     T* out = (T*)job.out + (b * job.heads + h) * job.v_size;
     long e = 0;
-    for (; e + 8 * L <= job.v_size; e += 8 * L) add_values<8>(weights, v + e, factor, out + e);
-    for (; e + L <= job.v_size; e += L) add_values<1>(weights, v + e, factor, out + e);
+    for (; e + 8 * L <= job.v_size; e += 8 * L) add_values<8>(weights, v + e, n, factor, out + e);
+    for (; e + L <= job.v_size; e += L) add_values<1>(weights, v + e, n, factor, out + e);
     for (; e < job.v_size; ++e) {
       T sum = 0;
       for (long j = 0; j < n; ++j) sum += weights[j] * v[j * job.vs[2] + e];
@@ -88,12 +94,12 @@ template <class T> class Step {
     }
   }
 
-  template <int W> void add_values(const T* weights, const T* v, T factor, T* out) const {
+  template <int W> void add_values(const T* weights, const T* v, long n, T factor, T* out) const {
     constexpr int L = LANES<T>;
     Vec<T> sums[W];
 #pragma GCC unroll 8
     for (int w = 0; w < W; ++w) sums[w] = Vec<T>{};
-    for (long j = 0; j < job.n_keys; ++j, v += job.vs[2])
+    for (long j = 0; j < n; ++j, v += job.vs[2])
 #pragma GCC unroll 8
       for (int w = 0; w < W; ++w) sums[w] += load<T>(v + w * L) * weights[j];
 #pragma GCC unroll 8
@@ -103,8 +109,9 @@ template <class T> class Step {
   // What a selection head of its own casts.
   void select(long b) {
     const T* q = (const T*)job.select_q + b * job.ss[0];
-    const T* k = (const T*)job.select_k + b * job.ss[1];
-    for (long j = 0; j < job.n_keys; ++j, k += job.ss[2]) {
+    const T* k = (const T*)job.select_k + row(b) * job.ss[1];
+    const long n = keys(b);
+    for (long j = 0; j < n; ++j, k += job.ss[2]) {
       Vec<T> sums{};
       long d = 0;
       for (; d + LANES<T> <= job.select_size; d += LANES<T>) sums += load<T>(q + d) * load<T>(k + d);
@@ -118,11 +125,11 @@ template <class T> class Step {
   // The most votes among those that may go, the oldest among equals; slot 0 holds the first token, which nobody votes
   // on and which stays.
   void vote(long b) {
-    const long n = job.n_keys, newest = job.newest[b];
+    const long n = keys(b), newest = job.newest[b];
     if (job.select_size) select(b);
-    T* mask = (T*)job.mask + b * n;
-    const T* cast = votes + b * n;
-    const int64_t* positions = job.positions + b * n;
+    T* mask = (T*)job.mask + row(b) * job.ms;
+    const T* cast = votes + b * job.n_keys;
+    const int64_t* positions = job.positions + row(b) * job.ps;
     for (long j = 1; j < n; ++j) mask[j] += j == newest ? T(0) : cast[j];
     const int64_t youngest = positions[newest] + 1 - job.grace;
     long best = 0;

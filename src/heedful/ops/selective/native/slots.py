@@ -57,14 +57,22 @@ def run_slots(
     select_k: Tensor | None = None,
     subtract: bool = True,
     handle: ctypes.CDLL | None = None,
+    rows: Tensor | None = None,
+    in_use: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`attend_slots_native`, by `handle` where it is not verified yet. No gradients."""
+    """`attend_slots_native`, by `handle` where it is not verified yet. No gradients.
+
+    With `rows` and `in_use` as `attend_slots_of`, where nothing may have to be copied.
+    """
     dtype = wide_dtype(q)
     handle = handle or library(dtype)
     batch, heads, _, size = q.shape
     groups, n_keys, v_size = k.shape[1], k.shape[2], v.shape[3]
     wide_q, wide_k, wide_v = _readable(q, dtype), _readable(k, dtype), _readable(v, dtype)
-    mask, places, own = soft_mask.contiguous(), positions.contiguous(), newest.contiguous()
+    own = newest.contiguous()
+    mask, places = soft_mask, positions
+    if rows is None:
+        mask, places = soft_mask.contiguous(), positions.contiguous()
     own_q, own_k = (None if x is None else _readable(x, dtype) for x in (select_q, select_k))
     out = wide_q.new_empty(batch, heads, 1, v_size)
     following = newest.new_empty(batch, 1)
@@ -89,6 +97,10 @@ def run_slots(
         mask=address(mask),
         positions=address(places),
         newest=address(own),
+        ms=mask.stride(0),
+        ps=places.stride(0),
+        rows=address(rows),
+        in_use=address(in_use),
         out=address(out),
         next=address(following),
         parallel=pool(),
