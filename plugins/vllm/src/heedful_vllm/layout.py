@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from heedful.attention.eviction import Eviction, EvictingCache
+from heedful.attention.eviction import EvictingCache, Eviction
 
 ALIGN = 64
 """Bytes that every tensor's place is a multiple of."""

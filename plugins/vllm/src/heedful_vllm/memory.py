@@ -59,9 +59,7 @@ class Held:
             return torch.full_like(slots.arrived, cache.seen)
         cache._rate(layer)
         priority = cache.policy.priority(cache.scores, cache.positions, slots.arrived, budget)
-        return least_needed_slot(
-            priority, cache.positions, slots.arrived, cache.rule.grace, cache.rule.first
-        )
+        return least_needed_slot(priority, cache.positions, slots.arrived, cache.rule.grace, cache.rule.first)
 
 
 class LayerMemory(KVCache):
@@ -211,7 +209,9 @@ class Blocks:
         """Take the memory."""
         self.pages = pages
         self._held.clear()
-        self._stores = [{place.name: place.of_all(pages) for place in places} for places in self.layout.layers]
+        self._stores = [
+            {place.name: place.of_all(pages) for place in places} for places in self.layout.layers
+        ]
 
     def store(self, layer: int) -> dict[str, Tensor]:
         """One layer's tensors of all blocks."""

@@ -13,10 +13,8 @@ from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFunc, get
 from vllm.model_executor.models.interfaces import HasInnerState, IsAttentionFree, SupportsMambaPrefixCaching
 from vllm.sequence import IntermediateTensors
 
-from heedful.hf.cache import HeedfulCache
 from heedful.hf.load import load_model
-from heedful_vllm.layout import Layout, bounded, layout_of, run
-from heedful_vllm.memory import Blocks, LayerMemory
+from heedful_vllm.bounded import Bounded
 from heedful_vllm.register import BACKEND
 from heedful_vllm.settings import asked_for
 
@@ -26,14 +24,14 @@ logger = init_logger("vllm.heedful")
 class Memory(MambaBase, nn.Module):
     """What vLLM knows of a request's memory: a state of fixed size, which holds the slots of all layers."""
 
-    def __init__(self, name: str, vllm_config: VllmConfig, blocks: Blocks) -> None:
+    def __init__(self, name: str, vllm_config: VllmConfig, bounded: Bounded) -> None:
         nn.Module.__init__(self)
-        self.blocks = blocks
+        self.bounded = bounded
         vllm_config.compilation_config.static_forward_context[name] = self
 
     def get_state_shape(self) -> Iterable[tuple[int, ...]]:
         """The bytes of one request."""
-        return ((self.blocks.layout.nbytes,),)
+        return ((self.bounded.layout.nbytes,),)
 
     def get_state_dtype(self) -> tuple[torch.dtype, ...]:
         """Bytes."""
@@ -47,7 +45,7 @@ class Memory(MambaBase, nn.Module):
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
         """Take the memory that the engine allotted."""
         super().bind_kv_cache(kv_cache)
-        self.blocks.bind(self.kv_cache[0])
+        self.bounded.blocks.bind(self.kv_cache[0])
 
 
 class BoundedForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsMambaPrefixCaching):
@@ -59,31 +57,27 @@ class BoundedForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsMamb
         super().__init__()
         config = vllm_config.model_config
         self.model = load_model(config.model).to(config.dtype)
-        longest = config.max_model_len
         asked = self.model.resolve_eviction(**asked_for(vllm_config))
-        n_layers = len(self.model.new_cache(asked).layers)
-        self.eviction = bounded(asked, n_layers, longest)
-        layout = layout_of(self.model, self.eviction)
-        self.blocks = Blocks(self.model, self.eviction, layout)
-        self.memory = Memory(self.NAME, vllm_config, self.blocks)
-        self.cache = HeedfulCache(n_layers, converted=hasattr(self.model.config, "heedful"))
-        for i, layer in enumerate(self.cache.layers):
-            layer.memory = LayerMemory(self.blocks, i)
-        self._say(asked.evicts, layout, longest)
+        self.bounded = Bounded(self.model, asked, config.max_model_len)
+        self.memory = Memory(self.NAME, vllm_config, self.bounded)
+        self._say(config.max_model_len)
 
-    def _say(self, evicts: bool, layout: Layout, longest: int) -> None:
+    def _say(self, longest: int) -> None:
         """One line on what is bounded, and by how much."""
-        each = f"{layout.nbytes / 2**20:,.1f} MiB for each request"
-        if not evicts:
-            logger.info(
-                "heedful: no budget: every layer holds all of up to %s tokens, %s; give a kv_budget", longest, each
+        own = self.bounded
+        each = f"{own.layout.nbytes / 2**20:,.1f} MiB"
+        if not own.evicts:
+            logger.warning(
+                "heedful: no budget, so that each layer holds all of up to %s tokens: %s for each request; give a "
+                "kv_budget to bound it",
+                *(f"{longest:,}", each),
             )
             return
-        budgets = sorted(set(self.eviction.budgets(len(layout.layers))))
-        said = " to ".join(f"{budget:,}" for budget in {budgets[0]: 0, budgets[-1]: 0})
+        least, most = min(own.budgets), max(own.budgets)
         logger.info(
-            "heedful: each layer holds %s of up to %s tokens (policy %s), %s, whatever its length",
-            *(said, f"{longest:,}", self.eviction.policy, each),
+            "heedful: each layer holds %s of up to %s tokens (who goes: %s): %s for each request, however long",
+            f"{most:,}" if least == most else f"{least:,} to {most:,}",
+            *(f"{longest:,}", own.eviction.policy, each),
         )
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
@@ -102,14 +96,12 @@ class BoundedForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsMamb
         if input_ids is None:
             raise ValueError("heedful: prompts of embeddings are not supported; give token ids")
         metadata = get_forward_context().attn_metadata
-        self.blocks.batch = None if metadata is None else metadata[self.NAME]
-        return run(self.model, input_ids[None], self.cache, positions[None])[0]
+        batch = None if metadata is None else metadata[self.NAME]
+        return self.bounded.forward(input_ids, positions, batch)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """(n, C) to (n, vocabulary)."""
-        logits = self.model.get_output_embeddings()(hidden_states)
-        cap = getattr(self.model.config, "final_logit_softcapping", None)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return self.bounded.logits(hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Nothing to do: heedful's own loader, which refuses what does not fit, has read them."""

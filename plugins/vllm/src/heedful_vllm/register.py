@@ -19,4 +19,4 @@ def register_all() -> None:
     for name in ARCHITECTURES:
         ModelRegistry.register_model(name, "heedful_vllm.model:BoundedForCausalLM")
         MODELS_CONFIG_MAP[name] = HeedfulEngineConfig
-    register_backend(BACKEND, "heedful_vllm.batch.BoundedBackend", is_mamba=True)
+    register_backend(BACKEND, "heedful_vllm.backend.BoundedBackend", is_mamba=True)

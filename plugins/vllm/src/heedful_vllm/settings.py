@@ -74,5 +74,7 @@ def refusal(vllm_config: "VllmConfig") -> str | None:
     if vllm_config.quant_config is not None:
         return "quantized weights are not supported"
     if vllm_config.load_config.load_format not in ("auto", "hf", "safetensors"):
-        return f"--load-format {vllm_config.load_config.load_format} is not supported; the model is safetensors"
+        return (
+            f"--load-format {vllm_config.load_config.load_format} is not supported; the model is safetensors"
+        )
     return None
