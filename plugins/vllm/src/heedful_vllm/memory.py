@@ -1,5 +1,6 @@
 """The engine's blocks as heedful's caches: a block holds what `EvictingCache`s of a request hold."""
 
+import weakref
 from typing import Any
 
 import torch
@@ -17,6 +18,39 @@ from heedful.ops.eviction import least_needed_slot
 from heedful.ops.selective.slots import attend_slots_of
 from heedful_vllm.batch import Batch, Piece, Singles
 from heedful_vllm.layout import NEXT, Layout
+
+
+_MEMORIES: list[weakref.ref["LayerMemory"]] = []
+
+
+@torch.library.custom_op("heedful_vllm::attend_blocks", mutates_args=())
+def attend_blocks(
+    handle: int,
+    x: Tensor,
+    q: Tensor,
+    memory: list[Tensor],
+    select_q: Tensor | None,
+    own_votes: Tensor | None,
+) -> Tensor:
+    """(T, H, E): `LayerMemory.outputs`, as an operator that a compiler leaves alone; it writes into the blocks."""
+    own = _MEMORIES[handle]()
+    assert own is not None
+    tokens = Tokens(x, q, dict(zip(own.names, memory, strict=True)), None, None, select_q, own_votes)
+    return own.outputs(tokens)[0].transpose(0, 1).contiguous()
+
+
+@attend_blocks.register_fake
+def _(
+    handle: int,
+    x: Tensor,
+    q: Tensor,
+    memory: list[Tensor],
+    select_q: Tensor | None,
+    own_votes: Tensor | None,
+) -> Tensor:
+    own = _MEMORIES[handle]()
+    assert own is not None
+    return q.new_empty(q.shape[2], q.shape[1], own.v_size)
 
 
 class Held:
@@ -73,16 +107,33 @@ class LayerMemory(KVCache):
     def __init__(self, blocks: "Blocks", index: int) -> None:
         super().__init__()
         self.blocks, self.index = blocks, index
-        self._together: bool | None = None
+        self.layer: Any = None
+        """The layer it belongs to; known after the first pass."""
+        self.names: list[str] = []
+        self.v_size = 0
+        self._together = False
+        self._handle = len(_MEMORIES)
+        _MEMORIES.append(weakref.ref(self))
 
     def attend(self, layer: Layer, tokens: Tokens) -> Tensor:
         """(1, H, T, E), of the tokens of all requests."""
-        batch = self.blocks.batch
+        if self.layer is None:
+            self.meet(layer, tokens)
+        memory = [tokens.memory[name] for name in self.names]
+        out = attend_blocks(self._handle, tokens.x, tokens.q, memory, tokens.select_q, tokens.own_votes)
+        return out[None].transpose(1, 2)
+
+    def meet(self, layer: Layer, tokens: Tokens) -> None:
+        """Learn what the layer is like."""
+        self.layer, self.names = layer, list(tokens.memory)
+        self.v_size = layer.keys_values(tokens.memory)[1].shape[-1]
+        self._together = self._decodes_together(layer)
+
+    def outputs(self, tokens: Tokens) -> Tensor:
+        """(1, H, T, E), of the batch that is read now."""
+        layer, batch = self.layer, self.blocks.batch
         if batch is None:  # the engine tries how much memory a pass takes
-            _, v = layer.keys_values(tokens.memory)
-            return tokens.q.new_zeros(*tokens.q.shape[:3], v.shape[-1])
-        if self._together is None:
-            self._together = self._decodes_together(layer)
+            return tokens.q.new_zeros(*tokens.q.shape[:3], self.v_size)
         if not self._together:
             return self._each(layer, tokens, batch.pieces)
         if not batch.longer and len(batch.singles.at) == tokens.length:
