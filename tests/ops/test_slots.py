@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from heedful.ops.eviction import Rule, least_needed_slot, most_voted_slot
 from heedful.ops.native import status
 from heedful.ops.selective import selective_attention
-from heedful.ops.selective.slots import attend_slots, attend_slots_of
+from heedful.ops.selective.slots import attend_slots
 
 WITH_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 WITH_NATIVE = pytest.mark.skipif(not status().active, reason=status().reason)
@@ -209,49 +209,3 @@ def test_no_row_at_all(impl: str):
     none = torch.zeros(0, 9)
     out, slot = attend_slots(q, k, k, none, none.long(), none[:, :1].long(), 0.3, impl)
     assert out.shape == (0, 4, 1, 8) and slot.shape == (0, 1)
-
-
-@pytest.mark.parametrize("grad", [False, True], ids=["native", "row by row"])
-@pytest.mark.parametrize("own", [0, 1, 5], ids=lambda n: f"select_dim={n}")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_rows_of_a_store(dtype, own, grad):
-    """Rows anywhere in a buffer of bytes, each with its own number of slots: the numbers of one after another."""
-    n_rows, groups, slots, size = 5, 2, 33, 24
-    q, select_q = drawn(0, (3, 4, 1, size), (3, 1, 1, max(own, 1)), dtype=dtype)
-    rows, in_use = torch.tensor([4, 0, 2]), torch.tensor([33, 7, 20])
-    newest = in_use[:, None] - 1
-    pages = torch.zeros(n_rows, 40_000, dtype=torch.uint8)
-    store, end = {}, 0
-    given = drawn(1, (n_rows, groups, slots, size), (n_rows, groups, slots, size), dtype=dtype)
-    given += [torch.rand(n_rows, slots), torch.arange(slots).repeat(n_rows, 1)]
-    given += drawn(2, (n_rows, 1, slots, max(own, 1)), dtype=dtype)
-    for name, tensor in zip(("k", "v", "mask", "positions", "select_k"), given, strict=True):
-        n = tensor[0].numel() * tensor.element_size()
-        store[name] = pages[:, end : end + n].view(tensor.dtype).unflatten(1, tensor.shape[1:])
-        store[name].copy_(tensor)
-        end += -(-n // 64) * 64
-    store["mask"][:, 0] = 0
-    expected_mask = store["mask"].clone()
-    expected = [
-        attend_slots(
-            q[b : b + 1],
-            *(store[name][row : row + 1, :, :n] for name in ("k", "v")),
-            expected_mask[row : row + 1, :n],
-            store["positions"][row : row + 1, :n],
-            newest[b : b + 1],
-            0.3,
-            grace=2,
-            select=(select_q[b : b + 1], store["select_k"][row : row + 1, :, :n]) if own else None,
-            subtract=not own,
-        )
-        for b, (row, n) in enumerate(zip(rows.tolist(), in_use.tolist(), strict=True))
-    ]
-    held = store["k"], store["v"], store["mask"], store["positions"]
-    select = (select_q, store["select_k"]) if own else None
-    with torch.set_grad_enabled(grad):
-        out, following = attend_slots_of(
-            rows, in_use, q, *held, newest, 0.3, grace=2, select=select, subtract=not own
-        )
-    assert torch.equal(out, torch.cat([one for one, _ in expected]))
-    assert torch.equal(following, torch.cat([slot for _, slot in expected]))
-    assert torch.equal(store["mask"], expected_mask)

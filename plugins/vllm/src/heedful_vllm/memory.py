@@ -15,10 +15,9 @@ from heedful.attention.selective import SelectiveScore
 from heedful.attention.tokens import SELECT_K, Layer, Tokens
 from heedful.hf.converted.attention import ConvertedAttention
 from heedful.ops.eviction import least_needed_slot
-from heedful.ops.selective.slots import attend_slots_of
+from heedful.ops.selective.rows import RowStore, step_rows
 from heedful_vllm.batch import Batch, Piece, Singles
 from heedful_vllm.layout import NEXT, Layout
-
 
 _MEMORIES: list[weakref.ref["LayerMemory"]] = []
 
@@ -70,6 +69,7 @@ class Held:
             for (group, name), view in self.views.items():
                 getattr(slots, group)[name] = view
             cache.seen, cache._next_slot = seen, None
+            slots.arrived.fill_(seen)  # steps of several requests do not count
             if cache.rule.threshold is not None:  # what was lost is not counted here
                 held = slots.positions
                 cache._bound = LossBound.nothing_lost(held.shape[0], torch.float32, held.device)
@@ -180,38 +180,23 @@ class LayerMemory(KVCache):
 
     def _all(self, layer: Layer, tokens: Tokens, singles: Singles) -> Tensor:
         """(n, H, 1, E): one token of each of n requests, written in place of the one that goes."""
-        store = self.blocks.store(self.index)
-        cache = self.blocks.empty[self.index]
-        blocks, seen, budget = singles.blocks, singles.seen, cache.rule.budget
-        assert budget is not None
-        # a step and a piece both leave the slot of the next token
-        slot = store[NEXT][blocks, 0]
-        for name, new in tokens.memory.items():
-            store[name][blocks, :, slot] = new[0].transpose(0, 1)
-        votes, positions = store["soft_mask"][:, 0], store["positions"]
-        votes[blocks, slot] = 0.0 if tokens.own_votes is None else tokens.own_votes[0, 0].to(votes.dtype)
-        positions[blocks, slot] = seen
-        store["arrived"][blocks, 0] = seen + 1
+        store, rule = self.blocks.store(self.index), self.blocks.empty[self.index].rule
         select = None
         if tokens.select_q is not None:
-            select = tokens.select_q.permute(2, 1, 0, 3), store[SELECT_K]
-        out, following = attend_slots_of(
-            blocks,
-            (seen + 1).clamp(max=budget),
+            select = tokens.select_q.permute(2, 1, 0, 3), tokens.memory[SELECT_K][0, 0]
+        return step_rows(
+            store,
+            singles.blocks,
+            singles.seen,
             tokens.q.permute(2, 1, 0, 3),
-            store["k"],
-            store["v"],
-            votes,
-            positions,
-            slot[:, None],
+            *(tokens.memory[name][0].transpose(0, 1) for name in ("k", "v")),
             layer.scale,
-            grace=cache.rule.grace,
-            first=cache.rule.first,
+            grace=rule.grace,
+            first=rule.first,
             select=select,
+            own_votes=None if tokens.own_votes is None else tokens.own_votes[0, 0],
             subtract=layer.score.subtracts,  # type: ignore[attr-defined]
         )
-        store[NEXT][blocks, 0] = torch.where(seen + 1 < budget, seen + 1, following[:, 0])
-        return out
 
     # Of one request there is nothing to say here.
 
@@ -251,7 +236,7 @@ class Blocks:
         self.batch: Batch | None = None
         """What the current forward pass reads."""
         self._held: dict[int, list[Held]] = {}
-        self._stores: list[dict[str, Tensor]] = []
+        self._stores: dict[int, RowStore] = {}
 
     def _caches(self) -> list[EvictingCache]:
         return [layer.memory for layer in self.model.new_cache(self.eviction).layers]
@@ -260,12 +245,17 @@ class Blocks:
         """Take the memory."""
         self.pages = pages
         self._held.clear()
-        self._stores = [
-            {place.name: place.of_all(pages) for place in places} for places in self.layout.layers
-        ]
+        self._stores.clear()
 
-    def store(self, layer: int) -> dict[str, Tensor]:
-        """One layer's tensors of all blocks."""
+    def store(self, layer: int) -> RowStore:
+        """One layer of all blocks, where each has one row and is ranked by votes."""
+        if layer not in self._stores:
+            assert self.pages is not None
+            own = {place.name: place.of_all(self.pages) for place in self.layout.layers[layer]}
+            votes, following = own["soft_mask"][:, 0], own[NEXT][:, 0]
+            self._stores[layer] = RowStore(
+                own["k"], own["v"], votes, own["positions"], following, own.get(SELECT_K)
+            )
         return self._stores[layer]
 
     def held(self, piece: Piece, layer: int) -> Held:

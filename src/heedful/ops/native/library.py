@@ -45,7 +45,13 @@ class SlotsJob(ctypes.Structure):
         *((name, ctypes.c_int64 * 3) for name in ("ks", "vs")),
         *((name, ctypes.c_void_p) for name in ("mask", "positions", "newest")),
         *((name, ctypes.c_int64) for name in ("ms", "ps")),
-        *((name, ctypes.c_void_p) for name in ("rows", "in_use", "out", "next", "parallel")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("rows", "seen", "new_k", "new_v", "new_select_k", "own_votes")
+        ),
+        *((name, ctypes.c_int64 * 2) for name in ("nks", "nvs")),
+        *((name, ctypes.c_int64) for name in ("nss", "budget", "ns")),
+        *((name, ctypes.c_void_p) for name in ("out", "next", "parallel")),
     ]
 
 

@@ -1,6 +1,8 @@
 // A decoding step over the slots of an evicting cache: one query per row of the batch, votes added in place, and
 // the slot that goes next.
 #pragma once
+#include <algorithm>
+
 #include "job.h"
 
 namespace heedful {
@@ -19,8 +21,13 @@ struct Slots {
   void* mask;                         // (B, C), F before; F after in the end
   const int64_t *positions, *newest;  // (B, C), (B)
   int64_t ms, ps;                     // row strides of mask and positions
-  const int64_t* rows;                // (B), which row of k, v, mask and positions is whose; null: in order
-  const int64_t* in_use;              // (B), their slots in use; null: n_keys
+  // Of a store of rows, of which each sequence has one; null: row b is sequence b, and its token is in its slot.
+  const int64_t* rows;                        // (B)
+  const int64_t* seen;                        // (B), tokens before this one
+  const void *new_k, *new_v, *new_select_k;   // the tokens, (B, G, D), (B, G, E), (B, D'), last stride 1
+  const void* own_votes;                      // (B), what F begins with; null: 0
+  int64_t nks[2], nvs[2], nss, budget;
+  int64_t ns;                                 // row stride of next, where the slot of this token is named, too
   void* out;                          // (B, H, E)
   int64_t* next;                      // (B)
   ParallelFn parallel;
@@ -32,6 +39,7 @@ template <class T> class Step {
 
   void run() {
     votes.grow(job.batch * job.n_keys);
+    for (long b = 0; job.rows && b < job.batch; ++b) place(b);
     Job pool{};
     pool.parallel = job.parallel;
     const long work = job.batch * job.heads * job.n_keys * (job.size + job.v_size);
@@ -46,7 +54,25 @@ template <class T> class Step {
   Buffer<T> votes;
 
   long row(long b) const { return job.rows ? job.rows[b] : b; }
-  long keys(long b) const { return job.in_use ? job.in_use[b] : job.n_keys; }
+  long keys(long b) const { return job.rows ? std::min<long>(job.seen[b] + 1, job.budget) : job.n_keys; }
+  long newest(long b) const { return job.rows ? job.next[row(b) * job.ns] : job.newest[b]; }
+
+  // Write a token over the one that goes.
+  void place(long b) {
+    const long slot = newest(b);
+    for (long g = 0; g < job.groups; ++g) {
+      const T* k = (const T*)job.new_k + b * job.nks[0] + g * job.nks[1];
+      const T* v = (const T*)job.new_v + b * job.nvs[0] + g * job.nvs[1];
+      std::copy_n(k, job.size, (T*)job.k + row(b) * job.ks[0] + g * job.ks[1] + slot * job.ks[2]);
+      std::copy_n(v, job.v_size, (T*)job.v + row(b) * job.vs[0] + g * job.vs[1] + slot * job.vs[2]);
+    }
+    if (job.select_size) {
+      const T* k = (const T*)job.new_select_k + b * job.nss;
+      std::copy_n(k, job.select_size, (T*)job.select_k + row(b) * job.ss[1] + slot * job.ss[2]);
+    }
+    ((T*)job.mask)[row(b) * job.ms + slot] = job.own_votes ? ((const T*)job.own_votes)[b] : T(0);
+    const_cast<int64_t*>(job.positions)[row(b) * job.ps + slot] = job.seen[b];
+  }
 
   void attend(long b, long h) {
     constexpr int L = LANES<T>;
@@ -125,7 +151,7 @@ template <class T> class Step {
   // The most votes among those that may go, the oldest among equals; slot 0 holds the first token, which nobody votes
   // on and which stays.
   void vote(long b) {
-    const long n = keys(b), newest = job.newest[b];
+    const long n = keys(b), newest = this->newest(b);
     if (job.select_size) select(b);
     T* mask = (T*)job.mask + row(b) * job.ms;
     const T* cast = votes + b * job.n_keys;
@@ -137,7 +163,10 @@ template <class T> class Step {
       if (positions[j] < job.first || positions[j] > youngest) continue;
       if (!best || mask[j] > mask[best] || (mask[j] == mask[best] && positions[j] < positions[best])) best = j;
     }
-    job.next[b] = best ? best : 1;
+    if (!job.rows)
+      job.next[b] = best ? best : 1;
+    else  // a slot that is free, as long as there is one
+      job.next[row(b) * job.ns] = n < job.budget ? n : best ? best : 1;
   }
 };
 

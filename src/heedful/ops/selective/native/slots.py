@@ -1,12 +1,30 @@
 """A decoding step over slots by the native operator: `attend_slots` in one call."""
 
 import ctypes
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from heedful.ops.native.library import SlotsJob, address, library, pool
 from heedful.ops.precision import wide_dtype
+
+
+class RowStore(NamedTuple):
+    """The slots of many sequences, a row each; rows may lie any distance apart."""
+
+    k: Tensor
+    """(N, G, C, D)."""
+    v: Tensor
+    """(N, G, C, E)."""
+    soft_mask: Tensor
+    """(N, C), float32 or wider."""
+    positions: Tensor
+    """(N, C) int64."""
+    next: Tensor
+    """(N,) int64, the slot that the next token takes."""
+    select_k: Tensor | None = None
+    """(N, 1, C, D'), of a selection head of its own."""
 
 
 @torch.library.custom_op("heedful::attend_slots_native", mutates_args=("soft_mask",), device_types="cpu")
@@ -57,22 +75,14 @@ def run_slots(
     select_k: Tensor | None = None,
     subtract: bool = True,
     handle: ctypes.CDLL | None = None,
-    rows: Tensor | None = None,
-    in_use: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`attend_slots_native`, by `handle` where it is not verified yet. No gradients.
-
-    With `rows` and `in_use` as `attend_slots_of`, where nothing may have to be copied.
-    """
+    """`attend_slots_native`, by `handle` where it is not verified yet. No gradients."""
     dtype = wide_dtype(q)
     handle = handle or library(dtype)
     batch, heads, _, size = q.shape
     groups, n_keys, v_size = k.shape[1], k.shape[2], v.shape[3]
     wide_q, wide_k, wide_v = _readable(q, dtype), _readable(k, dtype), _readable(v, dtype)
-    own = newest.contiguous()
-    mask, places = soft_mask, positions
-    if rows is None:
-        mask, places = soft_mask.contiguous(), positions.contiguous()
+    mask, places, own = soft_mask.contiguous(), positions.contiguous(), newest.contiguous()
     own_q, own_k = (None if x is None else _readable(x, dtype) for x in (select_q, select_k))
     out = wide_q.new_empty(batch, heads, 1, v_size)
     following = newest.new_empty(batch, 1)
@@ -99,8 +109,6 @@ def run_slots(
         newest=address(own),
         ms=mask.stride(0),
         ps=places.stride(0),
-        rows=address(rows),
-        in_use=address(in_use),
         out=address(out),
         next=address(following),
         parallel=pool(),
@@ -112,6 +120,70 @@ def run_slots(
     if mask is not soft_mask:
         soft_mask.copy_(mask)
     return out if out.dtype == v.dtype else out.to(v.dtype), following
+
+
+def run_rows(
+    store: "RowStore",
+    rows: Tensor,
+    seen: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    grace: int,
+    first: int,
+    select_q: Tensor | None,
+    select_k: Tensor | None,
+    own_votes: Tensor | None,
+    subtract: bool,
+) -> Tensor:
+    """`step_rows` in one call, for float32 and last strides of 1. No gradients."""
+    batch, heads, _, size = q.shape
+    groups, slots, v_size = store.k.shape[1], store.k.shape[2], store.v.shape[3]
+    out = q.new_empty(batch, heads, 1, v_size)
+    rows, seen = rows.contiguous(), seen.contiguous()
+    own_votes = None if own_votes is None else own_votes.contiguous()
+    job = SlotsJob(
+        batch=batch,
+        heads=heads,
+        groups=groups,
+        n_keys=slots,
+        size=size,
+        v_size=v_size,
+        threads=torch.get_num_threads(),
+        grace=grace,
+        first=first,
+        subtract=subtract,
+        select_size=0 if select_q is None else select_q.shape[-1],
+        select_q=address(select_q),
+        select_k=address(store.select_k),
+        scale=scale,
+        q=address(q),
+        k=address(store.k),
+        v=address(store.v),
+        mask=address(store.soft_mask),
+        positions=address(store.positions),
+        ms=store.soft_mask.stride(0),
+        ps=store.positions.stride(0),
+        rows=address(rows),
+        seen=address(seen),
+        new_k=address(k),
+        new_v=address(v),
+        new_select_k=address(select_k),
+        own_votes=address(own_votes),
+        budget=slots,
+        ns=store.next.stride(0),
+        out=address(out),
+        next=address(store.next),
+        parallel=pool(),
+    )
+    job.qs[:], job.ks[:], job.vs[:] = q.stride()[:2], store.k.stride()[:3], store.v.stride()[:3]
+    job.nks[:], job.nvs[:] = k.stride()[:2], v.stride()[:2]
+    if select_q is not None and select_k is not None and store.select_k is not None:
+        job.ss[:] = select_q.stride(0), store.select_k.stride(0), store.select_k.stride(2)
+        job.nss = select_k.stride(0)
+    library(torch.float32).heedful_slots(ctypes.byref(job))
+    return out
 
 
 def _readable(x: Tensor, dtype: torch.dtype) -> Tensor:
