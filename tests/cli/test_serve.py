@@ -1,0 +1,103 @@
+"""`heedful serve`: the command it becomes, and what it refuses. The server itself is in plugins/vllm/tests."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.stock import save_stock_model
+
+import heedful as library
+from heedful.cli import serve
+from heedful.cli.errors import UsageError
+
+VALUES: dict[str, Any] = {
+    **{"kv_budget": "", "kv_policy": None, "kv_grace": None, "kv_first": None, "max_model_len": None},
+    **{"kv_memory": None, "prefix_caching": True, "compile": False, "dtype": "auto", "name": None},
+    **{"host": "127.0.0.1", "port": 8000},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("serve")
+    save_stock_model(place / "stock", ["It is a truth universally acknowledged"])
+    return library.convert(place / "stock", place / "own")
+
+
+@pytest.fixture(autouse=True)
+def no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HEEDFUL_API_KEY", "VLLM_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def command(folder: Path, *more: str, **values: Any) -> list[str]:
+    return serve.server_command({**VALUES, "run": str(folder), **values}, more)[0]
+
+
+def value(words: list[str], name: str) -> str:
+    return words[words.index(name) + 1]
+
+
+def test_on_this_machine_alone_with_the_model_s_own_budget(folder: Path):
+    words = command(folder)
+    assert value(words, "--model") == str(folder) and value(words, "--host") == "127.0.0.1"
+    assert value(words, "--served-model-name") == "own"
+    assert "--enable-prefix-caching" in words and "--additional-config" not in words
+
+
+def test_what_is_asked_reaches_the_engine(folder: Path):
+    asked = {"kv_budget": "64,32", "kv_policy": "streaming", "kv_grace": 4, "kv_memory": 0.5, "compile": True}
+    words = command(folder, "--max-num-seqs", "8", **asked, prefix_caching=False, name="small")
+    given = json.loads(value(words, "--additional-config"))
+    assert given == {
+        "heedful": {"kv_budget": [64, 32], "kv_policy": "streaming", "kv_grace": 4, "compile": True}
+    }
+    assert value(words, "--kv-cache-memory-bytes") == str(2**29) and "--no-enable-prefix-caching" in words
+    assert words[-2:] == ["--max-num-seqs", "8"] and value(words, "--served-model-name") == "small"
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.0.3", "::", "example.org"])
+def test_others_need_a_key(folder: Path, host: str, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(UsageError, match="set HEEDFUL_API_KEY"):
+        command(folder, host=host)
+    monkeypatch.setenv("HEEDFUL_API_KEY", "secret")
+    words, environment = serve.server_command({**VALUES, "run": str(folder), "host": host})
+    assert environment["VLLM_API_KEY"] == "secret" and "HEEDFUL_API_KEY" not in environment
+    assert not any("secret" in word for word in words)
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.1.2.3", "::1"])
+def test_this_machine_needs_none(folder: Path, host: str):
+    assert value(command(folder, host=host), "--host") == host
+
+
+@pytest.mark.parametrize(
+    ("more", "values", "message"),
+    [
+        (["--trust-remote-code"], {}, "--trust-remote-code is not needed"),
+        (["--api-key", "a"], {}, "the key in HEEDFUL_API_KEY"),
+        (["--host=0.0.0.0"], {}, "give --host to heedful serve"),
+        ([], {"kv_budget": "1"}, "budget must be a whole number"),
+        ([], {"kv_policy": "best"}, "policy"),
+        ([], {"port": 0}, "--port must be 1 or more"),
+        ([], {"port": 70000}, "--port must be 65535 or less"),
+        ([], {"kv_memory": float("nan")}, "--kv-memory must be GiB"),
+        ([], {"max_model_len": 0}, "--max-model-len must be 2 or more"),
+    ],
+)
+def test_what_is_unsound(folder: Path, more: list[str], values: dict[str, Any], message: str):
+    with pytest.raises((UsageError, ValueError), match=message):
+        command(folder, *more, **values)
+
+
+def test_one_line_for_each_error(heedful: Callable[..., Any], folder: Path, tmp_path: Path):
+    assert "holds no model" in heedful("serve", tmp_path).error(1)
+    assert "`heedful convert` makes one" in heedful("serve", folder.parent / "stock").error(1)
+    (tmp_path / "config.json").write_text("{")
+    assert "cannot be read" in heedful("serve", tmp_path).error(1)
+    if serve.missing_for_serving():
+        assert 'pip install "vllm' in heedful("serve", folder).error(1)
+        assert 'pip install "vllm' in heedful("doctor", folder, "--engine", "vllm").error(1)
+    assert "--engine must be vllm" in heedful("doctor", folder, "--engine", "sglang").error(2)
