@@ -1,6 +1,5 @@
 """vLLM itself, with a small model: the tokens of `generate` however requests are scheduled, and what is refused."""
 
-import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,6 +64,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def engine(folder: Path, **more: Any) -> Any:
     options = {"dtype": "float32", "max_model_len": 512, "kv_cache_memory_bytes": 2**28}
+    options["disable_log_stats"] = False
     return vllm.LLM(str(folder), **{**options, **more})
 
 
@@ -100,8 +100,8 @@ def test_50_prompts(folder: Path, prompts: list[list[int]], alone: list[list[int
         assert near <= 2
         if turn == 1 and "blocks" not in SCHEDULES[schedule]:
             assert sum(output.num_cached_tokens for output in outputs) > 2000
-    metrics = {m.name: m for m in llm.get_metrics()} if os.environ.get("PROMETHEUS_MULTIPROC_DIR") else {}
-    assert not metrics or metrics["vllm:num_preemptions"].value >= 0
+    if "preemption" in schedule:
+        assert sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions") > 0
 
 
 def test_a_warm_answer_equals_a_cold_one_bit_for_bit(folder: Path, prompts: list[list[int]]):
