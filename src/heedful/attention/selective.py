@@ -154,12 +154,12 @@ class SelectiveScore(EvictableScore):
         if self.config.selector == "head":
             return None
         if self.config.selector == "retention":
-            said = nn.functional.softplus(self.retain(x).to(wide_dtype(x))).mT
-            if not torch.is_grad_enabled():
-                said = (said * STEPS).round() / STEPS
-            own_votes, votes = said.chunk(2, dim=1)
+            said = nn.functional.softplus(self.retain(x).to(wide_dtype(x)))
+            if not torch.is_grad_enabled():  # in place: in a decoding step every operation counts
+                said = said.mul_(STEPS).round_().div_(STEPS)
+            own_votes, votes = said.mT.chunk(2, dim=1)
             k = votes[..., None].to(x.dtype)
-            return Selection(torch.full_like(k, 1 / scale), k, own_votes)
+            return Selection(k.new_tensor(1 / scale).expand(k.shape), k, own_votes)
         shape = (self.selectors, self.config.select_dim)
         q, k = (layer(x).unflatten(-1, shape).transpose(1, 2) for layer in (self.select_q, self.select_k))
         return Selection(q * (self.config.select_dim**-0.5 / scale), k)
