@@ -156,6 +156,7 @@ check: lint types layers ## lint, types and layers together
 lint: setup ## check style and formatting
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/hadolint plugins/vllm/Dockerfile
 
 types: setup ## check the types
 	$(BIN)/mypy
