@@ -18,14 +18,15 @@ from typing import Any
 from load import Load, load
 from rich.console import Console
 from server import OURS, STOCK, Server
-from transformers import AutoTokenizer
+
+from heedful.hf.load import load_tokenizer
 
 STOCK_PORT, OWN_PORT = 8101, 8102
 
 
 def prompts_of(folder: Path, text: Path, n: int, length: int, skip: int) -> list[list[int]]:
     """n different pieces of a text, of `length` tokens each."""
-    ids = AutoTokenizer.from_pretrained(folder)(text.read_text(encoding="utf-8"))["input_ids"]
+    ids = load_tokenizer(folder)(text.read_text(encoding="utf-8"))["input_ids"]
     starts = [(skip + i) * 131 % (len(ids) - length) for i in range(n)]
     return [ids[at : at + length] for at in starts]
 
@@ -112,7 +113,8 @@ def main() -> None:
         Server(ours, OWN_PORT, build / "serve-heedful.log") as two,
     ):
         servers = {"stock": one, "heedful": two}
-        run["start_seconds"] = {name: round(server.wait(), 1) for name, server in servers.items()}
+        for server in servers.values():
+            server.wait()
         for server in servers.values():  # what is compiled on first use
             load(server.port, "model", prompts_of(values.stock, values.text, 2, 64, 900), 8, 2)
         run["memory_bytes"] = {name: server.memory() for name, server in servers.items()}

@@ -112,6 +112,7 @@ async def _all(port: int, model: str, prompts: list[list[int]], n: int, at_once:
     answers = await asyncio.gather(*(one(prompt) for prompt in prompts))
     seconds = time.perf_counter() - began
     watching.cancel()
+    await client.close()
     after = metrics(port)
 
     def more(name: str) -> float:
