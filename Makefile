@@ -135,9 +135,9 @@ test-vllm: .venv-vllm-$(VLLM)/.installed ## run the tests of plugins/vllm with v
 TEXT ?= persuasion.txt
 SERVE := .venv-vllm-$(VLLM)/bin/python benchmarks/serving
 bench-serve: .venv-vllm-$(VLLM)/.installed ## stock vLLM against our models in it; STOCK=folder CONVERTED=folder TEXT=file; an hour
-	$(SERVE)/bench.py $(STOCK) $(CONVERTED) $(TEXT) --name smollm2-1k --memory 96 --prompt 128 --answer 384 \
-		--budget 64 --at-once 1 8 16 --out results/serving
-	$(SERVE)/soak.py $(CONVERTED) $(TEXT) --out results/serving/soak
+	$(SERVE)/bench.py $(STOCK) $(CONVERTED) $(TEXT) --name smollm2-1k --memory 128 --prompt 128 --answer 896 \
+		--budget 128 --at-once 1 8 16 --out results/serving
+	$(SERVE)/soak.py $(CONVERTED) $(TEXT) --budget 48 --answer 8 --memory 64 --out results/serving/soak
 
 DIST := build/dist
 
