@@ -66,6 +66,7 @@ def test_others_need_a_key(folder: Path, host: str, monkeypatch: pytest.MonkeyPa
     words, environment = serve.server_command({**VALUES, "run": str(folder), "host": host})
     assert environment["VLLM_API_KEY"] == "secret" and "HEEDFUL_API_KEY" not in environment
     assert not any("secret" in word for word in words)
+    assert value(words, "--middleware") == "heedful_vllm.gate.KeyForAll"
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.1.2.3", "::1"])
@@ -76,9 +77,16 @@ def test_this_machine_needs_none(folder: Path, host: str):
 @pytest.mark.parametrize(
     ("more", "values", "message"),
     [
-        (["--trust-remote-code"], {}, "--trust-remote-code is not needed"),
-        (["--api-key", "a"], {}, "the key in HEEDFUL_API_KEY"),
-        (["--host=0.0.0.0"], {}, "give --host to heedful serve"),
+        (["--trust-remote-code"], {}, "it is not needed"),
+        (["--trust_remote"], {}, "it is not needed"),
+        (["--api-key", "a"], {}, "set HEEDFUL_API_KEY"),
+        (["--api_ke=a"], {}, "set HEEDFUL_API_KEY"),
+        (["--max-num-seqs", "3", "--hos", "0.0.0.0"], {}, "give it to heedful serve"),
+        (["--host=0.0.0.0"], {}, "give it to heedful serve"),
+        (["--config", "c.yaml"], {}, "a file could say"),
+        (["--model", "x"], {}, "the model is the folder"),
+        (["--uds", "x"], {}, "listen elsewhere"),
+        (["--additional-config.heedful.kv_budget", "3"], {}, "has --kv-budget"),
         ([], {"kv_budget": "1"}, "budget must be a whole number"),
         ([], {"kv_policy": "best"}, "policy"),
         ([], {"port": 0}, "--port must be 1 or more"),

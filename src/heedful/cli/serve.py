@@ -4,8 +4,8 @@ import importlib.util
 import ipaddress
 import json
 import os
+import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import MISSING
 from importlib import metadata
@@ -35,8 +35,8 @@ DESCRIPTION = f"""Serve a trained or converted model with vLLM's OpenAI server, 
     heedful serve converted -- --max-num-seqs 64                        # what follows -- is for vLLM
 
 A request takes the memory of its budget, however long it gets, and the engine admits as many as fit. It says at
-the start what is bounded, and by how much; /metrics counts tokens seen, held and evicted (heedful_...). Ctrl-C
-lets running requests end.
+the start what is bounded, and by how much; /metrics counts tokens seen, held and evicted (heedful_...). With a key
+every path but /health asks for it. Ctrl-C ends it, and requests that run.
 
 Needs vLLM {VLLM}: {INSTALL}."""
 
@@ -77,8 +77,8 @@ def run(arguments: Sequence[str]) -> int:
     missing = missing_for_serving()
     if missing is not None:
         raise ImportError(f"heedful serve needs {missing}: {INSTALL}")
-    # where the engine's processes count, and /metrics adds up
-    environment.setdefault("PROMETHEUS_MULTIPROC_DIR", tempfile.mkdtemp(prefix="heedful-metrics-"))
+    if "PROMETHEUS_MULTIPROC_DIR" not in environment:
+        environment["PROMETHEUS_MULTIPROC_DIR"] = str(_fresh_folder(values["port"]))
     sys.stdout.flush()
     os.execve(command[0], command, environment)
 
@@ -104,19 +104,16 @@ def server_command(values: dict[str, Any], more: Sequence[str] = ()) -> tuple[li
         raise UsageError(f"--port must be 65535 or less, got {values['port']}")
     if values["kv_memory"] is not None and not 0 < values["kv_memory"] < 2**20:
         raise UsageError(f"--kv-memory must be GiB, more than 0, got {values['kv_memory']}")
-    if any(word.startswith("--trust-remote-code") for word in more):
-        raise UsageError("--trust-remote-code is not needed, and runs code that lies in the model's folder")
-    if any(word.split("=")[0] in ("--api-key", "--host") for word in more):
-        raise UsageError(
-            f"give --host to heedful serve, and the key in {KEY_NAME}: arguments are seen by all"
-        )
+    for word in more:
+        if reason := _refused(word):
+            raise UsageError(f"{word.split('=')[0]} after --: {reason}")
     environment = dict(os.environ)
     key = environment.pop(KEY_NAME, "") or environment.get("VLLM_API_KEY", "")
     if key:
         environment["VLLM_API_KEY"] = key
     elif not _is_loopback(values["host"]):
         raise UsageError(
-            f"--host {values['host']} lets others in: set {KEY_NAME}, or listen on 127.0.0.1 behind a proxy"
+            f"--host {values['host']!r} lets others in: set {KEY_NAME}, or listen on 127.0.0.1 behind a proxy"
         )
     folder = Path(values["run"])
     _check_model(folder)
@@ -126,6 +123,8 @@ def server_command(values: dict[str, Any], more: Sequence[str] = ()) -> tuple[li
     command += ["--host", values["host"], "--port", str(values["port"]), "--dtype", values["dtype"]]
     command += ["--served-model-name", values["name"] or folder.resolve().name]
     command += ["--enable-prefix-caching" if values["prefix_caching"] else "--no-enable-prefix-caching"]
+    if key:
+        command += ["--middleware", "heedful_vllm.gate.KeyForAll"]
     if values["max_model_len"] is not None:
         command += ["--max-model-len", str(values["max_model_len"])]
     if values["kv_memory"] is not None:
@@ -139,6 +138,28 @@ def server_command(values: dict[str, Any], more: Sequence[str] = ()) -> tuple[li
     return [*command, *more], environment
 
 
+REFUSED = {
+    "trust-remote-code": "it is not needed, and runs code that lies in the model's folder",
+    "api-key": f"arguments are seen by all; set {KEY_NAME}",
+    "config": "a file could say all that is refused here; write its options out",
+    "additional-config": "heedful serve has --kv-budget and the like for it",
+    "middleware": "one asks for the key, and others would stand before it",
+    **dict.fromkeys(("host", "port", "dtype", "max-model-len"), "give it to heedful serve, before --"),
+    "served-model-name": "give --name to heedful serve",
+    "model": "the model is the folder given to heedful serve",
+    "uds": "it would listen elsewhere; give --host and --port to heedful serve",
+}
+"""Options of vLLM that heedful serve sets or checks, and why they are not taken."""
+
+
+def _refused(word: str) -> str | None:
+    """Why vLLM is not given an argument: it takes _ for -, and options cut short as long as they are clear."""
+    if not word.startswith("--"):
+        return None
+    name = word[2:].split("=")[0].replace("_", "-").split(".")[0]
+    return next((why for known, why in REFUSED.items() if name and known.startswith(name)), None)
+
+
 def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """What is ours, and what follows --."""
     words = list(arguments)
@@ -146,8 +167,17 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return words[:at], words[at + 1 :]
 
 
+def _fresh_folder(port: int) -> Path:
+    """Where the engine's processes count, and /metrics adds up: one for each port, empty at the start."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "heedful" / f"metrics-{port}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
 def _is_loopback(host: str) -> bool:
-    if host == "localhost":
+    if host.lower() == "localhost":
         return True
     try:
         return ipaddress.ip_address(host).is_loopback

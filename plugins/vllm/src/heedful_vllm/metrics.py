@@ -34,10 +34,10 @@ class Metrics:
         gauges = {
             "held": (
                 "heedful_tokens_held",
-                "Tokens held now by running requests, the mean over layers; counted.",
+                "Tokens held by the requests of the last step looked at (once a second), the mean over layers.",
             ),
-            "most": ("heedful_tokens_held_most", "Tokens that any layer of any request ever held; counted."),
-            "bytes": ("heedful_bytes_held", "Bytes of the memories of running requests."),
+            "most": ("heedful_tokens_held_most", "Tokens that any layer of any request held at any look."),
+            "bytes": ("heedful_bytes_held", "Bytes of the memories of those requests."),
             "each": ("heedful_bytes_per_request", "Bytes of one request, however long it gets."),
             "budget": ("heedful_budget_tokens", "Tokens that the layer with the largest budget may hold."),
         }

@@ -72,8 +72,10 @@ def step_rows(
             own = select_q[b : b + 1], store.select_k[row : row + 1, :, :n]
         out, after = attend_slots(
             q[b : b + 1],
-            *(x[row : row + 1, :, :n] for x in (store.k, store.v)),
-            *(x[row : row + 1, :n] for x in (store.soft_mask, store.positions)),
+            store.k[row : row + 1, :, :n],
+            store.v[row : row + 1, :, :n],
+            store.soft_mask[row : row + 1, :n],
+            store.positions[row : row + 1, :n],
             slot[b : b + 1, None],
             scale,
             grace=grace,
