@@ -75,7 +75,6 @@ def main() -> None:
     parser.add_argument("--requests", type=int, help="of a load; as many as at once if left out")
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--prefix-caching", action="store_true", help="in both")
-    parser.add_argument("--compile", action="store_true", help="ours too; the stock model always is")
     parser.add_argument("--out", type=Path, default=Path("results/serving"))
     values = parser.parse_args()
     console = Console(stderr=True)
@@ -97,7 +96,6 @@ def main() -> None:
     ours = [*OURS, str(values.converted), "--dtype", "float32", "--max-model-len", longest, "--name", "model"]
     ours += ["--kv-memory", str(values.memory / 1024), "--kv-budget", str(values.budget)]
     ours += ["--prefix-caching" if values.prefix_caching else "--no-prefix-caching"]
-    ours += ["--compile"] if values.compile else []
     run: dict[str, Any] = {name: getattr(values, name) for name in ("memory", "prompt", "answer", "budget")}
     run |= {
         "prefix_caching": values.prefix_caching,

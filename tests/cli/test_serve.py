@@ -14,7 +14,7 @@ from heedful.cli.errors import UsageError
 
 VALUES: dict[str, Any] = {
     **{"kv_budget": "", "kv_policy": None, "kv_grace": None, "kv_first": None, "max_model_len": None},
-    **{"kv_memory": None, "prefix_caching": True, "compile": False, "dtype": "auto", "name": None},
+    **{"kv_memory": None, "prefix_caching": True, "dtype": "auto", "name": None},
     **{"host": "127.0.0.1", "port": 8000},
 }
 
@@ -48,12 +48,10 @@ def test_on_this_machine_alone_with_the_model_s_own_budget(folder: Path):
 
 
 def test_what_is_asked_reaches_the_engine(folder: Path):
-    asked = {"kv_budget": "64,32", "kv_policy": "streaming", "kv_grace": 4, "kv_memory": 0.5, "compile": True}
+    asked = {"kv_budget": "64,32", "kv_policy": "streaming", "kv_grace": 4, "kv_memory": 0.5}
     words = command(folder, "--max-num-seqs", "8", **asked, prefix_caching=False, name="small")
     given = json.loads(value(words, "--additional-config"))
-    assert given == {
-        "heedful": {"kv_budget": [64, 32], "kv_policy": "streaming", "kv_grace": 4, "compile": True}
-    }
+    assert given == {"heedful": {"kv_budget": [64, 32], "kv_policy": "streaming", "kv_grace": 4}}
     assert value(words, "--kv-cache-memory-bytes") == str(2**29) and "--no-enable-prefix-caching" in words
     assert words[-2:] == ["--max-num-seqs", "8"] and value(words, "--served-model-name") == "small"
 

@@ -63,9 +63,6 @@ def run(arguments: Sequence[str]) -> int:
                 "GiB for the memories of all requests; vLLM's share if left out",
             ),
             flag("prefix_caching", bool, True, "keep snapshots of prompts, for those that begin alike"),
-            flag(
-                "compile", bool, False, "fuse operations: some minutes more at the start, faster afterwards"
-            ),
             flag("dtype", str, "auto", "auto, float32, bfloat16 or float16"),
             flag("name", str | None, None, "the model's name in requests; that of the folder if left out"),
             flag("host", str, "127.0.0.1", "address to listen on; others than this machine's need a key"),
@@ -129,8 +126,6 @@ def server_command(values: dict[str, Any], more: Sequence[str] = ()) -> tuple[li
         command += ["--max-model-len", str(values["max_model_len"])]
     if values["kv_memory"] is not None:
         command += ["--kv-cache-memory-bytes", str(int(values["kv_memory"] * 2**30))]
-    if values["compile"]:
-        asked["compile"] = True
     if asked:
         command += ["--additional-config", json.dumps({"heedful": asked})]
     environment.setdefault("VLLM_NO_USAGE_STATS", "1")

@@ -1,8 +1,5 @@
 """heedful's models in vLLM: a request takes the memory of its budget, however long it gets."""
 
-VLLM = "0.32"
-"""The version of vLLM whose interfaces are used here."""
-
 
 def register() -> None:
     """What vLLM calls in every process of its own: make heedful's architectures known, nothing heavier."""

@@ -19,13 +19,12 @@ class Bounded:
         model: trained with heedful, or converted.
         asked: who goes; layers without a bound hold the longest request.
         longest: tokens of the longest request.
-        compiled: let torch.compile fuse what lies between the operators; the first pass takes a minute or two.
 
     Raises:
         ValueError: if a layer cannot be bounded, or its score and the policy do not go together.
     """
 
-    def __init__(self, model: Any, asked: Eviction, longest: int, compiled: bool = False) -> None:
+    def __init__(self, model: Any, asked: Eviction, longest: int) -> None:
         self.model, self.evicts = model, asked.evicts
         n_layers = len(model.new_cache(asked).layers)
         self.eviction = bounded(asked, n_layers, longest)
@@ -34,12 +33,6 @@ class Bounded:
         self._cache = HeedfulCache(n_layers, converted=hasattr(model.config, "heedful"))
         for i, layer in enumerate(self._cache.layers):
             layer.memory = LayerMemory(self.blocks, i)  # type: ignore[attr-defined]
-        self._run: Any = run
-        with torch.no_grad():  # every memory meets its layer
-            at = torch.zeros(1, dtype=torch.long, device=next(model.parameters()).device)
-            self.forward(at, at, None)
-        if compiled:
-            self._run = torch.compile(run, dynamic=True)
 
     @property
     def budgets(self) -> list[int]:
@@ -49,7 +42,7 @@ class Bounded:
     def forward(self, ids: Tensor, positions: Tensor, batch: Batch | None) -> Tensor:
         """(N,) tokens of all requests, side by side, to (N, C); no batch: nothing is remembered, for a trial."""
         self.blocks.batch = batch
-        return self._run(self.model, ids[None], self._cache, positions[None])[0]
+        return run(self.model, ids[None], self._cache, positions[None])[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, C) to (n, vocabulary)."""

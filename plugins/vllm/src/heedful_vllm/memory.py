@@ -1,13 +1,11 @@
 """The engine's blocks as heedful's caches: a block holds what `EvictingCache`s of a request hold."""
 
-import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from heedful.attention.base import Attention
-from heedful.attention.cache import KVCache
 from heedful.attention.eviction import EvictingCache
 from heedful.attention.eviction.bound import LossBound
 from heedful.attention.eviction.policy import Policy
@@ -18,38 +16,6 @@ from heedful.ops.eviction import least_needed_slot
 from heedful.ops.selective.rows import RowStore, step_rows
 from heedful_vllm.batch import Batch, Piece, Singles
 from heedful_vllm.layout import NEXT, Layout
-
-_MEMORIES: list[weakref.ref["LayerMemory"]] = []
-
-
-@torch.library.custom_op("heedful_vllm::attend_blocks", mutates_args=())
-def attend_blocks(
-    handle: int,
-    x: Tensor,
-    q: Tensor,
-    memory: list[Tensor],
-    select_q: Tensor | None,
-    own_votes: Tensor | None,
-) -> Tensor:
-    """(T, H, E): `LayerMemory.outputs`, as an operator that a compiler leaves alone; it writes into the blocks."""
-    own = _MEMORIES[handle]()
-    assert own is not None
-    tokens = Tokens(x, q, dict(zip(own.names, memory, strict=True)), None, None, select_q, own_votes)
-    return own.outputs(tokens)[0].transpose(0, 1).contiguous()
-
-
-@attend_blocks.register_fake
-def _(
-    handle: int,
-    x: Tensor,
-    q: Tensor,
-    memory: list[Tensor],
-    select_q: Tensor | None,
-    own_votes: Tensor | None,
-) -> Tensor:
-    own = _MEMORIES[handle]()
-    assert own is not None
-    return q.new_empty(q.shape[2], q.shape[1], own.v_size)
 
 
 class Held:
@@ -96,7 +62,7 @@ class Held:
         return least_needed_slot(priority, cache.positions, slots.arrived, cache.rule.grace, cache.rule.first)
 
 
-class LayerMemory(KVCache):
+class LayerMemory:
     """One layer of all requests of a batch, which stands for the cache of one row of tokens.
 
     Args:
@@ -104,38 +70,22 @@ class LayerMemory(KVCache):
         index: of the layer.
     """
 
+    seen = 0
+    """As of an empty cache: the engine gives positions."""
+    padded = False
+
     def __init__(self, blocks: "Blocks", index: int) -> None:
-        super().__init__()
         self.blocks, self.index = blocks, index
-        self.layer: Any = None
-        """The layer it belongs to; known after the first pass."""
-        self.names: list[str] = []
-        self.v_size = 0
-        self._together = False
-        self._handle = len(_MEMORIES)
-        _MEMORIES.append(weakref.ref(self))
+        self._together: bool | None = None
 
     def attend(self, layer: Layer, tokens: Tokens) -> Tensor:
         """(1, H, T, E), of the tokens of all requests."""
-        if self.layer is None:
-            self.meet(layer, tokens)
-        if not torch.compiler.is_compiling():  # the way through the dispatcher is long
-            return self.outputs(tokens)
-        memory = [tokens.memory[name] for name in self.names]
-        out = attend_blocks(self._handle, tokens.x, tokens.q, memory, tokens.select_q, tokens.own_votes)
-        return out[None].transpose(1, 2)
-
-    def meet(self, layer: Layer, tokens: Tokens) -> None:
-        """Learn what the layer is like."""
-        self.layer, self.names = layer, list(tokens.memory)
-        self.v_size = layer.keys_values(tokens.memory)[1].shape[-1]
-        self._together = self._decodes_together(layer)
-
-    def outputs(self, tokens: Tokens) -> Tensor:
-        """(1, H, T, E), of the batch that is read now."""
-        layer, batch = self.layer, self.blocks.batch
+        batch = self.blocks.batch
         if batch is None:  # the engine tries how much memory a pass takes
-            return tokens.q.new_zeros(*tokens.q.shape[:3], self.v_size)
+            _, v = layer.keys_values(tokens.memory)
+            return tokens.q.new_zeros(*tokens.q.shape[:3], v.shape[-1])
+        if self._together is None:
+            self._together = self._decodes_together(layer)
         if not self._together:
             return self._each(layer, tokens, batch.pieces)
         if not batch.longer and len(batch.singles.at) == tokens.length:
@@ -199,25 +149,6 @@ class LayerMemory(KVCache):
             own_votes=None if tokens.own_votes is None else tokens.own_votes[0, 0],
             subtract=layer.score.subtracts,  # type: ignore[attr-defined]
         )
-
-    # Of one request there is nothing to say here.
-
-    kept = padded = nbytes = property(lambda self: 0)  # type: ignore[assignment]
-
-    def _next_positions(self, *args: Any) -> Tensor:
-        raise NotImplementedError("the engine gives positions")
-
-    def reset(self) -> None:
-        """Nothing: requests come and go in blocks."""
-
-    def _attend(self, layer: Layer, tokens: Tokens) -> Tensor:
-        raise NotImplementedError
-
-    def _snapshot(self) -> Any:
-        raise NotImplementedError
-
-    def _change_rows(self, change: Any) -> None:
-        raise NotImplementedError
 
 
 class Blocks:

@@ -17,7 +17,7 @@ from heedful.hf.load import load_model
 from heedful_vllm.bounded import Bounded
 from heedful_vllm.metrics import FOLDER, metrics_for
 from heedful_vllm.register import BACKEND
-from heedful_vllm.settings import asked_for, compiles
+from heedful_vllm.settings import asked_for
 
 logger = init_logger("vllm.heedful")
 
@@ -59,7 +59,7 @@ class BoundedForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsMamb
         config = vllm_config.model_config
         self.model = load_model(config.model).to(config.dtype)
         asked = self.model.resolve_eviction(**asked_for(vllm_config))
-        self.bounded = Bounded(self.model, asked, config.max_model_len, compiles(vllm_config))
+        self.bounded = Bounded(self.model, asked, config.max_model_len)
         self.memory = Memory(self.NAME, vllm_config, self.bounded)
         self.metrics = metrics_for(self.bounded, str(config.served_model_name))
         self._say(config.max_model_len)
@@ -118,13 +118,3 @@ class BoundedForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsMamb
     def get_mamba_state_copy_func(cls) -> tuple[MambaStateCopyFunc, ...]:
         """A snapshot is a copy of the block."""
         return (get_temporal_copy_spec,)
-
-    @classmethod
-    def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
-        """Unknown before there is a model; nobody asks where all layers are of one kind."""
-        raise NotImplementedError
-
-    @classmethod
-    def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
-        """Bytes."""
-        return (torch.uint8,)

@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 KEY = "heedful"
-COMPILE = "compile"
-"""Among the options: let torch.compile fuse what lies between the operators."""
 """The part of vLLM's --additional-config that is ours: {"heedful": {"kv_budget": 512}}."""
 OPTIONS = "kv_budget", "kv_policy", "kv_evict_every", "kv_threshold", "kv_grace", "kv_first"
 
@@ -44,19 +42,12 @@ def asked_for(vllm_config: "VllmConfig") -> dict[str, Any]:
     """
     given = vllm_config.additional_config
     options = dict(given.get(KEY) or {}) if isinstance(given, dict) else {}
-    if unknown := sorted(set(options) - {*OPTIONS, COMPILE}):
+    if unknown := sorted(set(options) - set(OPTIONS)):
         raise ValueError(
-            f"heedful: --additional-config has unknown options {unknown}; expected {', '.join(OPTIONS)}, {COMPILE}"
+            f"heedful: --additional-config has unknown options {unknown}; expected {', '.join(OPTIONS)}"
         )
-    options.pop(COMPILE, None)
     Eviction.of(**options)
     return options
-
-
-def compiles(vllm_config: "VllmConfig") -> bool:
-    """Whether --additional-config asks for torch.compile."""
-    given = vllm_config.additional_config
-    return bool(given.get(KEY, {}).get(COMPILE)) if isinstance(given, dict) else False
 
 
 def refusal(vllm_config: "VllmConfig") -> str | None:
