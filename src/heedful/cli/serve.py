@@ -28,15 +28,14 @@ KEY_NAME = "HEEDFUL_API_KEY"
 DESCRIPTION = f"""Serve a trained or converted model with vLLM's OpenAI server, each request in bounded memory.
 
     heedful serve runs/a --kv-budget 512
-    curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
-         -d '{{"model": "a", "prompt": "It is a truth", "max_tokens": 20}}'
     heedful serve converted --max-model-len 8192 --kv-memory 4          # 4 GiB for all requests together
-    {KEY_NAME}=secret heedful serve converted --host 0.0.0.0            # for others: with a key alone
+    heedful serve converted --host 0.0.0.0           # for others, with a key: {KEY_NAME}=secret
     heedful serve converted -- --max-num-seqs 64                        # what follows -- is for vLLM
 
-A request takes the memory of its budget, however long it gets, and the engine admits as many as fit. It says at
-the start what is bounded, and by how much; /metrics counts tokens seen, held and evicted (heedful_...). With a key
-every path but /health asks for it. Ctrl-C ends it, and requests that run.
+It answers /v1/completions and /v1/chat/completions. A request takes the memory of its budget, however long it gets,
+and the engine admits as many as fit. It says at the start what is bounded, and by how much; /metrics counts tokens
+seen, held and evicted (heedful_...). With a key every path but /health asks for it. Ctrl-C ends it, and requests
+that run.
 
 Needs vLLM {VLLM}: {INSTALL}."""
 
