@@ -5,9 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
-from heedful.attention.eviction import POLICIES, Eviction
-from heedful.cli.errors import UsageError
-from heedful.cli.parsing import kv_budget_of
+from heedful.cli.doctor_run import checked_budget
 from heedful.cli.serve import INSTALL, missing_for_serving
 from heedful.cli.wrapping import print_report
 from heedful.screen import spinner
@@ -21,13 +19,7 @@ def examine_engine(folder: str, kv_budget: str, kv_policy: str | None, as_json: 
         ImportError: if the engine is missing.
         ValueError: if no budget is active, or an answer differs.
     """
-    budget = kv_budget_of(kv_budget)
-    if kv_policy is not None and kv_policy not in POLICIES:
-        raise UsageError(f"--kv-policy must be one of {', '.join(POLICIES)}, got {kv_policy!r}")
-    try:
-        Eviction.of(budget)
-    except ValueError as error:
-        raise UsageError(f"--kv-budget: {error}") from None
+    budget = checked_budget(kv_budget, kv_policy)
     if missing := missing_for_serving():
         raise ImportError(f"heedful doctor --engine vllm needs {missing}: {INSTALL}")
     from heedful_vllm.doctor import prove_engine  # type: ignore[import-not-found]

@@ -19,13 +19,7 @@ def examine_run(folder: str, kv_budget: str, kv_policy: str | None, as_json: boo
         UsageError: for an unsound budget or an unknown policy.
         ValueError: if no budget is active.
     """
-    budget = kv_budget_of(kv_budget)
-    if kv_policy is not None and kv_policy not in POLICIES:
-        raise UsageError(f"--kv-policy must be one of {', '.join(POLICIES)}, got {kv_policy!r}")
-    try:
-        Eviction.of(budget)
-    except ValueError as error:
-        raise UsageError(f"--kv-budget: {error}") from None
+    budget = checked_budget(kv_budget, kv_policy)
     console = Console(stderr=True, highlight=False)
     with spinner(console, "loading the model"):
         from heedful.evaluation.proof import prove_budget
@@ -49,6 +43,22 @@ def examine_run(folder: str, kv_budget: str, kv_policy: str | None, as_json: boo
     else:
         print_report(proved, _proof_lines(proved))
     return 0
+
+
+def checked_budget(kv_budget: str, kv_policy: str | None) -> Any:
+    """The budget that is meant, None where none is given.
+
+    Raises:
+        UsageError: for an unsound budget or an unknown policy.
+    """
+    budget = kv_budget_of(kv_budget)
+    if kv_policy is not None and kv_policy not in POLICIES:
+        raise UsageError(f"--kv-policy must be one of {', '.join(POLICIES)}, got {kv_policy!r}")
+    try:
+        Eviction.of(budget)
+    except ValueError as error:
+        raise UsageError(f"--kv-budget: {error}") from None
+    return budget
 
 
 def _facts(model: Any, folder: str) -> dict[str, Any]:
