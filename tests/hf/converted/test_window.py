@@ -109,8 +109,10 @@ def test_votes_are_trained_and_documents_stay_apart(
     positions = torch.cat((torch.arange(10), torch.arange(14)))[None]
     with torch.no_grad():
         packed = model(ids[:1], position_ids=positions).logits
-        stock = make_source(family, **ALL_SLIDE[family])(ids[:1], position_ids=positions, use_cache=False)
-        torch.testing.assert_close(packed, stock.logits, rtol=1e-4, atol=1e-4)
+        stock = make_source(family, **ALL_SLIDE[family])
+        stock.set_attn_implementation("eager")  # with sdpa transformers 5.17 leaves Gemma 2's softcap out
+        expected = stock(ids[:1], position_ids=positions, use_cache=False).logits
+        torch.testing.assert_close(packed, expected, rtol=1e-4, atol=1e-4)
     let_them_vote(model)
     model(ids, labels=ids).loss.backward()
     grads = [p.grad for name, p in model.named_parameters() if ".score.select" in name]
