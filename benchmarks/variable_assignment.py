@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from heedful.data import TokenDataset, load_data, variable_assignment
+from heedful.data import TokenDataset, load_data
+from heedful.data.tasks.variable_assignment import VariableAssignment
 from heedful.demo import SELECTIVE, TASK
 from heedful.evaluation import evaluate
 from heedful.hf.load import load_model
@@ -68,7 +69,7 @@ def learn(settings: TrainSettings, out: Path, results: Path, console: Console) -
     result = train(settings, folder, resume=(folder / "train.json").exists(), console=console)
     model = load_model(folder)
     accuracy = {
-        n: evaluate(model, TokenDataset(variable_assignment(256, statements=n, seed=10_007 + n))).accuracy
+        n: evaluate(model, TokenDataset(VariableAssignment(statements=n).draw(256, seed=10_007 + n))).accuracy
         for n in STATEMENTS
     }
     curve = [(tokens * settings.steps // result.tokens, right) for tokens, _, right in result.curve]
@@ -79,7 +80,7 @@ def learn(settings: TrainSettings, out: Path, results: Path, console: Console) -
 
 def step_seconds(results: Path, repeats: int) -> None:
     """Seconds of a training step of both, taking turns, as lines of steps.jsonl, one per number of threads."""
-    batch = variable_assignment(TASK.batch_size, seed=1)
+    batch = VariableAssignment().draw(TASK.batch_size, seed=1)
     data = load_data(TASK.data, train_examples=1)
     rows = []
     for threads in (1, 2):

@@ -15,11 +15,11 @@ from rich.console import Console
 
 import heedful.demo as demo_module
 from heedful.demo.jobs import TextModel, text_data
-from heedful.demo.workers import side_by_side
 from heedful.evaluation import evaluate
 from heedful.hf.load import load_model
 from heedful.plotting import COLORS, colors
 from heedful.training import TrainSettings
+from heedful.training.workers import side_by_side
 
 TINY: dict[str, Any] = {"d_model": 16, "n_layers": 1, "n_heads": 2, "batch_size": 4, "steps": 3}
 

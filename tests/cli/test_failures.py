@@ -55,7 +55,7 @@ def test_bad_data(heedful: Heedful, command: str, kind: str, tmp_path: Path):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_unknown_task(heedful: Heedful, command: str, tmp_path: Path):
-    message = heedful(command, "--data", "synthetic:variable", "--out", tmp_path / "out").error(1)
+    message = heedful(command, "--data", "synthetic:variable", "--out", tmp_path / "out").error(2)
     assert "expected one of: synthetic:variable-assignment" in message
     assert not (tmp_path / "out").exists()
 

@@ -41,7 +41,7 @@ def settings(text_file: Path) -> Callable[..., CompareSettings]:
 def quiet_compare() -> Callable[..., list[RunResult]]:
     """`compare` that writes to nowhere."""
 
-    def run(settings: CompareSettings, out: Path) -> list[RunResult]:
-        return compare(settings, out, console=Console(file=io.StringIO()))
+    def run(settings: CompareSettings, out: Path, **how: Any) -> list[RunResult]:
+        return compare(settings, out, console=Console(file=io.StringIO()), **how)
 
     return run

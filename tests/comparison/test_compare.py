@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib.image
 import pytest
 
-import heedful.comparison.run as compare_module
+import heedful.comparison.jobs as compare_module
 import heedful.training.run as train_module
 from heedful.comparison import CompareSettings
 from heedful.comparison.plot import plot_curves

@@ -55,7 +55,8 @@ def test_a_trial_says_how_long_all_runs_take(settings: Settings, steps_of: dict[
     times.next(forms[1], failed=True)
     times.next(forms[1], seconds=300)
     assert times.left() == 300
-    assert times.title(forms[1]) == "6/6 sas x softmax, seed 0"
+    assert times.titles(forms) == ["1/6 mha x softmax, seed 0", "2/6 sas x softmax, seed 0"]
+    assert times.titles(forms[1:]) == ["3/6 sas x softmax, seed 0"]
 
 
 def test_short_runs_are_not_tried(settings: Settings, steps_of: dict[str, float]):

@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Console
 
 from heedful.attention.registry import ATTENTIONS, SCORES
 from heedful.cli.errors import UsageError
-from heedful.cli.parsing import flag, flag_fields, form_options, parse, peek, split
+from heedful.cli.parsing import flag, flag_fields, form_options, parse, peek, split, task_options
 from heedful.cli.train import given_trainer_options
+from heedful.comparison.matching import Match
 from heedful.comparison.settings import CompareSettings
 from heedful.errors import Interrupted
 from heedful.screen import spinner
@@ -21,9 +21,12 @@ DESCRIPTION = """Train every attention x score with the same data order and seed
 
 Writes results.jsonl (a row per run), summary.md and compare.png; the first form is the baseline. Running
 the same command again goes on where it stopped. All forms start from the same logit scale
-(--init-logit-std), the great confounder of such comparisons. --match evens out parameters or training
-FLOPs through the width of the SwiGLU. Options --attention.* and --score.* go to every form that has them,
---trainer.* to every run (heedful train --help)."""
+(--init-logit-std), the great confounder of such comparisons. --match evens out parameters, training FLOPs or
+seconds; --baseline-steps says what a form's compute is worth. Options --attention.* and --score.* go to every form
+that has them, --task.* and --trainer.* to every run (heedful train --help).
+
+    heedful compare --data synthetic:mqar --task.pairs 16 --task.tokens 128 --seeds 5 --workers 2
+    heedful compare --ray auto      # on a cluster"""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -42,9 +45,17 @@ def run(arguments: Sequence[str]) -> int:
             flag("seeds", int, 2, "runs of each form"),
             flag(
                 "match",
-                Literal["none", "params", "flops"],
+                Match,
                 "none",
-                "held equal to the first form within 1 %, by the width of the SwiGLU",
+                "held equal to the first form: params or flops within 1 % by the width of the SwiGLU, seconds by "
+                "the number of steps",
+            ),
+            flag(
+                "baseline_steps",
+                str,
+                "",
+                "also train the first form for these numbers of steps, e.g. 250,1000: what the others' compute is "
+                "worth",
             ),
             flag(
                 "lr_sweep",
@@ -55,15 +66,26 @@ def run(arguments: Sequence[str]) -> int:
             *kept,
             form_options("attention", ATTENTIONS, split("--attention", attention, str)),
             form_options("score", SCORES, split("--score", score, str)),
+            task_options(peek(arguments, "data", TrainSettings.data)),
             flag("out", str, "runs/compare", "folder for the results"),
+            flag("workers", int, 1, "runs at a time, each with its share of the cores"),
+            flag(
+                "ray",
+                str | None,
+                None,
+                'run on a Ray cluster: its address, "auto", or "local" for one on this machine',
+            ),
         ],
         arguments,
     )
-    out = Path(values.pop("out"))
+    out, how = Path(values.pop("out")), {name: values.pop(name) for name in ("workers", "ray")}
+    if how["workers"] < 1:
+        raise UsageError(f"--workers must be 1 or more, got {how['workers']}")
     chosen = {
         "attention": split("--attention", values["attention"], str),
         "score": split("--score", values["score"], str),
         "lr_sweep": split("--lr-sweep", values["lr_sweep"], float),
+        "baseline_steps": split("--baseline-steps", values["baseline_steps"], int),
     }
     try:
         settings = CompareSettings.of(**{**values, **chosen, "trainer": trainer})
@@ -74,7 +96,7 @@ def run(arguments: Sequence[str]) -> int:
         from heedful.comparison.run import compare
 
     try:
-        compare(settings, out, console=console)
+        compare(settings, out, console=console, **how)
     except Interrupted as stopped:
         raise Interrupted(f"{stopped}; the same command goes on") from None
     print(f"written: {out / 'summary.md'}, {out / 'compare.png'}, {out / 'results.jsonl'}")

@@ -11,11 +11,12 @@ from heedful.attention.registry import Registry
 from heedful.cli.arguments import check, flags_of
 from heedful.cli.errors import UsageError
 from heedful.cli.wrapping import wrapped
+from heedful.data.tasks import task_class
 
 T = TypeVar("T")
 
 # Shown as sections of their own, built from the chosen forms.
-_OPTION_FIELDS = {"attention_options", "score_options"}
+_OPTION_FIELDS = {"attention_options", "score_options", "task_options"}
 
 
 def flag_fields(settings_class: Any, **defaults: Any) -> list[tuple[str, Any, Any]]:
@@ -63,6 +64,19 @@ def form_options(
             default = defaults.get(f.name, f.default if f.default is not dataclasses.MISSING else None)
             fields.setdefault(f.name, flag(f.name, f.type, default, help))
     return options_section(kind, names, list(fields.values())) if fields else None
+
+
+def task_options(data: str, given: Mapping[str, Any] | None = None) -> tuple[str, Any, Any] | None:
+    """The options of the synthetic task that the data is, as `--task.*`; None for other data."""
+    try:
+        task = task_class(data)
+    except ValueError as error:
+        raise UsageError(f"--data: {error}") from None
+    if task is None:
+        return None
+    own = dataclasses.fields(task)
+    fields = [flag(f.name, f.type, (given or {}).get(f.name, f.default), f.metadata["help"]) for f in own]
+    return options_section("task", [data], fields)
 
 
 def options_section(

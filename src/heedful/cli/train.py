@@ -9,7 +9,7 @@ from rich.console import Console
 
 from heedful.attention.registry import ATTENTIONS, SCORES
 from heedful.cli.errors import UsageError
-from heedful.cli.parsing import flag, flag_fields, form_options, parse, peek
+from heedful.cli.parsing import flag, flag_fields, form_options, parse, peek, task_options
 from heedful.errors import Interrupted
 from heedful.screen import spinner
 from heedful.training.settings import SETTINGS, TrainSettings
@@ -21,8 +21,9 @@ DESCRIPTION = """Train a language model and leave it in a folder that transforme
     heedful train --resume --out runs/a                  # after a stop: goes on exactly
     heedful generate runs/a "Once upon a time"
 
-The options of the chosen attention and score are below as --attention.* and --score.*. Any field of
-transformers' TrainingArguments is handed through as --trainer.*:
+The options of the chosen attention and score are below as --attention.* and --score.*, those of a synthetic
+task (--data synthetic:mqar) as --task.*. Any field of transformers' TrainingArguments is handed through as
+--trainer.*:
 
     --trainer.adam-beta2 0.99 --trainer.max-grad-norm 0.5 --trainer.lr-scheduler-type linear
     --trainer.gradient-accumulation-steps 2
@@ -35,10 +36,12 @@ def run(arguments: Sequence[str]) -> int:
     saved = _saved(arguments)  # of a run to resume: what flags that are not given say
     attention = peek(arguments, "attention", saved.attention)
     score = peek(arguments, "score", saved.score)
+    data = peek(arguments, "data", saved.data)
     arguments, trainer = given_trainer_options(arguments)
     kept = {
         "attention_options": saved.attention_options if attention == saved.attention else {},
         "score_options": saved.score_options if score == saved.score else {},
+        "task_options": saved.task_options if data == saved.data else {},
     }
     values = parse(
         "train",
@@ -47,6 +50,7 @@ def run(arguments: Sequence[str]) -> int:
             *(f for f in flag_fields(TrainSettings, **saved.to_dict()) if f[0] != "trainer"),
             form_options("attention", ATTENTIONS, [attention], kept["attention_options"]),
             form_options("score", SCORES, [score], kept["score_options"]),
+            task_options(data, kept["task_options"]),
             flag("out", str, "runs/train", "folder for the model, its settings and figures"),
             flag("resume", bool, False, "go on with the run in --out, with the settings it has"),
         ],

@@ -8,6 +8,16 @@ from heedful.decoder import DecoderConfig
 
 TOLERANCE = 0.01
 
+Match = Literal["none", "params", "flops", "seconds"]
+"""What is held equal to the first form: nothing, the size or the FLOPs by the width of the SwiGLU, or the time of
+training by the number of steps."""
+HELD_EQUAL: dict[Match, str] = {
+    "none": "nothing but depth and width",
+    "params": "parameters",
+    "flops": "training FLOPs",
+    "seconds": "seconds of training, by the number of steps",
+}
+
 
 def match_d_ff(
     config: DecoderConfig, target: DecoderConfig, by: Literal["params", "flops"], context: int

@@ -2,39 +2,48 @@
 
 import dataclasses
 import json
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from heedful.comparison.jobs import Outcome, Run, run_all
+from heedful.comparison.matching import HELD_EQUAL
+from heedful.comparison.multiplier import multiplier_table
 from heedful.comparison.plot import plot_curves
 from heedful.comparison.settings import CompareSettings
 from heedful.comparison.table import markdown_table, noise_note, rich_table, summarise
-from heedful.comparison.timetable import Timetable, form_name
+from heedful.comparison.timetable import Timetable, at_equal_seconds, form_name
 from heedful.data import Data
-from heedful.errors import Interrupted
 from heedful.files import write_text
-from heedful.training import RunResult, TrainSettings, train
+from heedful.training import RunResult, TrainSettings
 from heedful.training.run import RESULT, load_settings_data
-from heedful.training.settings import SETTINGS
 
 
 def compare(
-    settings: CompareSettings, out: str | Path, *, console: Console | None = None, data: Data | None = None
+    settings: CompareSettings,
+    out: str | Path,
+    *,
+    console: Console | None = None,
+    data: Data | None = None,
+    workers: int = 1,
+    ray: str | None = None,
 ) -> list[RunResult]:
     """Train every form with every seed and write the comparison.
 
-    `out` gets `results.jsonl` (a row per run), `summary.md`, `compare.png`, the models under `runs/`, and
-    `sweep.jsonl` after a learning-rate sweep. Called again with the same settings it goes on where it
-    stopped. A run that fails is reported and does not lose the others; calling again tries it again.
+    `out` gets `results.jsonl` (a row per run), `summary.md`, `compare.png`, the models under `runs/`,
+    `sweep.jsonl` after a learning-rate sweep, and `baseline.jsonl` with the first form at other numbers of steps.
+    Called again with the same settings it goes on where it stopped. A run that fails is reported and does not lose
+    the others; calling again tries it again.
 
     Args:
         settings: what to compare.
         out: the folder; made if missing.
         console: where to show progress and the table.
         data: loaded data; default: what the settings name.
+        workers: runs at a time, each with its share of the cores.
+        ray: a Ray cluster to run them on: its address, "auto", or "local" for one on this machine.
 
     Returns:
         The finished runs, form by form.
@@ -43,39 +52,48 @@ def compare(
         ValueError: for unsound settings, or if `out` holds a comparison with other settings.
         Interrupted: after Ctrl-C.
         RuntimeError: if runs failed; the others are written.
+        ImportError: for `ray` without Ray.
     """
     out, console = Path(out), console or Console()
     _check_folder(settings, out)
+    here = data is not None or (workers == 1 and ray is None)
     data = data or load_settings_data(settings.train)
     forms = settings.forms(data.vocab_size, data.context)
     prepare(settings, out)
     console.print(f"[bold]data[/bold] {data.description}")
-    runs = _Runs(out / "runs", data, console, _timetable(settings, forms, out, console))
-    runs.times.announce(forms, data)
-    results: list[RunResult] = []
-    for form in forms:
-        lr = form.lr
-        if settings.lr_sweep:
-            best = _sweep(form, settings.lr_sweep, out, runs)
-            if best is None:
-                continue
-            lr = best
-        for seed in range(settings.seeds):
-            result = runs.run(dataclasses.replace(form, lr=lr, seed=seed))
-            if result is not None:
-                results.append(result)
-                _write(results, settings, data, out)
-    if results:
-        summaries = summarise(results)
+    if settings.match == "seconds":
+        forms = at_equal_seconds(forms, data, out, console)
+    times = _timetable(settings, forms, out, console, workers)
+    times.announce(forms, data)
+    runs = _Runs(out / "runs", data if here else settings.train, console, times, workers, ray)
+    if settings.lr_sweep:
+        rates = _swept(settings, forms, out, runs)
+        forms = [dataclasses.replace(f, lr=rates[form_name(f)]) for f in forms if form_name(f) in rates]
+    results, longer = _Kept(forms, settings.seeds), _Kept([], 0)
+    if forms and form_name(forms[0]) == settings.first_form:
+        steps = [dataclasses.replace(forms[0], steps=n) for n in settings.baseline_steps]
+        longer = _Kept(steps, settings.seeds, named_by_steps=True)
+
+    def write(name: str, result: RunResult) -> None:
+        for kept in (results, longer):
+            kept.take(name, result)
+        _write(results.finished, longer.finished, settings, data, out)
+
+    # Seed by seed: what is there after a stop compares every form.
+    for seed in range(settings.seeds):
+        runs.plan(results.of_seed(seed) | longer.of_seed(seed))
+    runs.run(write)
+    if results.finished:
+        summaries = summarise(results.finished)
         title = f"{data.name}: validation loss in nats per token"
         console.print(rich_table(summaries, title, console.width))
         console.print(noise_note(summaries).replace("**", ""), style="dim")
     if failures := runs.failures:
         raise RuntimeError(
-            f"{len(failures)} of {len(failures) + len(results)} runs failed ({'; '.join(failures)}); the others "
+            f"{len(failures)} of {runs.tried} runs failed ({'; '.join(failures)}); the others "
             f"are in {out}. Run the same command again to try the failed ones again"
         )
-    return results
+    return results.finished
 
 
 def prepare(settings: CompareSettings, out: Path) -> None:
@@ -85,40 +103,83 @@ def prepare(settings: CompareSettings, out: Path) -> None:
     write_text(out / "compare.json", json.dumps(_plain(settings), indent=2) + "\n")
 
 
+class _Kept:
+    """Runs of some forms, seed by seed, and what is there of them."""
+
+    def __init__(self, forms: Sequence[TrainSettings], seeds: int, named_by_steps: bool = False) -> None:
+        self._runs = {
+            run_name(s) + (f"-steps{s.steps}" if named_by_steps else ""): s
+            for s in (dataclasses.replace(f, seed=seed) for f in forms for seed in range(seeds))
+        }
+        self._results: dict[str, RunResult] = {}
+
+    def of_seed(self, seed: int) -> dict[str, TrainSettings]:
+        """The runs with this seed, by name."""
+        return {name: s for name, s in self._runs.items() if s.seed == seed}
+
+    def take(self, name: str, result: RunResult) -> None:
+        """Keep the result, if it is of these."""
+        if name in self._runs:
+            self._results[name] = result
+
+    @property
+    def finished(self) -> list[RunResult]:
+        """What is there, form by form."""
+        return [self._results[name] for name in self._runs if name in self._results]
+
+
 class _Runs:
     """Runs in one folder, each with one line about it."""
 
-    def __init__(self, folder: Path, data: Data, console: Console, times: Timetable) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        data: Data | TrainSettings,
+        console: Console,
+        times: Timetable,
+        workers: int,
+        ray: str | None,
+    ) -> None:
         self.folder, self.data, self.console, self.times = folder, data, console, times
+        self.how: dict[str, Any] = {"workers": workers, "ray": ray}
         self.failures: list[str] = []
-        self.seen: set[Path] = set()
+        self._planned: dict[str, TrainSettings] = {}
+        self._seen: set[str] = set()
 
-    def run(self, settings: TrainSettings) -> RunResult | None:
-        """One run, or what is left of it; a failure is noted, not raised."""
-        out = self.folder / run_name(settings)
-        known, finished = out in self.seen, (out / RESULT).exists()
-        self.seen.add(out)
-        began = time.perf_counter()
-        try:
-            result = train(
-                settings,
-                out,
-                resume=(out / SETTINGS).exists(),
-                data=self.data,
-                console=self.console,
-                title=self.times.title(settings),
-            )
-        except Interrupted:
-            raise
-        except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            self.failures.append(f"{out.name}: {reason}")
-            self.console.print(f"[red]failed[/red] {self.failures[-1]}", highlight=False)
-            self.times.next(settings, failed=True)
-            return None
-        if not known:  # the best run of a sweep is also the first of its form
-            self.times.finished(settings, result, None if finished else time.perf_counter() - began)
-        return result
+    @property
+    def tried(self) -> int:
+        """Runs so far."""
+        return len(self._seen)
+
+    def plan(self, runs: dict[str, TrainSettings]) -> None:
+        """Some more, by name."""
+        self._planned |= runs
+
+    def run(self, write: Callable[[str, RunResult], None]) -> None:
+        """Train what is planned, or take what is there; `write` gets each. A failure is noted, not raised."""
+        planned, self._planned = self._planned, {}
+        for name in planned:
+            # The best run of a sweep is also the first of its form.
+            if name in self._seen and (self.folder / name / RESULT).exists():
+                write(name, RunResult.load(self.folder / name / RESULT))
+        new = {name: s for name, s in planned.items() if name not in self._seen}
+        self._seen |= set(new)
+        titles = self.times.titles(list(new.values()))
+        runs = [
+            Run(s, self.folder / name, title, self.data)
+            for (name, s), title in zip(new.items(), titles, strict=True)
+        ]
+
+        def done(run: Run, outcome: Outcome) -> None:
+            if outcome.result is None:
+                self.failures.append(f"{run.folder.name}: {outcome.reason}")
+                self.console.print(f"[red]failed[/red] {self.failures[-1]}", highlight=False)
+                self.times.next(run.settings, failed=True)
+                return
+            write(run.folder.name, outcome.result)
+            self.times.finished(run.title, run.settings, outcome.result, outcome.seconds)
+
+        run_all(runs, self.console, done, **self.how)
 
 
 def run_name(settings: TrainSettings) -> str:
@@ -128,25 +189,34 @@ def run_name(settings: TrainSettings) -> str:
 
 
 def _timetable(
-    settings: CompareSettings, forms: Sequence[TrainSettings], out: Path, console: Console
+    settings: CompareSettings, forms: Sequence[TrainSettings], out: Path, console: Console, workers: int
 ) -> Timetable:
     """A sweep's best run is the first of its form, not one more."""
     each = settings.seeds + max(len(settings.lr_sweep) - 1, 0)
     finished = {
         form_name(f): len(list((out / "runs").glob(f"{f.attention}-{f.score}-seed*/{RESULT}"))) for f in forms
     }
-    return Timetable({form_name(f): each for f in forms}, finished, console)
+    return Timetable({form_name(f): each for f in forms}, finished, console, workers)
 
 
-def _sweep(form: TrainSettings, rates: Sequence[float], out: Path, runs: _Runs) -> float | None:
-    """The learning rate with the lowest validation loss at the first seed."""
-    tried: list[tuple[float, float]] = []
-    for lr in rates:
-        result = runs.run(dataclasses.replace(form, lr=lr, seed=0))
-        if result is not None:
-            tried.append((result.val_loss, lr))
-            _append_sweep(out / "sweep.jsonl", form, lr, result.val_loss)
-    return min(tried)[1] if tried else None
+def _swept(
+    settings: CompareSettings, forms: Sequence[TrainSettings], out: Path, runs: _Runs
+) -> dict[str, float]:
+    """The learning rate of each form with the lowest validation loss at the first seed; none where all failed."""
+    tries = {
+        run_name(s): s
+        for s in (dataclasses.replace(f, lr=lr, seed=0) for f in forms for lr in settings.lr_sweep)
+    }
+    tried: dict[str, list[tuple[float, float]]] = {}
+
+    def write(name: str, result: RunResult) -> None:
+        form, lr = tries[name], tries[name].lr
+        tried.setdefault(form_name(form), []).append((result.val_loss, lr))
+        _append_sweep(out / "sweep.jsonl", form, lr, result.val_loss)
+
+    runs.plan(tries)
+    runs.run(write)
+    return {name: min(found)[1] for name, found in tried.items()}
 
 
 def _append_sweep(path: Path, form: TrainSettings, lr: float, loss: float) -> None:
@@ -204,21 +274,26 @@ def _plain(settings: CompareSettings) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(settings)))
 
 
-def _write(results: list[RunResult], settings: CompareSettings, data: Data, out: Path) -> None:
+def _write(
+    results: list[RunResult], longer: list[RunResult], settings: CompareSettings, data: Data, out: Path
+) -> None:
     """Everything but the models, anew after every run, so that a stop loses nothing."""
-    lines = "".join(json.dumps(r.to_dict()) + "\n" for r in results)
-    write_text(out / "results.jsonl", lines)
+    for name, some in (("results.jsonl", results), ("baseline.jsonl", longer)):
+        if some:
+            write_text(out / name, "".join(json.dumps(r.to_dict()) + "\n" for r in some))
+    if not results:
+        return
     summaries = summarise(results)
-    held = {"none": "nothing but depth and width", "params": "parameters", "flops": "training FLOPs"}
     equal_lr = "the best of a sweep, per form" if settings.lr_sweep else "equal for all forms"
     t = settings.train
     parts = [
         f"# {' · '.join(s.name for s in summaries)}",
         f"{data.description}. {t.steps} steps of {t.batch_size} x {data.context} tokens; held equal: "
-        f"{held[settings.match]}; learning rate: {equal_lr}. All forms start from the same logit scale "
+        f"{HELD_EQUAL[settings.match]}; learning rate: {equal_lr}. All forms start from the same logit scale "
         f"(standard deviation {t.init_logit_std:g}), see the same rows in the same order, and share their seeds.",
         markdown_table(summaries),
         noise_note(summaries),
+        *multiplier_table(summaries, longer),
         "![curves](compare.png)",
     ]
     write_text(out / "summary.md", "\n\n".join(parts) + "\n")

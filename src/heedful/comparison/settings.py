@@ -3,11 +3,11 @@
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from heedful.attention.config import option, own_fields
 from heedful.attention.registry import ATTENTIONS, SCORES
-from heedful.comparison.matching import match_d_ff
+from heedful.comparison.matching import Match, match_d_ff
 from heedful.training.settings import TrainSettings
 
 
@@ -18,11 +18,15 @@ class CompareSettings:
     attention: tuple[str, ...] = option(("mha", "sas"), "attention forms, separated by commas")
     score: tuple[str, ...] = option(("softmax", "selective"), "score forms, separated by commas")
     seeds: int = option(2, "runs of each form; seeds 0, 1, ... give weights and data order")
-    match: Literal["none", "params", "flops"] = option(
-        "none", "what is held equal to the first form, by the width of the SwiGLU"
+    match: Match = option(
+        "none",
+        "what is held equal to the first form: params or flops by the width of the SwiGLU, seconds by the steps",
     )
     lr_sweep: tuple[float, ...] = option(
         (), "learning rates to try on each form with the first seed; the best is used for all its seeds"
+    )
+    baseline_steps: tuple[int, ...] = option(
+        (), "also train the first form for these numbers of steps: what the others' compute is worth"
     )
     train: TrainSettings = field(
         default_factory=TrainSettings, metadata={"help": "everything else, equal for all forms"}
@@ -39,16 +43,27 @@ class CompareSettings:
         for lr in self.lr_sweep:
             if not 0 < lr < math.inf:
                 raise ValueError(f"--lr-sweep needs learning rates greater than 0, got {lr}")
+        for steps in self.baseline_steps:
+            if steps < 1 or steps == self.train.steps:
+                raise ValueError(
+                    f"--baseline-steps needs numbers of steps other than --steps ({self.train.steps}), got {steps}"
+                )
         self.forms(self.train.vocab_size, self.train.context)
+
+    @property
+    def first_form(self) -> str:
+        """The baseline, as tables call it."""
+        return f"{self.attention[0]} x {self.score[0]}"
 
     def forms(self, vocab_size: int, context: int) -> list[TrainSettings]:
         """The settings of every form, matched; raises for unknown forms and unreachable matches."""
         settings = [self._form(a, s) for a in self.attention for s in self.score]
         configs = [s.to_config(vocab_size, context).to_decoder_config() for s in settings]
-        if self.match == "none":
+        by = self.match
+        if by == "none" or by == "seconds":
             return settings
         return settings[:1] + [
-            dataclasses.replace(s, d_ff=match_d_ff(c, configs[0], self.match, context))
+            dataclasses.replace(s, d_ff=match_d_ff(c, configs[0], by, context))
             for s, c in zip(settings[1:], configs[1:], strict=True)
         ]
 
@@ -60,7 +75,7 @@ class CompareSettings:
         `lr_sweep` may be one name or number instead of several.
         """
         own = {f.name: options.pop(f.name) for f in dataclasses.fields(cls) if f.name in options}
-        for name in ("attention", "score", "lr_sweep"):
+        for name in ("attention", "score", "lr_sweep", "baseline_steps"):
             if name in own:
                 own[name] = (own[name],) if isinstance(own[name], str | float | int) else tuple(own[name])
         of_forms = {name: options.pop(name, None) or {} for name in ("attention_options", "score_options")}

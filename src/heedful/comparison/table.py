@@ -39,6 +39,36 @@ class FormSummary:
         values = [getattr(run, name) for run in self.runs]
         return None if any(v is None for v in values) else mean(values)
 
+    def accuracy_at(self, times: str) -> float | None:
+        """Mean of the right answers at this many lengths of training; None where a run has none."""
+        values = [(run.accuracy_at or {}).get(times) for run in self.runs]
+        known = [v for v in values if v is not None]
+        return mean(known) if len(known) == len(values) else None
+
+    @property
+    def steps_to_learn(self) -> str:
+        """From which measured step on the answers are right; the median over seeds, and how many got there."""
+        reached = [_steps_to(run) for run in self.runs]
+        known = sorted(step for step in reached if step is not None)
+        if not known:
+            return "never"
+        middle = f"{known[(len(known) - 1) // 2]:,}"
+        return middle if len(known) == len(reached) else f"{middle} ({len(known)} of {len(reached)})"
+
+
+LEARNED = 0.95
+"""Right answers of a task that counts as learned."""
+
+
+def _steps_to(run: RunResult) -> int | None:
+    """The first measured step from which on two measurements in a row are right."""
+    per_step = run.tokens / (run.config.get("train", {}).get("steps") or 1)
+    rights = [right for _, _, right in run.curve]
+    for i, (tokens, _, right) in enumerate(run.curve):
+        if min(right, rights[min(i + 1, len(rights) - 1)]) >= LEARNED:
+            return round(tokens / per_step)
+    return None
+
 
 def summarise(runs: Sequence[RunResult]) -> list[FormSummary]:
     """One summary per form, in order of appearance; the first form is the baseline."""
@@ -59,6 +89,9 @@ COLUMNS = (
     "vs first",
     "bits/byte",
     "answers",
+    "at 2x",
+    "at 4x",
+    "steps to 95 %",
     "ms/step",
     "cache B/token",
 )
@@ -81,12 +114,18 @@ def rows(summaries: Sequence[FormSummary]) -> tuple[list[str], list[list[str]]]:
             _difference(s),
             "" if bpb is None else f"{bpb:.3f}",
             f"{s.mean_of('val_accuracy'):.1%}" if bpb is None else "",
+            *(_percent(s.accuracy_at(times)) for times in ("2", "4")),
+            s.steps_to_learn if bpb is None else "",
             f"{1000 * (s.mean_of('seconds_per_step') or 0):.0f}",
             f"{first.cache_bytes_per_token:,}",
         ]
         table.append(cells)
     shown = [i for i in range(len(COLUMNS)) if any(cells[i] for cells in table)]
     return [COLUMNS[i] for i in shown], [[cells[i] for i in shown] for cells in table]
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"
 
 
 def _difference(s: FormSummary) -> str:

@@ -1,14 +1,18 @@
 """How long a comparison takes: from a few steps of each form at first, then from its finished runs."""
 
+import dataclasses
+import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from statistics import mean
 
 import torch
 from rich.console import Console
 
 from heedful.data import Data
+from heedful.files import write_text
 from heedful.hf.modeling import HeedfulForCausalLM
 from heedful.screen import spinner
 from heedful.training import RunResult, TrainSettings
@@ -18,6 +22,8 @@ TRIAL_STEPS = 3
 """Steps of a form that are tried before it trains; the first warms up and does not count."""
 WORTH_A_TRIAL = 10 * TRIAL_STEPS
 """Runs of fewer steps are over sooner than they are estimated."""
+ROUNDS = 5
+"""Trials of each form, in turns, where equal seconds are asked for; the fastest counts."""
 _STARTING = 1.0  # seconds that a run takes beside its steps: making the model, saving it
 
 
@@ -28,13 +34,16 @@ class Timetable:
         planned: number of runs of each form, by the form's name.
         finished: how many of them are finished already.
         console: where to say it.
+        workers: runs at a time.
     """
 
-    def __init__(self, planned: Mapping[str, int], finished: Mapping[str, int], console: Console) -> None:
+    def __init__(
+        self, planned: Mapping[str, int], finished: Mapping[str, int], console: Console, workers: int = 1
+    ) -> None:
         self.to_come = {name: max(runs - finished.get(name, 0), 0) for name, runs in planned.items()}
         self.total = sum(planned.values())
-        self.console = console
-        self.number = 1
+        self.console, self.workers = console, workers
+        self.number = 0
         self.tried: dict[str, float] = {}
         self.measured: dict[str, list[float]] = {}
 
@@ -58,13 +67,16 @@ class Timetable:
             said = f"{runs} of {forms[0].steps:,} steps: about {duration(self.left())} ({', '.join(parts)})"
             self.console.print(f"[bold]time[/bold] {said}", highlight=False)
 
-    def title(self, settings: TrainSettings) -> str:
-        """The number and the name of the run that is next."""
-        return f"{self.number}/{self.total} {form_name(settings)}, seed {settings.seed}"
+    def titles(self, runs: Sequence[TrainSettings]) -> list[str]:
+        """The number and the name of the runs that are next."""
+        titles = []
+        for settings in runs:
+            self.number += 1
+            titles.append(f"{self.number}/{self.total} {form_name(settings)}, seed {settings.seed}")
+        return titles
 
-    def finished(self, settings: TrainSettings, result: RunResult, seconds: float | None) -> None:
+    def finished(self, title: str, settings: TrainSettings, result: RunResult, seconds: float | None) -> None:
         """One line about a run; `seconds` is what it took, None where it was finished before."""
-        title = self.title(settings)
         self.next(settings, seconds)
         took = "finished before" if seconds is None else f"in {duration(seconds)}"
         remaining = self.left()
@@ -76,7 +88,6 @@ class Timetable:
 
     def next(self, settings: TrainSettings, seconds: float | None = None, failed: bool = False) -> None:
         """One run is behind us, which took `seconds`, or which failed."""
-        self.number += 1
         if seconds is not None or failed:
             self.to_come[form_name(settings)] = max(self.to_come[form_name(settings)] - 1, 0)
         if seconds is not None:
@@ -97,7 +108,7 @@ class Timetable:
             else:
                 one = mean(measured) if measured else 0.0
             total += runs * one
-        return total
+        return total / self.workers
 
 
 def form_name(settings: TrainSettings) -> str:
@@ -134,6 +145,29 @@ def seconds_per_step(settings: TrainSettings, data: Data, steps: int = TRIAL_STE
             loss.item()  # waits for the device
             seconds.append(time.perf_counter() - began)
     return accumulated * mean(seconds[1:] or seconds)
+
+
+def at_equal_seconds(
+    forms: Sequence[TrainSettings], data: Data, out: Path, console: Console
+) -> list[TrainSettings]:
+    """The forms with as many steps as take the seconds of the first; measured once, kept in `out/seconds.json`."""
+    path = out / "seconds.json"
+    seconds: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    missing = [form for form in forms if form_name(form) not in seconds]
+    if missing:
+        # The first form takes part in every round: what is compared was measured together.
+        measured = [forms[0], *(form for form in missing if form is not forms[0])]
+        rounds: dict[str, list[float]] = {form_name(form): [] for form in measured}
+        with spinner(console, "measuring steps of each form, in turns"):
+            for _ in range(ROUNDS):
+                for form in measured:
+                    rounds[form_name(form)].append(seconds_per_step(form, data))
+        best = {name: min(found) for name, found in rounds.items()}
+        first = seconds.setdefault(form_name(forms[0]), best[form_name(forms[0])])
+        seconds |= {form_name(f): best[form_name(f)] / best[form_name(forms[0])] * first for f in missing}
+        write_text(path, json.dumps(seconds, indent=2) + "\n")
+    wanted = seconds[form_name(forms[0])] * forms[0].steps
+    return [dataclasses.replace(f, steps=max(1, round(wanted / seconds[form_name(f)]))) for f in forms]
 
 
 def _steps_of_a_run(settings: TrainSettings, data: Data) -> float:

@@ -6,6 +6,7 @@ import transformers or tokenizers.
 
 from heedful.data.dataset import Data, TokenDataset, load_data
 from heedful.data.packing import by_document, count_bytes, pack
+from heedful.data.tasks import TASKS, Task, answer_accuracy
 from heedful.data.text import Text, load_text, read_validation
 from heedful.data.tokenizer import (
     END_OF_TEXT,
@@ -16,16 +17,13 @@ from heedful.data.tokenizer import (
     token_bytes,
     train_bpe,
 )
-from heedful.data.variable_assignment import (
-    answer_accuracy,
-    variable_assignment,
-    variable_assignment_vocab_size,
-)
 
 __all__ = [
     "END_OF_TEXT",
+    "TASKS",
     "ByteTokenizer",
     "Data",
+    "Task",
     "Text",
     "TokenDataset",
     "answer_accuracy",
@@ -40,6 +38,4 @@ __all__ = [
     "read_validation",
     "token_bytes",
     "train_bpe",
-    "variable_assignment",
-    "variable_assignment_vocab_size",
 ]

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from heedful.data.packing import count_bytes, pack
 from heedful.data.reading import TEXT_COLUMN
+from heedful.data.tasks import task_of
+from heedful.data.tasks.task import BOS, Task
 from heedful.data.text import Text, load_text
 from heedful.data.tokenizer import (
     ByteTokenizer,
@@ -21,22 +23,14 @@ from heedful.data.tokenizer import (
     token_bytes,
     train_bpe,
 )
-from heedful.data.variable_assignment import (
-    BOS,
-    TOKENS_PER_STATEMENT,
-    variable_assignment,
-    variable_assignment_vocab_size,
-)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-SYNTHETIC_TASKS = ("variable-assignment",)
 TOKENIZERS = ("bpe", "chars", "bytes")
 
 SYNTHETIC_TRAIN_EXAMPLES = 20_000
 SYNTHETIC_VALIDATION_EXAMPLES = 512
-SYNTHETIC_STATEMENTS = 32
 # Fixed, so that runs of every training seed are scored on the same sequences.
 SYNTHETIC_VALIDATION_SEED = 1_000_000_007
 
@@ -69,7 +63,7 @@ class Data:
     name: str
     """`austen`, the name of a file or folder, or `synthetic:<task>`."""
     kind: str
-    """`text` or the synthetic task, `variable-assignment`."""
+    """`text`, or the name of the synthetic task."""
     train: TokenDataset
     """Rows to train on: input_ids, labels and, for text, segment_ids."""
     validation: TokenDataset
@@ -86,6 +80,8 @@ class Data:
     """UTF-8 bytes that the predicted validation tokens stand for; None for a synthetic task."""
     description: str
     """One line for people."""
+    task: Task | None = None
+    """The synthetic task; None for a text."""
 
 
 def load_data(
@@ -98,22 +94,24 @@ def load_data(
     context: int = 256,
     seed: int = 0,
     train_examples: int | None = None,
+    task_options: Mapping[str, Any] | None = None,
 ) -> Data:
     """Load, tokenize and pack a text, or draw a synthetic task.
 
     Args:
         data: `"austen"`, a file or a folder (see `load_text`), or
-            `"synthetic:variable-assignment"`.
+            `"synthetic:NAME"` for a task of `heedful.data.TASKS`.
         validation: text to measure on, in the same forms; text only. None holds some out.
         text_column: which column of a table (.jsonl, .csv, .parquet, ...) holds the texts.
         tokenizer: `"bpe"` or `"chars"` (made here of the training documents alone), `"bytes"`, or a
             tokenizer already built, such as the one saved with a model; text only.
         vocab_size: largest vocabulary of `"bpe"`; other tokenizers have their own.
-        context: tokens in a row. A synthetic sequence is 97 tokens, or fewer where `context`
+        context: tokens in a row. A synthetic sequence has the task's own length, or less where `context`
             is smaller.
         seed: seed of the synthetic training sequences; a text does not depend on it.
         train_examples: number of training rows. None is all rows of a text and 20,000
             synthetic sequences; a number keeps the first rows of a text.
+        task_options: options of a synthetic task.
 
     Raises:
         FileNotFoundError: a path does not exist.
@@ -122,14 +120,15 @@ def load_data(
     """
     if train_examples is not None and train_examples < 1:
         raise ValueError(f"train_examples must be at least 1, got {train_examples}")
-    if isinstance(data, str) and (data == "synthetic" or data.startswith("synthetic:")):
+    task = task_of(str(data), dict(task_options or {}))
+    if task is not None:
         if validation is not None:
             raise ValueError(
                 f"validation {validation} does not apply to {data}, which draws its own; leave it out"
             )
         if text_column != TEXT_COLUMN:
             raise ValueError(f"--text-column {text_column} does not apply to {data}; leave it out")
-        return _load_synthetic(data, context, seed, train_examples)
+        return _load_synthetic(task, context, seed, train_examples)
     if isinstance(tokenizer, str) and tokenizer not in TOKENIZERS:
         raise ValueError(
             f"tokenizer must be one of {', '.join(TOKENIZERS)} or a tokenizer object, got {tokenizer!r}"
@@ -180,36 +179,24 @@ def _pack_text(
     )
 
 
-def _load_synthetic(data: str, context: int, seed: int, train_examples: int | None) -> Data:
-    task = data.removeprefix("synthetic").removeprefix(":")
-    if task not in SYNTHETIC_TASKS:
-        known = ", ".join(f"synthetic:{name}" for name in SYNTHETIC_TASKS)
-        raise ValueError(f"there is no synthetic task {task!r}; expected one of: {known}")
-    shortest = 2 * TOKENS_PER_STATEMENT + 1
-    if context < shortest:
-        raise ValueError(f"context must be at least {shortest} for {data}, got {context}")
-    statements = min(SYNTHETIC_STATEMENTS, (context - 1) // TOKENS_PER_STATEMENT)
+def _load_synthetic(task: Task, context: int, seed: int, train_examples: int | None) -> Data:
+    task, name = task.fit(context), f"synthetic:{task.name}"
     examples = train_examples or SYNTHETIC_TRAIN_EXAMPLES
-    train = variable_assignment(examples, statements, seed=seed)
-    validation = variable_assignment(
-        SYNTHETIC_VALIDATION_EXAMPLES, statements, seed=SYNTHETIC_VALIDATION_SEED
-    )
-    length = TOKENS_PER_STATEMENT * statements + 1
     return Data(
-        name=data,
-        kind=task,
-        train=TokenDataset(train),
-        validation=TokenDataset(validation),
+        name=name,
+        kind=task.name,
+        train=TokenDataset(task.draw(examples, seed)),
+        validation=TokenDataset(task.draw(SYNTHETIC_VALIDATION_EXAMPLES, SYNTHETIC_VALIDATION_SEED)),
         tokenizer=None,
-        vocab_size=variable_assignment_vocab_size(),
-        context=length,
+        vocab_size=task.vocab_size,
+        context=task.length,
         bos_token_id=BOS,
         validation_bytes=None,
         description=(
-            f"{data}: train {examples:,} sequences; validation {SYNTHETIC_VALIDATION_EXAMPLES:,} "
-            f"sequences; {statements} statements, {length} tokens each, "
-            f"vocabulary {variable_assignment_vocab_size()}"
+            f"{name}: train {examples:,} sequences; validation {SYNTHETIC_VALIDATION_EXAMPLES:,} sequences; "
+            f"{task}: {task.length} tokens each, vocabulary {task.vocab_size}"
         ),
+        task=task,
     )
 
 

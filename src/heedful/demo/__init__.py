@@ -15,12 +15,12 @@ from heedful.comparison.run import prepare, run_name
 from heedful.demo.figures import plot_held, plot_kept, plot_learning
 from heedful.demo.jobs import Answers, TaskModel, TextModel, text_data
 from heedful.demo.report import answers_table, held_table, kept_table, markdown
-from heedful.demo.workers import Job, side_by_side
 from heedful.evaluation.kv_budget import BudgetResult
 from heedful.files import write_text
 from heedful.hf.generation import continue_text
 from heedful.hf.load import load_model, load_tokenizer
 from heedful.training import TrainSettings
+from heedful.training.workers import Job, side_by_side
 
 SCORES = ("softmax", "selective")
 # Selective attention trains for a small cache.

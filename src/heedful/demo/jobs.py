@@ -16,8 +16,8 @@ from heedful.data import (
     encode_documents,
     load_text,
     token_bytes,
-    variable_assignment,
 )
+from heedful.data.tasks.variable_assignment import VariableAssignment
 from heedful.evaluation import evaluate
 from heedful.evaluation.kv_budget import Budget, BudgetResult, evaluate_budgets
 from heedful.hf.load import load_model
@@ -138,7 +138,7 @@ class TaskModel:
         model = load_model(self.folder)
         with spinner(console, f"{self.title}: longer programs, smaller caches"):
             rows = {
-                n: TokenDataset(variable_assignment(256, statements=n, seed=10_007 + n))
+                n: TokenDataset(VariableAssignment(statements=n).draw(256, seed=10_007 + n))
                 for n in self.statements
             }
             by_length = {n: evaluate(model, rows[n]).accuracy for n in self.statements}

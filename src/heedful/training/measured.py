@@ -86,7 +86,14 @@ def held_out(
             raise ValueError(
                 f"{run} was trained on {settings.data} and reads no text; leave out --data and --context"
             )
-        own = load_data(settings.data, context=settings.context, seed=settings.seed, train_examples=1)
+        options = settings.task_options
+        own = load_data(
+            settings.data,
+            context=settings.context,
+            seed=settings.seed,
+            train_examples=1,
+            task_options=options,
+        )
         return HeldOut(own.name, own.validation, None, own.context)
     if tokenizer is None:
         raise ValueError(f"{run} was trained on text: its tokenizer is needed")

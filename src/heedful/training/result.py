@@ -35,6 +35,8 @@ class RunResult:
     """(tokens trained on, loss, accuracy) on some 64 rows of the validation data, while training."""
     config: dict[str, Any]
     """The settings of the run and the config of the model."""
+    accuracy_at: dict[str, float] | None = None
+    """Right answers to a synthetic task at "1", "2" and "4" times the length of training; None for text."""
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""

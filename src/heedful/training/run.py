@@ -21,6 +21,7 @@ from transformers.trainer_callback import ProgressCallback as TqdmCallback
 
 from heedful.attention.params import decayed_names
 from heedful.data import Data, TokenDataset, load_data
+from heedful.data.dataset import SYNTHETIC_VALIDATION_SEED
 from heedful.errors import Interrupted
 from heedful.evaluation import Evaluation, evaluate
 from heedful.hf.modeling import HeedfulForCausalLM, HeedfulOutput
@@ -31,6 +32,9 @@ from heedful.training.result import RunResult
 from heedful.training.settings import SETTINGS, TrainSettings
 
 RESULT, CHECKPOINTS, LOG = "result.json", "checkpoints", "log.jsonl"
+LENGTHS = (2, 4)
+"""Held-out lengths of a synthetic task, in lengths of training."""
+LONGER_EXAMPLES = 256
 CHECKPOINT_PARTS = (
     "config.json",
     "model.safetensors",
@@ -189,6 +193,7 @@ def train(
 
     with spinner(console, f"{title}: validation loss"):
         final = evaluate(model, data.validation, batch_size=2 * settings.batch_size)
+        longer = _accuracy_at(model, data, final, 2 * settings.batch_size)
     if not math.isfinite(final.loss):
         raise ValueError(
             f"training diverged: the validation loss is {final.loss}; try a lower --lr than {settings.lr}"
@@ -219,11 +224,28 @@ def train(
             if "eval_loss" in entry
         ],
         config={"train": settings.to_dict(), "model": config.to_diff_dict()},
+        accuracy_at=longer,
     )
     if first:
         result.save(out / RESULT)
         shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)  # a finished run needs none
     return result
+
+
+def _accuracy_at(
+    model: HeedfulForCausalLM, data: Data, final: Evaluation, batch_size: int
+) -> dict[str, float] | None:
+    """Right answers to a synthetic task at the length of training and beyond, as far as there are positions."""
+    if data.task is None:
+        return None
+    found = {"1": final.accuracy}
+    for times in LENGTHS:
+        task = data.task.times(times)
+        if model.config.positions == "learned" and task.length > model.config.max_position_embeddings:
+            continue
+        rows = TokenDataset(task.draw(LONGER_EXAMPLES, SYNTHETIC_VALIDATION_SEED + times))
+        found[str(times)] = evaluate(model, rows, batch_size=max(1, batch_size // times)).accuracy
+    return found
 
 
 def card_facts(settings: TrainSettings, final: Evaluation, validation_bytes: int | None) -> dict[str, str]:
@@ -257,6 +279,7 @@ def load_settings_data(settings: TrainSettings) -> Data:
         vocab_size=settings.vocab_size,
         context=settings.context,
         seed=settings.seed,
+        task_options=settings.task_options,
     )
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from heedful.attention.config import inherit, option
 from heedful.data.reading import TEXT_COLUMN
+from heedful.data.tasks import TASKS, task_of
 from heedful.decoder import DecoderConfig
 from heedful.files import write_json
 from heedful.training.trainer_options import trainer_options
@@ -70,7 +71,10 @@ class TrainSettings(ModelSettings):
     data: str = option(
         "austen",
         "a .txt, .md, .jsonl, .json, .csv, .tsv or .parquet file, a folder of such, a folder saved by datasets, "
-        "austen, or synthetic:variable-assignment",
+        "austen, or a task: " + ", ".join(f"synthetic:{name}" for name in TASKS),
+    )
+    task_options: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "options of the synthetic task"}
     )
     val_data: str | None = option(
         None, "validation text, likewise; if left out, the validation split of the data or its last tenth"
@@ -109,6 +113,9 @@ class TrainSettings(ModelSettings):
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"--weight-decay must be 0 or more and finite, got {self.weight_decay}")
         object.__setattr__(self, "trainer", trainer_options(self.trainer))
+        task = task_of(self.data, self.task_options)
+        if task is not None:
+            task.fit(self.context)
         # Any vocabulary will do to see whether the form and its options are sound.
         self.to_decoder_config(self.vocab_size, self.context)
 

@@ -21,6 +21,9 @@ from heedful.screen import progress_bar
 QUIET_SECONDS = 10.0
 """Where the output is no terminal, a model says at most this often how far it is."""
 
+ALL_SHOWN = 8
+"""As many bars stay on the screen; of more jobs only those that run have one."""
+
 # Of a worker process, which gets both when it begins.
 _messages: Any = None
 _stopped: Any = None
@@ -44,7 +47,12 @@ class Job(Protocol):
         ...
 
 
-def side_by_side(jobs: Sequence[Job], console: Console, workers: int | None = None) -> list[Any]:
+def side_by_side(
+    jobs: Sequence[Job],
+    console: Console,
+    workers: int | None = None,
+    done: Callable[[int, Any], None] | None = None,
+) -> list[Any]:
     """Run the jobs, several at a time, and return what they return, in order.
 
     Args:
@@ -52,6 +60,7 @@ def side_by_side(jobs: Sequence[Job], console: Console, workers: int | None = No
         console: where their progress is shown.
         workers: processes; default: one per core that torch uses. The cores are shared out among them. One
             worker is this process itself.
+        done: called with the number of each job that has ended, and with what it returned.
 
     Raises:
         Interrupted: after Ctrl-C, when every job that was running has saved a checkpoint.
@@ -60,7 +69,7 @@ def side_by_side(jobs: Sequence[Job], console: Console, workers: int | None = No
     cores = torch.get_num_threads()
     workers = min(len(jobs), cores if workers is None else workers)
     if workers <= 1:
-        return [job.run(console, ()) for job in jobs]
+        return [_alone(number, job, console, done) for number, job in enumerate(jobs)]
     context = multiprocessing.get_context("spawn")
     messages, stop = context.Queue(), context.Event()
     initial = (messages, stop, max(1, cores // workers))
@@ -68,7 +77,7 @@ def side_by_side(jobs: Sequence[Job], console: Console, workers: int | None = No
         with _ignoring_ctrl_c():  # inherited by the processes, until a Trainer listens in one
             futures = [pool.submit(_work, number, job) for number, job in enumerate(jobs)]
         with _on_ctrl_c(lambda: _stop(stop, futures)):
-            _watch(jobs, futures, messages, console)
+            _watch(jobs, futures, messages, console, done)
             failed = [f for f in futures if not f.cancelled() and f.exception() is not None]
             if failed and not stop.is_set():
                 _stop(stop, futures)
@@ -80,6 +89,14 @@ def side_by_side(jobs: Sequence[Job], console: Console, workers: int | None = No
     if errors or any(f.cancelled() for f in futures):
         raise Interrupted("stopped, with a checkpoint of every model that was training")
     return [f.result() for f in futures]
+
+
+def _alone(number: int, job: Job, console: Console, done: Callable[[int, Any], None] | None) -> Any:
+    """A job in this process."""
+    result = job.run(console, ())
+    if done is not None:
+        done(number, result)
+    return result
 
 
 class Report(TrainerCallback):
@@ -137,12 +154,36 @@ def _stop(stop: Any, futures: Sequence[Future[Any]]) -> None:
         future.cancel()
 
 
-def _watch(jobs: Sequence[Job], futures: Sequence[Future[Any]], messages: Any, console: Console) -> None:
+def _watch(
+    jobs: Sequence[Job],
+    futures: Sequence[Future[Any]],
+    messages: Any,
+    console: Console,
+    done: Callable[[int, Any], None] | None,
+) -> None:
     """Show what the processes report until all are done or one has failed."""
     said = [0.0] * len(jobs)
-    with progress_bar(console, "info", transient=False) as bars:
-        tasks = [bars.add_task(job.title, total=job.steps, info="waiting") for job in jobs]
+    told: set[int] = set()
+    few = len(jobs) <= ALL_SHOWN
+    with progress_bar(console, "info", transient=not few) as bars:
+        tasks = [bars.add_task(job.title, total=job.steps, info="waiting", visible=few) for job in jobs]
+
+        def tell() -> None:
+            for number, future in enumerate(futures):
+                if (
+                    number in told
+                    or not future.done()
+                    or future.cancelled()
+                    or future.exception() is not None
+                ):
+                    continue
+                told.add(number)
+                bars.update(tasks[number], completed=jobs[number].steps, info="done", visible=few)
+                if done is not None:
+                    done(number, future.result())
+
         while not all(f.done() for f in futures):
+            tell()
             try:
                 number, step, info = messages.get(timeout=0.2)
             except queue.Empty:
@@ -150,13 +191,13 @@ def _watch(jobs: Sequence[Job], futures: Sequence[Future[Any]], messages: Any, c
                     return
                 continue
             job = jobs[number]
-            bars.update(tasks[number], completed=step, **({"info": info} if info else {}))
-            if not console.is_terminal and (info or time.perf_counter() - said[number] > QUIET_SECONDS):
+            if number not in told:
+                bars.update(tasks[number], completed=step, visible=True, **({"info": info} if info else {}))
+            quiet = QUIET_SECONDS if few else 6 * QUIET_SECONDS
+            if not console.is_terminal and ((info and few) or time.perf_counter() - said[number] > quiet):
                 said[number] = time.perf_counter()
                 console.print(f"{job.title}  step {step}/{job.steps}  {info}".rstrip(), highlight=False)
-        for task, job, future in zip(tasks, jobs, futures, strict=True):
-            if not future.cancelled() and future.exception() is None:
-                bars.update(task, completed=job.steps, info="done")
+        tell()
 
 
 @contextmanager
