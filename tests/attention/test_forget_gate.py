@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from heedful.attention import EvictingCache, LayerCache, build
+from heedful.attention import EvictingCache, LayerCache, build, explicit
 from heedful.attention.eviction import POLICIES
 from heedful.attention.eviction.streaming import StreamingPolicy
-from heedful.ops.decay import decay_by_differences, decay_reference
+from heedful.ops.decay import RunningSums, decay_reference
 
 SIZES = {"d_model": 16, "n_heads": 4, "init_logit_std": 2.0}
 HOSTS = [("mha", {}), ("gqa", {"n_kv_heads": 2}), ("sas", {"kernel_size": 1})]
@@ -70,8 +70,9 @@ def test_a_gate_that_is_open_is_softmax():
 
 
 @pytest.mark.parametrize("segments", [False, True])
-def test_implementations_agree_forward_and_backward(segments):
-    """With padding, and segments whose tokens lie among each other."""
+def test_implementations_agree_forward_and_backward(segments, monkeypatch):
+    """In blocks, with padding, and with segments whose tokens lie among each other."""
+    monkeypatch.setattr(explicit, "BLOCK", 16)
     x, length = text(67, batch=2), 67
     generator = torch.Generator().manual_seed(5)
     masks = {"key_mask": torch.rand(2, length, generator=generator) > 0.2}
@@ -95,14 +96,15 @@ def test_long_contexts_in_float32(impl, bias):
     generator, length, queries = torch.Generator().manual_seed(1), 8192, 16
     gates = bias + torch.randn(1, 2, length, generator=generator, dtype=torch.float64)
     steps = torch.nn.functional.softplus(-gates)
-    exact = decay_by_differences(steps, None, queries, None)
+    exact = RunningSums.of(steps, None).decay(None, length - queries, length)
     sums = steps.cumsum(-1)
     torch.testing.assert_close(exact, sums[..., -queries:, None] - sums[..., None, :], rtol=0, atol=1e-10)
     if impl == "differences":
-        found = decay_by_differences(steps.float(), None, queries, None)
+        found = RunningSums.of(steps.float(), None).decay(None, length - queries, length)
     else:  # what a cache does: the state of earlier keys grows step by step
         counts = torch.ones(1, queries, length, dtype=torch.bool).tril(length - queries - 1)
-        earlier = decay_by_differences(steps.float(), None, queries + 1, None)[:, :, 0, : length - queries]
+        before = length - queries
+        earlier = RunningSums.of(steps.float(), None).decay(None, before - 1, before)[:, :, 0]
         found = decay_reference(steps.float()[..., -queries:], earlier, counts)
     matters = (exact >= 0) & (exact < 100)  # what weighs at least exp(-100)
     assert matters.sum() > 100

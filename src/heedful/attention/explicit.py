@@ -12,6 +12,12 @@ BLOCK = 256
 """Queries whose weights are in memory together."""
 
 
+def query_blocks(length: int, impl: str = "auto") -> list[tuple[int, int]]:
+    """Where blocks of T queries start and end; the reference has one."""
+    size = length if impl == "reference" else BLOCK
+    return [(start, min(start + size, length)) for start in range(0, length, size)]
+
+
 class ExplicitScore(EvictableScore):
     """A score that is its `logits` and its `weights`: write those two, and no state.
 
@@ -33,18 +39,16 @@ class ExplicitScore(EvictableScore):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum; shapes as in `Score.forward`."""
         length, n_keys = q.shape[2], k.shape[2]
-        size = length if self.config.impl == "reference" else BLOCK
         outputs = []
-        for start in range(0, length, size):
-            n = min(size, length - start)
-            end = n_keys - length + start + n
-            real, ids = (None if mask is None else mask[:, :end] for mask in (key_mask, segment_ids))
-            visible = visible_keys(n, end, real, ids, q.device)
-            block = q[:, :, start : start + n], k[:, :, :end], v[:, :, :end]
-            here = x[:, start : start + n]
+        for start, end in query_blocks(length, self.config.impl):
+            last = n_keys - length + end
+            real, ids = (None if mask is None else mask[:, :last] for mask in (key_mask, segment_ids))
+            visible = visible_keys(end - start, last, real, ids, q.device)
+            block = q[:, :, start:end], k[:, :, :last], v[:, :, :last]
+            here = x[:, start:end]
             out, _ = self.attend(*block, x=here, state=state, visible=visible, voted=visible, scale=scale)
             outputs.append(out)
-        return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0], {}
+        return torch.cat(outputs, dim=2), {}
 
     def attend(
         self,

@@ -7,10 +7,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from heedful.attention.config import ScoreConfig, option
+from heedful.attention.explicit import query_blocks
 from heedful.attention.init import fill_
 from heedful.attention.registry import register_score
 from heedful.attention.score import EvictableScore, Select
-from heedful.ops.decay import decay_after, decay_by_differences, decay_reference
+from heedful.ops.decay import RunningSums, decay_after, decay_reference
 from heedful.ops.dot_product import attention_sdpa, masked_softmax, repeat_kv, wide_logits
 from heedful.ops.masks import visible_keys
 from heedful.ops.precision import no_autocast, wide_dtype
@@ -87,11 +88,16 @@ class ForgettingScore(EvictableScore):
         steps, earlier = self._steps(x, visible), state.get("decay")
         if self.config.impl == "reference" or length == 1:
             return self._attend(q, k, v, decay_reference(steps, earlier, counts), visible, scale)
-        everywhere = F.pad(steps, (n_keys - length, 0))
-        decay = decay_by_differences(everywhere, earlier, length, segment_ids)
+        before, outputs = n_keys - length, []
+        sums = RunningSums.of(F.pad(steps, (before, 0)), segment_ids)
+        for start, end in query_blocks(length):  # no bias of all pairs in memory, and none of keys to come
+            decay = sums.decay(earlier, before + start, before + end)
+            keys, values = (t[:, :, : before + end] for t in (k, v))
+            seen = visible[:, start:end, : before + end]
+            outputs.append(self._attend(q[:, :, start:end], keys, values, decay, seen, scale)[0])
         with no_autocast(q.device):
             after = decay_after(steps, earlier, counts)
-        return self._attend(q, k, v, decay, visible, scale)[0], {"decay": after}
+        return torch.cat(outputs, dim=2), {"decay": after}
 
     def attend(
         self,

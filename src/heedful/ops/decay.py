@@ -1,5 +1,7 @@
 """Decay of keys by forget gates: what each query subtracts from its logits, in two ways."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,30 +24,39 @@ def decay_reference(steps: Tensor, earlier: Tensor | None, counts: Tensor) -> Te
     return total if earlier is None else total + _padded(earlier, total.shape[-1])[:, :, None]
 
 
-def decay_by_differences(
-    steps: Tensor, earlier: Tensor | None, n_queries: int, segment_ids: Tensor | None
-) -> Tensor:
-    """`decay_reference` of the last tokens as differences of one running sum, without a sum over (T, S).
+class RunningSums(NamedTuple):
+    """Sums of steps along the text, of which `decay` takes differences instead of summing over (T, S).
 
     Such a difference is small where its two sums are large: after 8,000 tokens at f = 1/2 float32 rounds them to
     0.0005. So the sum is made in float64 and stands as two numbers of the working precision: what is left is the
     rounding of the difference itself.
-
-    Args:
-        steps: (B, H, S), one for each key; those of earlier calls are 0, and those of padding.
-        earlier: (B, H, S - T), the decay of the keys before these queries; None: 0.
-        n_queries: T; the last T keys are the queries' own.
-        segment_ids: (B, S) integers, or None; steps count within a segment.
-
-    Returns:
-        (B, H, T, S), for keys that the query sees; what it says of others means nothing.
     """
-    sums = _running_sums(steps.double(), segment_ids)
-    high = sums.to(steps.dtype)
-    low = (sums - high).detach().to(steps.dtype)  # its gradient is that of `high`, which is there once
-    decay = sum(part[..., -n_queries:, None] - part[..., None, :] for part in (high, low))
-    assert isinstance(decay, Tensor)
-    return decay if earlier is None else decay + _padded(earlier, decay.shape[-1])[:, :, None]
+
+    high: Tensor
+    """(B, H, S)."""
+    low: Tensor
+    """(B, H, S), what `high` has rounded off."""
+
+    @classmethod
+    def of(cls, steps: Tensor, segment_ids: Tensor | None) -> "RunningSums":
+        """Of the steps of all keys.
+
+        Args:
+            steps: (B, H, S), one for each key; those of earlier calls are 0, and those of padding.
+            segment_ids: (B, S) integers, or None; steps count within a segment.
+        """
+        sums = _running_sums(steps.double(), segment_ids)
+        high = sums.to(steps.dtype)
+        return cls(high, (sums - high).detach().to(steps.dtype))  # its gradient is there once, with `high`
+
+    def decay(self, earlier: Tensor | None, start: int, end: int) -> Tensor:
+        """`decay_reference` of the tokens from start to end, (B, H, end - start, end), for keys that they see.
+
+        What it says of others means nothing. `earlier` is as there, (B, H, S - T).
+        """
+        high, low = (part[..., start:end, None] - part[..., None, :end] for part in self)
+        decay = high + low
+        return decay if earlier is None else decay + _padded(earlier, end)[:, :, None]
 
 
 def decay_after(steps: Tensor, earlier: Tensor | None, counts: Tensor) -> Tensor:
