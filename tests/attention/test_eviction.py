@@ -400,7 +400,7 @@ def test_bytes_are_the_slots_times_the_bytes_of_a_token(case, single):
                 assert memory.kept <= slots <= memory.seen + 4
             else:
                 assert slots == bound
-    of_a_token = 3 * (layer.config.cache_bytes_per_token() - layer.score.config.state_bytes_per_token())
+    of_a_token = 3 * (layer.config.cache_bytes_per_token() - layer.score.config.state_bytes_per_token(4))
     if single:
         assert memory.peak_bytes <= peak + of_a_token
     elif bound is not None:  # the piece was there beside the slots
@@ -470,7 +470,7 @@ class TwoSelectors(EvictableScore):
     def running_state(self, q, k, state, voted, scale):
         return torch.zeros(voted.shape, dtype=q.dtype)
 
-    def logits(self, q, k, scale, running):
+    def logits(self, q, k, **rest):
         return torch.zeros(*q.shape[:3], k.shape[2], dtype=q.dtype)
 
 

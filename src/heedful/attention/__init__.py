@@ -15,6 +15,9 @@ from heedful.attention.sas import SASAttention, SASCore  # isort: skip
 from heedful.attention.softmax import SoftmaxScore  # isort: skip
 from heedful.attention.selective import SelectiveScore  # isort: skip
 from heedful.attention.gated import GatedScore  # isort: skip
+from heedful.attention.forgetting import ForgettingScore  # isort: skip
+from heedful.attention.talking_heads import TalkingHeadsScore  # isort: skip
+from heedful.attention.sigmoid import SigmoidScore  # isort: skip
 
 __all__ = [
     "Attention",
@@ -22,6 +25,7 @@ __all__ = [
     "EvictableScore",
     "EvictingCache",
     "Eviction",
+    "ForgettingScore",
     "GatedScore",
     "GroupedQueryAttention",
     "KVCache",
@@ -31,7 +35,9 @@ __all__ = [
     "Score",
     "ScoreConfig",
     "SelectiveScore",
+    "SigmoidScore",
     "SoftmaxScore",
+    "TalkingHeadsScore",
     "available",
     "build",
     "configure",

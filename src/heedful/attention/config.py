@@ -101,7 +101,7 @@ class ScoreConfig:
         """FLOPs of the logits and of the weighted sum; a multiply-add is 2, the full square counts."""
         return 2 * context * n_heads * (qk_dim + v_dim)
 
-    def state_bytes_per_token(self, bytes_per_value: int = 4) -> int:
+    def state_bytes_per_token(self, n_heads: int, bytes_per_value: int = 4) -> int:
         """Bytes per cached token that the score adds to keys and values, which take `bytes_per_value` each."""
         return 0
 

@@ -68,9 +68,9 @@ class GatedScore(EvictableScore):
         out, _ = self.softmax.attend_slots(q, k, v, x=x, **rest)
         return self._gated(out, x), None
 
-    def logits(self, q: Tensor, k: Tensor, scale: float, running: Tensor | None) -> Tensor:
+    def logits(self, q: Tensor, k: Tensor, **rest: Any) -> Tensor:
         """Those of softmax: the gate is no part of them."""
-        return self.softmax.logits(q, k, scale, running)
+        return self.softmax.logits(q, k, **rest)
 
     def _gated(self, out: Tensor, x: Tensor) -> Tensor:
         """(B, H, T, E) times the gates of x (B, T, C)."""

@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 
 from heedful.attention.base import Attention
+from heedful.attention.score import Score
 
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
@@ -12,7 +13,7 @@ NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 def decayed_names(module: nn.Module) -> list[str]:
     """The names of the parameters that weight decay may touch: matrices that hold no identity map."""
     kept = {
-        id(p) for m in module.modules() for p in (m.identity_parameters() if isinstance(m, Attention) else ())
+        id(p) for m in module.modules() if isinstance(m, Attention | Score) for p in m.identity_parameters()
     }
     kept |= {id(p) for m in module.modules() if isinstance(m, NORMS) for p in m.parameters()}
     return [

@@ -114,7 +114,7 @@ class SASConfig(AttentionConfig):
 
     def cache_bytes_per_token(self, bytes_per_value: int = 4) -> int:
         """Ĥ(D̂+D) values expanded; 2GD values and an int64 position compact."""
-        state = self.score_config.state_bytes_per_token(bytes_per_value)
+        state = self.score_config.state_bytes_per_token(self.score_heads, bytes_per_value)
         if self.cache == "compact":
             return 2 * self.kv_heads * self.size * bytes_per_value + 8 + state
         return self.score_heads * (self.qk_dim + self.v_dim) * bytes_per_value + state

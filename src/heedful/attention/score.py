@@ -1,6 +1,6 @@
 """The base classes of scores: what happens to the logits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from heedful.attention.config import ScoreConfig
+from heedful.ops.dot_product import masked_softmax
 from heedful.ops.masks import visible_keys
 
 
@@ -113,6 +114,10 @@ class Score(nn.Module):
     def reset_parameters(self) -> None:
         """Fresh weights, for a score whose layers need another start than all linear layers have."""
 
+    def identity_parameters(self) -> list[Tensor]:
+        """Parameters that hold an identity map, which weight decay must not pull to zero."""
+        return []
+
     def silence(self) -> None:
         """Let selection heads of the score's own cast no vote, for a model that was trained without them."""
 
@@ -157,6 +162,12 @@ class EvictableScore(Score):
     state_names: ClassVar[list[str]] = []
     """Names of the per-token tensors (B, R, S) in `state`."""
 
+    per_head: ClassVar[list[str]] = []
+    """Those of them that hold a number for each of H heads, (B, H, S): they change weights, and rank nobody."""
+
+    spares_first: ClassVar[bool] = True
+    """Whether no query may vote on the first real token."""
+
     def attend(
         self,
         q: Tensor,
@@ -178,7 +189,7 @@ class EvictableScore(Score):
             x: (B, T, C).
             state: per-token state of the first keys; keys beyond it start at 0.
             visible: (B, T, S) bool, the keys each query attends to.
-            voted: (B, T, S) bool, the keys each query may vote on.
+            voted: (B, T, S) bool, the keys each query may vote on: never its own, nor one that is spared.
             scale: multiplies the logits.
 
         Returns:
@@ -221,7 +232,7 @@ class EvictableScore(Score):
             oldest among equals; None where nobody votes or it was not looked for.
         """
         visible = torch.ones_like(positions, dtype=torch.bool)
-        voted = (positions > 0).scatter(-1, newest, False)
+        voted = self.votable(positions).scatter(-1, newest, False)
         out, after = self.attend(
             q,
             k,
@@ -233,7 +244,7 @@ class EvictableScore(Score):
             scale=scale,
             **given(select),
         )
-        check_one_selector(after)
+        check_one_selector(after, self.per_head)
         for name, value in after.items():
             state[name].copy_(value)
         return out, None
@@ -269,7 +280,7 @@ class EvictableScore(Score):
             out (B, H, T, E) and the state for all S keys.
         """
         length = q.shape[2]
-        visible, voted = visible_and_voted(positions, length)
+        visible, voted = self.visible_and_voted(positions, length)
         gone_at = evict(self.running_state(q, k, state, voted, scale, **given(select)))
         if gone_at is not None:
             visible = visible & (torch.arange(length, device=q.device)[:, None] < gone_at[:, None])
@@ -283,38 +294,58 @@ class EvictableScore(Score):
         """The per-token state before every query, (B, T, S), for policies that rank by it; None: there is none."""
         return None
 
-    def logits(self, q: Tensor, k: Tensor, scale: float, running: Tensor | None) -> Tensor:
-        """What `attend` takes the softmax of, for policies that evict by its weights.
-
-        Args:
-            q: (B, H, T, D).
-            k: (B, G, S, D).
-            scale: multiplies the logits.
-            running: what `running_state` gives, (B, T, S) or None.
+    def logits(
+        self,
+        q: Tensor,
+        k: Tensor,
+        *,
+        x: Tensor,
+        state: dict[str, Tensor],
+        voted: Tensor,
+        scale: float,
+        select: Select = None,
+    ) -> Tensor:
+        """What `attend` makes its weights of, for policies that evict by those; arguments as there.
 
         Returns:
             (B, H, T, S), float32 or wider, before any mask.
         """
         raise NotImplementedError(f"score {self.config.form!r} does not show its attention weights")
 
+    def weights(self, logits: Tensor, visible: Tensor) -> Tensor:
+        """What values are multiplied by: the softmax of `logits` over the visible keys, unless a form says else.
 
-def visible_and_voted(positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """What the last T tokens may see, were nobody evicted, and what they may vote on, (B, T, S) bool both.
+        Args:
+            logits: (B, H, ..., S), as `logits` gave them.
+            visible: bool, broadcastable to them: (B, 1, ..., S).
+        """
+        return masked_softmax(logits, visible)
 
-    Args:
-        positions: (B, S) position of each key in its row, -1 = padding or nothing; the last T are the queries' own.
-        length: T.
+    def votable(self, positions: Tensor) -> Tensor:
+        """(B, S) bool, the keys that later queries may vote on; `positions` (B, S), -1 = padding or nothing."""
+        return positions > 0 if self.spares_first else positions >= 0
+
+    def visible_and_voted(self, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """What the last T tokens may see, were nobody evicted, and what they may vote on, (B, T, S) bool both.
+
+        Args:
+            positions: (B, S) position of each key in its row, -1 = padding or nothing; the last T are the
+                queries' own.
+            length: T.
+        """
+        n_keys = positions.shape[1]
+        real = (positions >= 0)[:, None] & (positions[:, n_keys - length :, None] >= 0)
+        visible = visible_keys(length, n_keys, None, None, positions.device) & real
+        return visible, visible.tril(n_keys - length - 1) & self.votable(positions)[:, None]
+
+
+def check_one_selector(state: dict[str, Tensor], per_head: Sequence[str] = ()) -> None:
+    """Raise for state of several selection heads: a slot is free only if all heads let its token go.
+
+    What is named in `per_head` ranks nobody, and may differ from head to head.
     """
-    n_keys = positions.shape[1]
-    real = (positions >= 0)[:, None] & (positions[:, n_keys - length :, None] >= 0)
-    visible = visible_keys(length, n_keys, None, None, positions.device) & real
-    return visible, visible.tril(n_keys - length - 1) & (positions > 0)[:, None]
-
-
-def check_one_selector(state: dict[str, Tensor]) -> None:
-    """Raise for state of several selection heads: a slot is free only if all heads let its token go."""
     for name, value in state.items():
-        if value.shape[1] != 1:
+        if value.shape[1] != 1 and name not in per_head:
             raise ValueError(
                 f"a cache that evicts needs one selection head (R = 1), the score's {name!r} has {value.shape[1]}; "
                 f"use a cache without a budget"

@@ -103,7 +103,7 @@ class SelectiveScore(EvictableScore):
                     bound = "greater than 0" if least is None else "0 or more"
                     raise ValueError(f"{name} must be a finite number, {bound}, got {value!r}")
 
-        def state_bytes_per_token(self, bytes_per_value: int = 4) -> int:
+        def state_bytes_per_token(self, n_heads: int, bytes_per_value: int = 4) -> int:
             """One float32 per token and selection head, F, and the keys of added ones."""
             size = {"head": 0, "added": self.select_dim, "retention": 1}[self.selector]
             keys = size * bytes_per_value
@@ -355,7 +355,19 @@ class SelectiveScore(EvictableScore):
         dtype = wide_dtype(q)
         return select_q.to(dtype) @ select_k.to(dtype).transpose(-1, -2) * scale
 
-    def logits(self, q: Tensor, k: Tensor, scale: float, running: Tensor | None) -> Tensor:
+    def logits(
+        self,
+        q: Tensor,
+        k: Tensor,
+        *,
+        x: Tensor,
+        state: dict[str, Tensor],
+        voted: Tensor,
+        scale: float,
+        select: Select = None,
+    ) -> Tensor:
         """L - F, (B, H, T, S)."""
         logits = wide_logits(q, k, scale)
-        return logits - running[:, None] if self.config.subtract and running is not None else logits
+        if not self.config.subtract:
+            return logits
+        return logits - self.running_state(q, k, state, voted, scale, select)[:, None]

@@ -1,6 +1,7 @@
 """Plain softmax attention."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,6 +90,6 @@ class SoftmaxScore(EvictableScore):
             return attention_reference(q, k, v, visible, scale), None
         return attention_sdpa(q, k, v, scale), None
 
-    def logits(self, q: Tensor, k: Tensor, scale: float, running: Tensor | None) -> Tensor:
+    def logits(self, q: Tensor, k: Tensor, *, scale: float, **rest: Any) -> Tensor:
         """`q k^T * scale`, (B, H, T, S)."""
         return wide_logits(q, k, scale)

@@ -159,9 +159,10 @@ def _slot_step(
     with torch.no_grad():
         memory = {"k": draw(groups, kept), "v": draw(groups, kept)}
         positions = torch.arange(kept, device=k.device)[None]
-        cache.slots.allocate(memory, ["soft_mask"], kept, scores=None)
+        votes = {"soft_mask": _few_votes(kept, k.device)}
+        cache.slots.allocate(memory, votes, kept, scores=None)
         everything = torch.ones(1, kept, dtype=torch.bool, device=k.device)
-        cache.slots.pack(memory, positions, {"soft_mask": _few_votes(kept, k.device)}, everything, None)
+        cache.slots.pack(memory, positions, votes, everything, None)
         cache.seen = kept
 
     def step(q: Tensor, k: Tensor, v: Tensor, cache: EvictingCache) -> Tensor:

@@ -9,12 +9,11 @@ from torch import Tensor
 
 from heedful.attention.cache import KVCache
 from heedful.attention.eviction.bound import LossBound
-from heedful.attention.eviction.observed import observed_departures
+from heedful.attention.eviction.observed import observed_departures, paid_attention
 from heedful.attention.eviction.policy import Policy, get_policy
 from heedful.attention.eviction.slots import Slots
-from heedful.attention.score import EvictableScore, check_one_selector, visible_and_voted
+from heedful.attention.score import EvictableScore, check_one_selector
 from heedful.attention.tokens import Layer, Tokens, token_axis
-from heedful.ops.dot_product import masked_softmax
 from heedful.ops.eviction import Rule, departures, least_needed_slot
 from heedful.ops.precision import wide_dtype
 
@@ -200,6 +199,11 @@ class EvictingCache(KVCache):
                 f"the eviction policy {self.policy.name!r} needs score 'selective', this layer has {name!r}; "
                 f"use another policy, e.g. 'streaming'"
             )
+        if self.policy.ranks_by in score.per_head:
+            raise ValueError(
+                f"the eviction policy {self.policy.name!r} ranks by {self.policy.ranks_by!r}, of which each head "
+                f"of score {name!r} has its own; use another policy, e.g. 'streaming'"
+            )
         if self.rule.threshold is not None and not score.subtracts:
             raise ValueError(
                 "a threshold bounds what is lost where votes are subtracted from the logits (subtract=True); this "
@@ -226,8 +230,9 @@ class EvictingCache(KVCache):
         own = tokens.selection(held)
         if self.policy.needs_weights:
             visible = torch.ones_like(positions, dtype=torch.bool)[:, None]
-            logits = self._logits(layer, score, tokens, k, state, visible, own)
-            weights = masked_softmax(logits, visible[:, None])[:, :, 0]
+            voted = score.votable(positions).scatter(-1, slot, False)[:, None]
+            logits = self._logits(layer, score, tokens, k, state, voted, own)
+            weights = paid_attention(score, logits[:, :, 0], visible)
             scores = self.scores[..., : positions.shape[1]]
             scores.copy_(self.policy.update(scores, weights, self.slots.arrived - 1))
         out, next_slot = score.attend_slots(
@@ -258,10 +263,10 @@ class EvictingCache(KVCache):
         if self._bound is not None:
             self._bound = self._bound.met(layer.logit_sizes(tokens.q, k, real, positions >= 0))
         visible = ((positions >= 0) & real)[:, None]
-        voted = visible & ((positions > 0) & (positions != newest))[:, None]
+        voted = visible & (score.votable(positions) & (positions != newest))[:, None]
         if self.policy.needs_weights:
-            logits = self._logits(layer, score, tokens, k, state, visible, own)
-            weights = masked_softmax(logits, visible[:, None])[:, :, 0]
+            logits = self._logits(layer, score, tokens, k, state, voted, own)
+            weights = paid_attention(score, logits[:, :, 0], visible)
             updated = self.policy.update(self.scores, weights, newest)
             self.scores.copy_(
                 torch.where(visible[:, 0] if updated.ndim == 2 else visible, updated, self.scores)
@@ -269,7 +274,7 @@ class EvictingCache(KVCache):
         out, after = score.attend(
             tokens.q, k, v, x=tokens.x, state=state, visible=visible, voted=voted, scale=layer.scale, **own
         )
-        check_one_selector(after)
+        check_one_selector(after, score.per_head)
         for name, value in after.items():
             state[name].copy_(value)
         return out
@@ -301,9 +306,9 @@ class EvictingCache(KVCache):
             assert rated is not None
             logits = None
             if policy.needs_weights:
-                voted = visible_and_voted(positions, length)[1]
+                voted = score.visible_and_voted(positions, length)[1]
                 logits = self._logits(layer, score, tokens, k, state, voted, own)
-            gone_at, rated = observed_departures(rule, policy, rated, positions, length, logits, k)
+            gone_at, rated = observed_departures(rule, policy, score, rated, positions, length, logits, k)
             if self.slots.filled:
                 self.scores[..., :before].copy_(rated[..., :before])
             own_scores = rated[..., -length:]
@@ -338,7 +343,7 @@ class EvictingCache(KVCache):
             evict=evict,
             **own,
         )
-        check_one_selector(state)
+        check_one_selector(state, score.per_head)
         alive = positions >= 0
         if gone_at is not None:
             alive &= gone_at == length
@@ -361,8 +366,7 @@ class EvictingCache(KVCache):
         own: dict[str, Any],
     ) -> Tensor:
         """(B, H, T, S), what the weights are made of; state, voted and own as in `attend`."""
-        running = score.running_state(tokens.q, k, state, voted, layer.scale, **own)
-        return score.logits(tokens.q, k, layer.scale, running)
+        return score.logits(tokens.q, k, x=tokens.x, state=state, voted=voted, scale=layer.scale, **own)
 
     def _rate(self, layer: Layer) -> None:
         """Let the policy look at the keys in the slots, if it does."""
@@ -437,7 +441,7 @@ class EvictingCache(KVCache):
         stays = int(alive.sum(-1).max()) if bounded is None else 0
         if not self.slots.filled:
             n = self._in_blocks(stays) if bounded is None else bounded
-            self.slots.allocate(memory, list(state), n, scores)
+            self.slots.allocate(memory, state, n, scores)
             if self.rule.threshold is not None:
                 like = next(iter(memory.values()))
                 self._bound = LossBound.nothing_lost(like.shape[0], wide_dtype(like), like.device)

@@ -4,13 +4,19 @@ import torch
 from torch import Tensor
 
 from heedful.attention.eviction.policy import Policy
-from heedful.ops.dot_product import masked_softmax
+from heedful.attention.score import EvictableScore
 from heedful.ops.eviction import Rule
+
+
+def paid_attention(score: EvictableScore, logits: Tensor, visible: Tensor) -> Tensor:
+    """What a policy sees of one query, (B, H, S): the sizes of its weights; where heads mix, some are below 0."""
+    return score.weights(logits, visible).abs()
 
 
 def observed_departures(
     rule: Rule,
     policy: Policy,
+    score: EvictableScore,
     scores: Tensor,
     positions: Tensor,
     length: int,
@@ -22,6 +28,7 @@ def observed_departures(
     Args:
         rule: when tokens go; it has a budget or a window.
         policy: one that needs weights or keys.
+        score: what makes weights of the logits.
         scores: (B, S) or (B, N, S), before the first query.
         positions: (B, S) position of each token in its row, -1 = padding or none.
         length: T; the last T tokens are the queries' own.
@@ -57,7 +64,7 @@ def observed_departures(
         if policy.needs_weights:
             assert logits is not None
             visible = alive & (newest >= 0)
-            weights = masked_softmax(logits[:, :, t], visible[:, None])
+            weights = paid_attention(score, logits[:, :, t], visible[:, None])
             updated = policy.update(scores, weights, newest).to(scores.dtype)
             seen = visible if scores.ndim == 2 else visible[:, None]
             scores = torch.where(seen, updated, scores)

@@ -1,6 +1,6 @@
 """Slots: storage of a fixed number of tokens per row, where a new token overwrites one that is gone."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -21,7 +21,7 @@ class Slots:
         self.tensors: dict[str, Tensor] = {}
         """What the layer remembers: (B, G, C, ·) or (B, C)."""
         self.state: dict[str, Tensor] = {}
-        """The score's per-token state, (B, 1, C)."""
+        """The score's per-token state, (B, R, C)."""
         self.book: dict[str, Tensor] = {}
         """"positions" (B, C), -1 = empty; "arrived" (B, 1), real tokens read; "scores" (B, C) or (B, N, C)."""
         self._spare = 0  # places behind the slots, while a long piece is read
@@ -105,7 +105,7 @@ class Slots:
             _scatter(self.book["scores"], slot, scores)
         for storage in self.state.values():
             if state is None:
-                storage.scatter_(-1, slot[:, None], 0.0)
+                storage.scatter_(-1, _index(slot, storage), 0.0)
             else:
                 storage.scatter_(-1, slot[:, None], state.to(storage.dtype))
         self.book["arrived"] += 1
@@ -126,7 +126,7 @@ class Slots:
             positions: (B, n).
             slot: (B, n), where they go.
             real: (B, n) bool, the tokens that are written; None: all.
-            state: the score's state (B, 1, n); None: it starts at 0.
+            state: the score's state (B, R, n); None: it starts at 0.
             scores: (B, n) or (B, N, n), for a policy with scores of its own.
         """
 
@@ -142,8 +142,8 @@ class Slots:
         if scores is not None:
             put(self.book["scores"], scores)
         for name, storage in self.state.items():
-            new = storage.new_zeros(slot.shape)[:, None] if state is None else state[name].to(storage.dtype)
-            put(storage, new)
+            zeros = storage.shape[0], storage.shape[1], slot.shape[-1]
+            put(storage, storage.new_zeros(zeros) if state is None else state[name].to(storage.dtype))
 
     def pack(
         self,
@@ -158,7 +158,7 @@ class Slots:
         Args:
             memory: named tensors of the new tokens, (B, G, T, ·) or (B, T).
             positions: (B, T) of the new tokens, -1 for padding.
-            state: the score's state of the slots in use and of the new tokens, (B, 1, n + T).
+            state: the score's state of the slots in use and of the new tokens, (B, R, n + T).
             alive: (B, n + T) bool, the survivors.
             scores: (B, T) or (B, N, T), for a policy with scores of its own.
         """
@@ -180,7 +180,7 @@ class Slots:
                 positions.gather(-1, new),
                 free,
                 real,
-                {name: value[..., -length:].gather(-1, new[:, None]) for name, value in state.items()},
+                {name: _gather(value[..., -length:], new) for name, value in state.items()},
                 None if scores is None else _gather(scores, new),
             )
         self.book["arrived"] += (positions >= 0).sum(-1, keepdim=True)
@@ -188,9 +188,9 @@ class Slots:
     # Size.
 
     def allocate(
-        self, memory: dict[str, Tensor], state_names: Sequence[str], n: int, scores: Tensor | None
+        self, memory: dict[str, Tensor], state: dict[str, Tensor], n: int, scores: Tensor | None
     ) -> None:
-        """Make n empty slots for tokens like those of `memory`, and for scores like those of a policy."""
+        """Make n empty slots for tokens like those of `memory`, with a score's state and a policy's scores."""
         like = next(iter(memory.values()))
         batch, device = like.shape[0], like.device
         for name, value in memory.items():
@@ -201,8 +201,8 @@ class Slots:
         self.book["arrived"] = torch.zeros(batch, 1, dtype=torch.long, device=device)
         if scores is not None:
             self.book["scores"] = scores.new_zeros(*scores.shape[:-1], n)
-        for name in state_names:
-            self.state[name] = torch.zeros(batch, 1, n, dtype=wide_dtype(like), device=device)
+        for name, value in state.items():
+            self.state[name] = torch.zeros(batch, value.shape[1], n, dtype=wide_dtype(like), device=device)
 
     def grow_to(self, n: int) -> None:
         """Have n slots."""

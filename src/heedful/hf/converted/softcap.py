@@ -63,7 +63,7 @@ class CappedSoftmaxScore(SoftmaxScore):
         """Over all slots."""
         return EvictableScore.attend_slots(self, *qkv, **rest)
 
-    def logits(self, q: Tensor, k: Tensor, scale: float, running: Tensor | None) -> Tensor:
+    def logits(self, q: Tensor, k: Tensor, *, scale: float, **rest: Any) -> Tensor:
         """(B, H, T, S)."""
         return self._logits(q, k, scale)
 
@@ -116,10 +116,22 @@ class CappedSelectiveScore(CappedSoftmaxScore, SelectiveScore):  # type: ignore[
         """F before every query, (B, T, S)."""
         return soft_masks(self._votes(q, k, select, scale), state.get("soft_mask"), voted)[:, 0, :-1]
 
-    def logits(self, q: Tensor, k: Tensor, scale: float, running: Tensor | None) -> Tensor:
+    def logits(  # type: ignore[override]
+        self,
+        q: Tensor,
+        k: Tensor,
+        *,
+        x: Tensor,
+        state: dict[str, Tensor],
+        voted: Tensor,
+        scale: float,
+        select: Select = None,
+    ) -> Tensor:
         """(B, H, T, S)."""
         logits = self._logits(q, k, scale)
-        return logits - running[:, None] if self.config.subtract and running is not None else logits
+        if not self.config.subtract:
+            return logits
+        return logits - self.running_state(q, k, state, voted, scale, select)[:, None]
 
     def _votes(self, q: Tensor, k: Tensor, select: Select, scale: float) -> Tensor:
         return (
