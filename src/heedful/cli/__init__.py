@@ -10,6 +10,7 @@ from heedful.cli.signals import Terminated
 COMMANDS = {
     "train": "train a language model on your text, with any attention and score",
     "compare": "train several forms alike and compare them: table, plot, raw data",
+    "study": "try a claim: enough seeds, a verdict, a page",
     "convert": "make a Hugging Face checkpoint forget: give it heedful's attention, or take it back",
     "adapt": "teach a converted checkpoint whom to forget",
     "generate": "continue a prompt with a trained model",

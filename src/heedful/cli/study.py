@@ -1,0 +1,95 @@
+"""`heedful study`."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from heedful.cli.errors import UsageError
+from heedful.cli.parsing import flag, parse, positional
+from heedful.errors import Interrupted
+from heedful.screen import spinner, table, text
+from heedful.study.plan import FOLDER, Scale, load_study
+
+DESCRIPTION = """Try a claim: train what it needs, with seeds enough, and say whether it holds.
+
+    heedful study                          # the studies here, and what came out
+    heedful study selective --workers 2    # run one, or go on with it
+    heedful study selective --report       # write its page again from the raw data
+
+A study is a file studies/NAME.toml: the claim, the effect looked for, the arms, the contrasts. Its results go to
+results/NAME, its models to runs/NAME. Every run is kept as soon as it ends, and the same command goes on. The sweep
+of learning rates has a seed of its own; seconds of a step are measured in turns before anything is trained."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a study, or list them."""
+    values = parse(
+        "study",
+        DESCRIPTION,
+        [
+            positional("name", str, "", "of the study, or the path of its file; nothing: list them"),
+            flag("scale", Scale, "cpu", "cpu: some hours on two cores; gpu: an hour of a large one"),
+            flag("workers", int, 1, "runs at a time, each with its share of the cores"),
+            flag("ray", str | None, None, 'run on a Ray cluster: its address, "auto", or "local"'),
+            flag("seeds", int | None, None, "another number of seeds than the study's own"),
+            flag("out", str | None, None, "folder for the results; results/NAME if left out"),
+            flag("models", str | None, None, "folder for the models; runs/NAME if left out"),
+            flag("report", bool, False, "train nothing, write the page from the raw data there is"),
+        ],
+        arguments,
+    )
+    console = Console()
+    if not values["name"]:
+        return _list(console)
+    for name, least in (("workers", 1), ("seeds", 2)):
+        if values[name] is not None and values[name] < least:
+            raise UsageError(f"--{name} must be {least} or more, got {values[name]}")
+    study = load_study(values["name"], values["scale"])
+    suffix = "" if values["scale"] == "cpu" else f"-{values['scale']}"
+    out = Path(values["out"] or Path("results") / f"{study.name}{suffix}")
+    models = Path(values["models"] or Path("runs") / f"{study.name}{suffix}")
+    with spinner(console, "loading transformers"):
+        from heedful.study.report import write_report
+        from heedful.study.run import run_study
+    if values["report"]:
+        if not (out / "runs.jsonl").exists():
+            raise FileNotFoundError(f"there are no results of {study.name} in {out}; run it first")
+        write_report(study, out)
+    else:
+        how = {name: values[name] for name in ("workers", "ray", "seeds")}
+        try:
+            run_study(study, out, models, console=console, **how)
+        except Interrupted as stopped:
+            raise Interrupted(f"{stopped}; the same command goes on") from None
+    print(f"written: {out / 'README.md'}, {out / 'figure.png'}")
+    return 0
+
+
+def _list(console: Console) -> int:
+    paths = sorted(FOLDER.glob("*.toml"))
+    if not paths:
+        raise FileNotFoundError(f"there is no {FOLDER}/*.toml here; run it where the studies are")
+    rows = []
+    for path in paths:
+        study = load_study(path.stem)
+        rows.append([study.name, study.claim, _verdict(Path("results") / study.name)])
+    console.print(
+        table([text("study"), text("claim"), text("verdict")], rows, title="studies", width=console.width)
+    )
+    return 0
+
+
+def _verdict(folder: Path) -> str:
+    """As its page says, or how far it is."""
+    page = folder / "README.md"
+    if page.exists():
+        for line in page.read_text(encoding="utf-8").splitlines():
+            if line.startswith("**Verdict: "):
+                return line.removeprefix("**Verdict: ").partition("**")[0].rstrip(".")
+    runs = folder / "runs.jsonl"
+    if not runs.exists():
+        return "not run"
+    arms = {json.loads(line)["arm"] for line in runs.read_text(encoding="utf-8").splitlines()}
+    return f"{len(arms)} arms begun"

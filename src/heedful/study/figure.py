@@ -1,0 +1,91 @@
+"""The figure of a study: every arm with its seeds and its interval, or the metric against a setting."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from heedful.comparison.statistics import Interval, paired
+from heedful.plotting import colors, label_ends, new_figure, save, titled
+from heedful.study.plan import Study
+from heedful.study.verdict import value_of
+
+Row = Mapping[str, Any]
+
+
+def draw(study: Study, rows: Sequence[Row], path: Path) -> None:
+    """Draw `figure.png`."""
+    if study.x:
+        _against(study, rows, path)
+    else:
+        _intervals(study, rows, path)
+
+
+def _values(study: Study, rows: Sequence[Row], arm: str) -> dict[int, float]:
+    return {row["seed"]: value_of(row, study.metric) for row in rows if row["arm"] == arm}
+
+
+def _intervals(study: Study, rows: Sequence[Row], path: Path) -> None:
+    """Differences from the baseline, arm by arm: seeds as dots, their 95 % interval as a line."""
+    base = _values(study, rows, study.baseline)
+    arms = [name for name in study.arms if name != study.baseline and _values(study, rows, name)]
+    figure, axes = new_figure(1, (8.0, 1.5 + 0.42 * len(arms)))
+    axes.grid(axis="y", visible=False)
+    axes.grid(axis="x", color="#DDDDDD", linewidth=0.8)
+    axes.axvline(0, color="#888888", linewidth=1)
+    axes.axvspan(-study.effect, study.effect, color="#EEEEEE", zorder=0)
+    for place, (name, color) in enumerate(zip(arms, colors(arms), strict=True)):
+        own = _values(study, rows, name)
+        pairs = [own[seed] - base[seed] for seed in own if seed in base]
+        if not pairs:
+            continue
+        found = paired(pairs)
+        axes.scatter(pairs, [place] * len(pairs), s=16, color=color, alpha=0.45, linewidth=0)
+        if math.isfinite(found.low):
+            axes.plot(
+                [found.low, found.high], [place, place], color=color, linewidth=2.4, solid_capstyle="round"
+            )
+        axes.scatter([found.estimate], [place], s=44, color=color, zorder=3)
+    axes.set_yticks(range(len(arms)), arms, fontsize=10)
+    axes.set_ylim(len(arms) - 0.5, -0.5)
+    better = "less is better" if study.metric == "loss" else "more is better"
+    axes.set_xlabel(f"{study.metric}, difference from {study.baseline} ({better})")
+    titled(axes, study.title, "dots: paired seeds; line: 95 % interval; grey: the effect looked for")
+    save(figure, path)
+
+
+def _against(study: Study, rows: Sequence[Row], path: Path) -> None:
+    """The metric against a setting; a line for each attention x score."""
+    figure, axes = new_figure()
+    groups: dict[str, dict[float, list[float]]] = {}
+    for name, settings in study.arms.items():
+        values = list(_values(study, rows, name).values())
+        if values:
+            group = f"{settings.attention} x {settings.score}"
+            groups.setdefault(group, {})[float(getattr(settings, study.x))] = values
+    ends = []
+    for color, (group, points) in zip(colors(list(groups)), groups.items(), strict=True):
+        places = sorted(points)
+        middle = [mean(points[x]) for x in places]
+        spread = [
+            paired(points[x]) if len(points[x]) > 1 else Interval(middle[0], math.nan, math.nan)
+            for x in places
+        ]
+        errors = [
+            [m - s.low for m, s in zip(middle, spread, strict=True)],
+            [s.high - m for m, s in zip(middle, spread, strict=True)],
+        ]
+        axes.errorbar(places, middle, yerr=errors, color=color, linewidth=2, marker="o", capsize=3)
+        ends.append((middle[-1], group, color))
+    axes.set_xscale("log", base=2)
+    ticks = sorted({x for points in groups.values() for x in points})
+    axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel(study.x)
+    axes.set_ylabel(study.metric + (" (nats per token)" if study.metric == "loss" else ""))
+    label_ends(axes, ends)
+    titled(
+        axes, study.title, f"mean of the seeds, bars: 95 % interval; {next(iter(study.arms.values())).data}"
+    )
+    save(figure, path)

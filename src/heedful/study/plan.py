@@ -1,0 +1,199 @@
+"""What a study is: its file, read and checked before anything is trained."""
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from heedful.comparison.matching import match_d_ff
+from heedful.comparison.statistics import seeds_needed
+from heedful.ops.checks import did_you_mean
+from heedful.training.settings import TrainSettings
+
+FOLDER = Path("studies")
+"""Where `heedful study NAME` looks for NAME.toml."""
+Claim = Literal["lower", "higher", "equal"]
+Metric = Literal["loss", "accuracy", "accuracy at 2x", "accuracy at 4x"]
+Scale = Literal["cpu", "gpu"]
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Two arms, and what the claim says of them."""
+
+    arm: str
+    against: str
+    claims: Claim
+    """What the metric of `arm` is, beside that of `against`; equal: within the effect."""
+    says: str = ""
+    """In words."""
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """Caches that trained models are measured with."""
+
+    kept: tuple[int, ...]
+    """Tokens a layer holds."""
+    policies: Mapping[str, tuple[str, ...]]
+    """By score: who goes."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A claim, how it is tried, and how surely an effect would be found."""
+
+    name: str
+    title: str
+    claim: str
+    source: str
+    """Who claims it."""
+    metric: Metric
+    effect: float
+    """The difference looked for, declared before the runs."""
+    spread: float
+    """Standard deviation of the paired differences that was expected."""
+    seeds: int
+    rates: tuple[float, ...]
+    """Learning rates tried for every arm, on a seed of their own."""
+    arms: Mapping[str, TrainSettings]
+    """What is trained, by name; the first is the baseline."""
+    contrasts: tuple[Contrast, ...]
+    """The first one decides the verdict."""
+    lengths: tuple[int, ...] = ()
+    """More numbers of steps for the baseline: the compute multiplier."""
+    budgets: Budgets | None = None
+    limits: str = ""
+    """What the study cannot say."""
+    x: str = ""
+    """A field of the settings to draw the metric against; empty: an interval for each arm."""
+
+    @property
+    def baseline(self) -> str:
+        """The first arm."""
+        return next(iter(self.arms))
+
+    @property
+    def needed(self) -> int:
+        """Seeds that find the effect in four of five cases, at the expected spread."""
+        return seeds_needed(self.effect, self.spread)
+
+
+def load_study(name: str, scale: Scale = "cpu", folder: Path = FOLDER) -> Study:
+    """Read a study.
+
+    Args:
+        name: of a file in `folder`, or the path of one.
+        scale: which of its sizes.
+        folder: where studies are.
+
+    Raises:
+        FileNotFoundError: if there is none of that name.
+        ValueError: for a file that is no study, saying what is wrong where.
+    """
+    path = Path(name) if name.endswith(".toml") else folder / f"{name}.toml"
+    if not path.is_file():
+        known = sorted(p.stem for p in folder.glob("*.toml"))
+        have = f"studies there: {', '.join(known)}" if known else f"there is no {folder}/*.toml here"
+        raise FileNotFoundError(f"there is no study {path}; {did_you_mean(name, known)}{have}")
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        return _study(path.stem, raw, scale)
+    except (ValueError, TypeError, KeyError) as error:
+        what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{path}: {what}") from None
+
+
+def _study(name: str, raw: dict[str, Any], scale: Scale) -> Study:
+    own = {f.name for f in fields(Study)} - {"name", "arms"}
+    _check_known("a study", raw, {*own, "train", "scale", "arms"})
+    settings = {**raw.get("train", {}), **_at(raw, scale).get("train", {})}
+    head = {
+        **{k: v for k, v in raw.items() if k in own},
+        **{k: v for k, v in _at(raw, scale).items() if k in own},
+    }
+    arms = _arms({**raw["arms"], **_at(raw, scale).get("arms", {})}, settings)
+    contrasts = tuple(_contrast(c, arms) for c in head.pop("contrasts"))
+    budgets = _budgets(head.pop("budgets", None))
+    for known, field in (("metric", Metric),):
+        if head[known] not in get_args(field):
+            raise ValueError(f"{known} must be one of {', '.join(get_args(field))}, got {head[known]!r}")
+    for number in ("effect", "spread"):
+        if not head[number] > 0:
+            raise ValueError(f"{number} must be greater than 0, got {head[number]}")
+    if head["seeds"] < 2:
+        raise ValueError(f"seeds must be 2 or more, got {head['seeds']}")
+    for many in ("rates", "lengths"):
+        head[many] = tuple(head.get(many, ()))
+    if not head["rates"]:
+        raise ValueError("rates must name a learning rate at least")
+    return Study(name=name, arms=arms, contrasts=contrasts, budgets=budgets, **head)
+
+
+def _at(raw: dict[str, Any], scale: Scale) -> dict[str, Any]:
+    scales = raw.get("scale", {})
+    _check_known("scale", scales, set(get_args(Scale)))
+    if scale not in scales and scale != "cpu":
+        raise ValueError(f"there is no [scale.{scale}] in it")
+    return scales.get(scale, {})
+
+
+def _arms(raw: dict[str, Any], common: dict[str, Any]) -> dict[str, TrainSettings]:
+    """The settings of every arm; `match` and `to` even out its size with another arm's, by the SwiGLU."""
+    arms: dict[str, TrainSettings] = {}
+    known = {f.name for f in fields(TrainSettings)}
+    for name, values in raw.items():
+        match, to = values.get("match"), values.get("to")
+        own = {k: v for k, v in values.items() if k not in ("match", "to")}
+        _check_known(f"arm {name!r}", {**common, **own}, known)
+        merged = {**common, **own}
+        for options in ("attention_options", "score_options", "task_options", "trainer"):
+            if isinstance(common.get(options), dict) and options in own:
+                merged[options] = {**common[options], **own[options]}
+        try:
+            settings = TrainSettings(**merged)
+            if match is not None:
+                settings = _matched(settings, arms[to], match)
+        except KeyError:
+            raise ValueError(f"arm {name!r} matches {to!r}, which is no arm before it") from None
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"arm {name!r}: {error}") from None
+        arms[name] = settings
+    if len(arms) < 2:
+        raise ValueError("a study needs two arms or more")
+    return arms
+
+
+def _matched(settings: TrainSettings, target: TrainSettings, by: Any) -> TrainSettings:
+    if by not in ("params", "flops"):
+        raise ValueError(f"match must be params or flops, got {by!r}")
+    own, other = (s.to_decoder_config(s.vocab_size, s.context) for s in (settings, target))
+    return dataclasses.replace(settings, d_ff=match_d_ff(own, other, by, settings.context))
+
+
+def _contrast(raw: dict[str, Any], arms: Mapping[str, TrainSettings]) -> Contrast:
+    _check_known("a contrast", raw, {f.name for f in fields(Contrast)})
+    contrast = Contrast(**raw)
+    for arm in (contrast.arm, contrast.against):
+        if arm not in arms:
+            raise ValueError(f"a contrast names {arm!r}; {did_you_mean(arm, arms)}arms: {', '.join(arms)}")
+    if contrast.claims not in get_args(Claim):
+        raise ValueError(f"claims must be one of {', '.join(get_args(Claim))}, got {contrast.claims!r}")
+    return contrast
+
+
+def _budgets(raw: dict[str, Any] | None) -> Budgets | None:
+    if raw is None:
+        return None
+    _check_known("budgets", raw, {"kept", "policies"})
+    return Budgets(tuple(raw["kept"]), {score: tuple(names) for score, names in raw["policies"].items()})
+
+
+def _check_known(what: str, given: Mapping[str, Any], known: set[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise ValueError(
+                f"{what} has no {name!r}; {did_you_mean(name, known)}known: {', '.join(sorted(known))}"
+            )

@@ -1,0 +1,191 @@
+"""README.md and the figure of a study, from its raw data."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from heedful.comparison.multiplier import multiplier, training_flops, written
+from heedful.comparison.statistics import Interval, paired
+from heedful.files import write_text
+from heedful.study.figure import draw
+from heedful.study.plan import Study
+from heedful.study.verdict import Verdict, value_of, verdicts
+from heedful.training import RunResult
+
+Row = Mapping[str, Any]
+
+
+def write_report(study: Study, out: Path) -> list[Verdict]:
+    """Write `README.md` and `figure.png` of what is there; the verdicts."""
+    rows, times = _rows(out / "runs.jsonl"), _json(out / "times.json")
+    seeds = [row for row in rows if row["role"] == "seed"]
+    found = verdicts(study, seeds)
+    parts = [
+        f"# {study.title}",
+        f"**Claim** ({study.source}): {study.claim}",
+        _verdict_line(found),
+        "![what came out](figure.png)",
+        _declared(study, seeds),
+        _arms_table(study, seeds, times),
+        _contrasts_table(study, found),
+        *_multipliers(study, rows, times),
+        *_caches(study, _rows(out / "budgets.jsonl")),
+        f"**What it cannot say.** {study.limits.strip()}" if study.limits else "",
+        "Raw data: [runs.jsonl](runs.jsonl), the sweep of learning rates in [sweep.jsonl](sweep.jsonl), seconds of "
+        "a step in [times.json](times.json), all settings in [study.json](study.json). Again:",
+        f"```bash\nheedful study {study.name} --workers 2\n```",
+    ]
+    if not (out / "sweep.jsonl").exists():
+        parts[-2] = parts[-2].replace("the sweep of learning rates in [sweep.jsonl](sweep.jsonl), ", "")
+    write_text(out / "README.md", "\n\n".join(part for part in parts if part) + "\n")
+    if seeds:
+        draw(study, seeds, out / "figure.png")
+    return found
+
+
+def _verdict_line(found: Sequence[Verdict]) -> str:
+    if not found:
+        return "**Verdict: none yet**, no contrast has two seeds."
+    first = found[0]
+    return f"**Verdict: {first.says}.** {_sentence(first)}"
+
+
+def _sentence(v: Verdict) -> str:
+    says = f"{v.contrast.says}: " if v.contrast.says else ""
+    what = f"`{v.contrast.arm}` minus `{v.contrast.against}`"
+    return f"{says}{what} is {_interval(v.difference)}, {v.seeds} paired seeds."
+
+
+def _interval(d: Interval) -> str:
+    return f"{d.estimate:+.4f} (95 %: {d.low:+.4f} to {d.high:+.4f})"
+
+
+def _declared(study: Study, seeds: Sequence[Row]) -> str:
+    there = len({row["seed"] for row in seeds})
+    baseline = study.arms[study.baseline]
+    rates = ", ".join(f"{lr:g}" for lr in study.rates)
+    swept = (
+        f"learning rate of each arm from a sweep ({rates}) on a seed of its own"
+        if len(study.rates) > 1
+        else f"learning rate {rates} for all"
+    )
+    return (
+        f"**Declared before the runs**: an effect of {study.effect:g} in {study.metric}; with an expected spread "
+        f"of {study.spread:g} (standard deviation of paired differences) {study.needed} seeds find it in four of five "
+        f"cases; {study.seeds} planned, {there} there. Unless an arm says otherwise: {baseline.data}, width "
+        f"{baseline.d_model}, {baseline.n_layers} layers, {baseline.n_heads} heads, context {baseline.context}, "
+        f"{baseline.steps} steps of {baseline.batch_size} rows; {swept}; all arms start from the same logit scale "
+        f"({baseline.init_logit_std:g}) and see the same rows in the same order."
+    )
+
+
+def _arms_table(study: Study, rows: Sequence[Row], times: Mapping[str, float]) -> str:
+    task = any(row["accuracy_at"] for row in rows)
+    base = {row["seed"]: value_of(row, study.metric) for row in rows if row["arm"] == study.baseline}
+    head = ["arm", "seeds", "parameters", "MFLOPs/token", "ms/step", "cache B/token", "lr", "loss"]
+    head += ["right", "at 2x", "at 4x"] if task else []
+    head.append(f"{study.metric} vs {study.baseline}")
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for name in study.arms:
+        own = [row for row in rows if row["arm"] == name]
+        if not own:
+            continue
+        first, losses = own[0], [row["val_loss"] for row in own]
+        cells = [f"`{name}`", str(len(own)), f"{first['params']:,}", f"{first['flops_per_token'] / 1e6:.2f}"]
+        cells += [f"{1000 * times[name]:.0f}" if name in times else "", f"{first['cache_bytes_per_token']:,}"]
+        cells += [f"{first['lr']:g}", f"{mean(losses):.4f}"]
+        if task:
+            cells += [_mean_right(own, key) for key in ("1", "2", "4")]
+        pairs = [value_of(row, study.metric) - base[row["seed"]] for row in own if row["seed"] in base]
+        cells.append("" if name == study.baseline or len(pairs) < 2 else _interval(paired(pairs)))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _mean_right(rows: Sequence[Row], times: str) -> str:
+    values = [row["accuracy_at"][times] for row in rows if times in (row["accuracy_at"] or {})]
+    return f"{mean(values):.1%}" if values else ""
+
+
+def _contrasts_table(study: Study, found: Sequence[Verdict]) -> str:
+    lines = [
+        f"| contrast | claimed | {study.metric}, difference | seeds | verdict |",
+        "|---|---|---|---|---|",
+    ]
+    for v in found:
+        c = v.contrast
+        what = f"`{c.arm}` vs `{c.against}`" + (f": {c.says}" if c.says else "")
+        lines.append(f"| {what} | {c.claims} | {_interval(v.difference)} | {v.seeds} | **{v.says}** |")
+    return "\n".join(lines)
+
+
+def _multipliers(study: Study, rows: Sequence[Row], times: Mapping[str, float]) -> list[str]:
+    """What the baseline would have to spend for the loss of each arm."""
+    if not study.lengths:
+        return []
+
+    def result(row: Row) -> RunResult:
+        names = RunResult.__dataclass_fields__
+        return RunResult(**{name: value for name, value in row.items() if name in names})
+
+    def steps(run: RunResult) -> int:
+        return int(run.config["train"]["steps"])
+
+    baseline = [result(row) for row in rows if row["arm"] == study.baseline]
+    lines = ["| arm | FLOPs | seconds |", "|---|---|---|"]
+    for name in study.arms:
+        own = [result(row) for row in rows if row["arm"] == name and row["role"] == "seed"]
+        if name == study.baseline or not own:
+            continue
+        seconds = {id(run): times.get(name, 0.0) for run in own} | {
+            id(run): times[study.baseline] for run in baseline
+        }
+        by_flops = multiplier(own, baseline, training_flops)
+        by_seconds = multiplier(own, baseline, lambda run, s=seconds: s[id(run)] * steps(run))  # type: ignore[misc]
+        lines.append(f"| `{name}` | {written(by_flops)} | {written(by_seconds)} |")
+    lengths = ", ".join(f"{n:,}" for n in sorted({*study.lengths, study.arms[study.baseline].steps}))
+    what = (
+        f"**Compute multiplier**: what `{study.baseline}` would have to spend for an arm's loss, over what the arm "
+        f"spent; from {lengths} steps of `{study.baseline}`, each with its own schedule; 95 % interval by "
+        f"bootstrap over seeds; seconds from steps measured in turns. Above 1 the arm saves compute, below 1 the "
+        f"same compute is better spent on `{study.baseline}`."
+    )
+    return [what, "\n".join(lines)]
+
+
+def _caches(study: Study, rows: Sequence[Row]) -> list[str]:
+    """Loss with small caches, by arm and policy."""
+    if not rows:
+        return []
+    kept = sorted({row["kv_budget"] for row in rows if row["policy"] is not None})
+    lines = [
+        "| arm | who goes | " + " | ".join(map(str, kept)) + " | full |",
+        "|---|---|" + "---|" * (len(kept) + 1),
+    ]
+    for name in study.arms:
+        own = [row for row in rows if row["arm"] == name]
+        full = [row["loss"] for row in own if row["policy"] is None]
+        for policy in dict.fromkeys(row["policy"] for row in own if row["policy"] is not None):
+            cells = []
+            for budget in kept:
+                values = [r["loss"] for r in own if r["policy"] == policy and r["kv_budget"] == budget]
+                cells.append(f"{mean(values):.4f}" if values else "")
+            end = f"{mean(full):.4f}" if full else ""
+            lines.append(f"| `{name}` | {policy} | " + " | ".join(cells) + f" | {end} |")
+    return [
+        "**Loss with small caches** (tokens held per layer, mean over seeds; [budgets.jsonl](budgets.jsonl)):",
+        "\n".join(lines),
+    ]
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    )
+
+
+def _json(path: Path) -> dict[str, float]:
+    found: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return found

@@ -1,0 +1,267 @@
+"""Running a study: steps in turns, the sweep, the seeds, the baseline at other lengths, small caches."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import TrainerCallback
+
+from heedful.comparison.jobs import Outcome, Run, run_all
+from heedful.comparison.timetable import ROUNDS, duration, seconds_per_step
+from heedful.data import Data
+from heedful.evaluation.kv_budget import evaluate_budgets
+from heedful.files import write_text
+from heedful.hf.load import load_model, load_tokenizer
+from heedful.screen import spinner
+from heedful.study.plan import Budgets, Study
+from heedful.study.report import write_report
+from heedful.training import RunResult, TrainSettings, held_out
+from heedful.training.run import load_settings_data
+from heedful.training.workers import side_by_side
+
+SWEEP_SEED = 1000
+"""The sweep has a seed of its own: no seed that counts chose a learning rate."""
+MEASURED_ROWS = 64
+"""Rows of held-out text that small caches are measured on."""
+
+
+def run_study(
+    study: Study,
+    out: Path,
+    models: Path,
+    *,
+    console: Console,
+    workers: int = 1,
+    ray: str | None = None,
+    seeds: int | None = None,
+) -> None:
+    """Run what is missing of a study, and write what it says.
+
+    `out` gets `times.json` (seconds of a step, measured in turns), `sweep.jsonl`, `runs.jsonl` (a row per run),
+    `budgets.jsonl` where caches are measured, `README.md` and its figure. Every run is kept as soon as it ends; the
+    same call goes on.
+
+    Args:
+        study: what to run.
+        out: the folder of results.
+        models: the folder of the models.
+        console: where progress is shown.
+        workers: runs at a time, each with its share of the cores.
+        ray: a Ray cluster to run them on instead.
+        seeds: fewer or more than the study's own.
+
+    Raises:
+        ValueError: if `out` holds a study of this name with other settings.
+        Interrupted: after Ctrl-C.
+        RuntimeError: if runs failed; the others are written.
+    """
+    seeds = seeds or study.seeds
+    out.mkdir(parents=True, exist_ok=True)
+    _check_same(study, out)
+    console.print(f"[bold]{study.title}[/bold]\n{study.claim}", highlight=False)
+    console.print(
+        f"effect looked for: {study.effect:g} in {study.metric}, {study.needed} seeds find it in four of five "
+        f"cases if the spread is {study.spread:g}; {seeds} seeds, {len(study.arms)} arms",
+        highlight=False,
+    )
+    times = _times(study, out, console)
+    _say_how_long(study, times, seeds, workers, console)
+    runner = _Runner(out, models, console, workers, ray)
+    rates = _sweep(study, runner)
+    arms = {name: dataclasses.replace(s, lr=rates[name]) for name, s in study.arms.items() if name in rates}
+    wanted: dict[str, tuple[str, str, TrainSettings]] = {}
+    for seed in range(seeds):
+        for name, settings in arms.items():
+            wanted[f"{name}-seed{seed}"] = (name, "seed", dataclasses.replace(settings, seed=seed))
+        for steps in study.lengths if study.baseline in arms else ():
+            longer = dataclasses.replace(arms[study.baseline], seed=seed, steps=steps)
+            wanted[f"{study.baseline}-steps{steps}-seed{seed}"] = (study.baseline, "length", longer)
+    runner.run(wanted, "runs.jsonl")
+    if study.budgets is not None:
+        _measure(study.budgets, {k: v for k, v in wanted.items() if v[1] == "seed"}, runner)
+    write_report(study, out)
+    if runner.failures:
+        raise RuntimeError(
+            f"{len(runner.failures)} runs failed: {'; '.join(runner.failures)}; the others are kept"
+        )
+
+
+class _Runner:
+    """Runs with names, and the rows that they leave."""
+
+    def __init__(self, out: Path, models: Path, console: Console, workers: int, ray: str | None) -> None:
+        self.out, self.models, self.console = out, models, console
+        self.workers, self.ray = workers, ray
+        self.failures: list[str] = []
+
+    def run(self, wanted: Mapping[str, tuple[str, str, TrainSettings]], file: str) -> list[dict[str, Any]]:
+        """Train those that have no row in `file` yet; all their rows."""
+        path = self.out / file
+        rows = {row["run"]: row for row in read_rows(path)}
+        missing = {name: what for name, what in wanted.items() if name not in rows}
+        runs = [
+            Run(
+                s,
+                self.models / name,
+                f"{i}/{len(missing)} {name}",
+                dataclasses.replace(s, seed=0, steps=1, lr=1e-3),
+            )
+            for i, (name, (_, _, s)) in enumerate(missing.items(), 1)
+        ]
+
+        def done(run: Run, outcome: Outcome) -> None:
+            name = run.folder.name
+            if outcome.result is None:
+                self.failures.append(f"{name}: {outcome.reason}")
+                self.console.print(f"[red]failed[/red] {self.failures[-1]}", highlight=False)
+                return
+            arm, role, _ = wanted[name]
+            row = {"run": name, "arm": arm, "role": role, **outcome.result.to_dict()}
+            rows[name] = json.loads(json.dumps(row))
+            append_row(path, row)
+            took = f", {duration(outcome.seconds)}" if outcome.seconds is not None else ""
+            self.console.print(f"{run.title}: {_said(outcome.result)}{took}", highlight=False)
+
+        run_all(runs, self.console, done, workers=self.workers, ray=self.ray)
+        return [rows[name] for name in wanted if name in rows]
+
+
+@dataclass(frozen=True)
+class _Caches:
+    """A trained model with small caches; its rows."""
+
+    run_name: str
+    arm: str
+    settings: TrainSettings
+    folder: Path
+    kept: tuple[int, ...]
+    policies: tuple[str, ...]
+    steps: int = 1
+
+    @property
+    def title(self) -> str:
+        """What it is called."""
+        return f"caches of {self.run_name}"
+
+    def run(self, console: Console, callbacks: Sequence[TrainerCallback] = ()) -> list[dict[str, Any]]:
+        """Measure."""
+        model, text = load_model(self.folder), not self.settings.data.startswith("synthetic:")
+        rows = held_out(self.folder, load_tokenizer(self.folder) if text else None).part(0, MEASURED_ROWS)
+        budgets: list[int | str] = [k for k in self.kept if k < self.settings.context]
+        head = {"run": self.run_name, "arm": self.arm, "seed": self.settings.seed}
+        return [
+            {**head, **dataclasses.asdict(found)}
+            for found in evaluate_budgets(model, rows.rows, [*budgets, "full"], self.policies, decoded=16)
+        ]
+
+
+def _measure(budgets: Budgets, wanted: Mapping[str, tuple[str, str, TrainSettings]], runner: _Runner) -> None:
+    path = runner.out / "budgets.jsonl"
+    there = {row["run"] for row in read_rows(path)}
+    jobs = [
+        _Caches(name, arm, s, runner.models / name, budgets.kept, budgets.policies[s.score])
+        for name, (arm, _, s) in wanted.items()
+        if name not in there
+        and s.score in budgets.policies
+        and (runner.models / name / "result.json").exists()
+    ]
+
+    def done(number: int, rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            append_row(path, row)
+
+    side_by_side(jobs, runner.console, runner.workers, done)
+
+
+def _sweep(study: Study, runner: _Runner) -> dict[str, float]:
+    """The learning rate of each arm with the best metric; the one there is, where only one is tried."""
+    if len(study.rates) == 1:
+        return dict.fromkeys(study.arms, study.rates[0])
+    wanted = {
+        f"{name}-lr{lr:g}-sweep": (name, "sweep", dataclasses.replace(s, lr=lr, seed=SWEEP_SEED))
+        for lr in study.rates
+        for name, s in study.arms.items()
+    }
+    rows = runner.run(wanted, "sweep.jsonl")
+    best: dict[str, float] = {}
+    for name in study.arms:
+        of_arm = [(row["val_loss"], row["lr"]) for row in rows if row["arm"] == name]
+        if of_arm:
+            best[name] = min(of_arm)[1]
+    edge = sorted(name for name, lr in best.items() if lr in (min(study.rates), max(study.rates)))
+    if edge and len(study.rates) > 2:
+        runner.console.print(f"best at the edge of the sweep: {', '.join(edge)}", highlight=False)
+    return best
+
+
+def _times(study: Study, out: Path, console: Console) -> dict[str, float]:
+    """Seconds of a training step of each arm, in turns, the fastest of some; measured once."""
+    path = out / "times.json"
+    times: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if set(times) >= set(study.arms):
+        return times
+    found: dict[str, list[float]] = {name: [] for name in study.arms}
+    loaded: dict[str, Data] = {}
+    with spinner(console, "measuring steps of each arm, in turns"):
+        for _ in range(ROUNDS):
+            for name, settings in study.arms.items():
+                key = json.dumps(
+                    [settings.data, settings.task_options, settings.context, settings.vocab_size]
+                )
+                if key not in loaded:
+                    loaded[key] = load_settings_data(settings)
+                found[name].append(seconds_per_step(settings, loaded[key]))
+    times = {name: min(seconds) for name, seconds in found.items()}
+    write_text(path, json.dumps(times, indent=2) + "\n")
+    return times
+
+
+def _say_how_long(
+    study: Study, times: Mapping[str, float], seeds: int, workers: int, console: Console
+) -> None:
+    each = seeds + (len(study.rates) if len(study.rates) > 1 else 0)
+    total = sum(times[name] * s.steps * each for name, s in study.arms.items())
+    total += times[study.baseline] * sum(study.lengths) * seeds
+    runs = len(study.arms) * each + len(study.lengths) * seeds
+    at_a_time = f", {workers} at a time" if workers > 1 else ""
+    console.print(f"{runs} runs in all{at_a_time}: about {duration(total / workers)}", highlight=False)
+
+
+def _said(result: RunResult) -> str:
+    if result.accuracy_at is None:
+        return f"loss {result.val_loss:.3f}"
+    return "right " + ", ".join(f"{share:.1%} at {times}x" for times, share in result.accuracy_at.items())
+
+
+def _check_same(study: Study, out: Path) -> None:
+    """Raise if results of other settings are there; more seeds and arms may join."""
+    path = out / "study.json"
+    now = json.loads(json.dumps(dataclasses.asdict(study)))
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        arms = before["arms"].keys() & now["arms"].keys()
+        changed = [name for name in arms if before["arms"][name] != now["arms"][name]]
+        changed += [name for name in ("rates", "metric", "lengths") if before[name] != now[name]]
+        if changed:
+            raise ValueError(
+                f"{out} holds results of this study with other settings ({', '.join(sorted(changed))} differ); use "
+                f"another --out, or move it away"
+            )
+    write_text(path, json.dumps(now, indent=2) + "\n")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file, none if there is no file."""
+    return (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    )
+
+
+def append_row(path: Path, row: Mapping[str, Any]) -> None:
+    """One row more."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
