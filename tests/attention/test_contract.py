@@ -379,7 +379,7 @@ def test_check_form_takes_one_name(registries: None, monkeypatch: pytest.MonkeyP
     )
     register_score("temperature")(Temperature)
     check_form(score="temperature")
-    assert asked == [("mha", "temperature"), ("mqa", "temperature"), ("sas", "temperature")]
+    assert asked == [(attention, "temperature") for attention in ("mha", "mqa", "sas", "mla")]
     asked.clear()
     check_form("mqa")
     assert asked == [("mqa", "softmax"), ("mqa", "selective"), ("mqa", "gated")]
@@ -393,10 +393,11 @@ def test_a_score_alone_is_checked_on_several_attentions(registries: None, monkey
     name = "roomy_budget_changes_nothing"
     monkeypatch.setattr("heedful.testing.CHECKS", {name: CHECKS[name]})
     register_score("broken")(OverridesForwardAlone)
-    with pytest.raises(AssertionError, match=r"^3 of 3 broken:") as raised:
+    with pytest.raises(AssertionError, match=r"^4 of 4 broken:") as raised:
         check_form(score="broken")
     assert all(
-        f"{attention} x broken breaks {name}" in str(raised.value) for attention in ("mha", "mqa", "sas")
+        f"{attention} x broken breaks {name}" in str(raised.value)
+        for attention in ("mha", "mqa", "sas", "mla")
     )
 
 
