@@ -13,6 +13,7 @@ from heedful.attention.score import EvictableScore, Score
 from heedful.attention.gqa import GroupedQueryAttention  # isort: skip
 from heedful.attention.sas import SASAttention, SASCore  # isort: skip
 from heedful.attention.mla import LatentAttention  # isort: skip
+from heedful.attention.tpa import TensorProductAttention  # isort: skip
 from heedful.attention.softmax import SoftmaxScore  # isort: skip
 from heedful.attention.selective import SelectiveScore  # isort: skip
 from heedful.attention.gated import GatedScore  # isort: skip
@@ -34,6 +35,7 @@ __all__ = [
     "ScoreConfig",
     "SelectiveScore",
     "SoftmaxScore",
+    "TensorProductAttention",
     "available",
     "build",
     "configure",
