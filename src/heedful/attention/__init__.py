@@ -12,6 +12,7 @@ from heedful.attention.score import EvictableScore, Score
 # The order here is the order of `heedful ls`.
 from heedful.attention.gqa import GroupedQueryAttention  # isort: skip
 from heedful.attention.sas import SASAttention, SASCore  # isort: skip
+from heedful.attention.sas_linear import SASLinearAttention  # isort: skip
 from heedful.attention.mla import LatentAttention  # isort: skip
 from heedful.attention.tpa import TensorProductAttention  # isort: skip
 from heedful.attention.softmax import SoftmaxScore  # isort: skip
@@ -31,6 +32,7 @@ __all__ = [
     "LayerCache",
     "SASAttention",
     "SASCore",
+    "SASLinearAttention",
     "Score",
     "ScoreConfig",
     "SelectiveScore",
