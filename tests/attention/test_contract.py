@@ -53,6 +53,12 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "mha-plain": ("mha", {"qk_norm": False, "rope": False, "bias": True}),
     "gqa-after": ("gqa", {"n_kv_heads": 2, "qk_norm_position": "after_rope"}),
     "mha-reference": ("mha", {"impl": "reference"}),
+    "mla-sizes": ("mla", {"q_lora_rank": 6, "kv_lora_rank": 5, "rope_head_dim": 6, "bias": True}),
+    "tpa-ranks": ("tpa", {"q_rank": 1, "k_rank": 3, "bias": True}),
+    "sas_linear-host": (
+        "sas_linear",
+        {"n_kv_heads": 2, "init": "identity", "qk_norm_position": "after_rope"},
+    ),
 }
 FORMS |= {
     f"{name}-{score}": (attention, score, options)
