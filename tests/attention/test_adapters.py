@@ -15,7 +15,7 @@ from heedful.attention.params import decayed_names
 from heedful.attention.plain import is_plain
 
 OPTIONS: dict[str, dict[str, Any]] = {"gqa": {"n_kv_heads": 2}}
-FORMS = [(attention, score) for attention in ("mha", "mqa", "gqa", "sas") for score in available()["score"]]
+FORMS = [(attention, score) for attention in available()["attention"] for score in available()["score"]]
 SAS = [{"cache": "expanded"}, {"cache": "compact"}, {"qk_norm_position": "after_rope"}, {"qk_norm": False}]
 
 

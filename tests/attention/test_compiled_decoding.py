@@ -10,6 +10,8 @@ FORMS = [
     ("mha", "selective", "selective", {}),
     ("gqa", "selective", "selective", {"n_kv_heads": 2}),
     ("sas", "selective", "selective", {"cache": "compact"}),
+    ("mla", "selective", "selective", {}),
+    ("sas_linear", "softmax", "streaming", {"n_kv_heads": 2}),
     ("mha", "softmax", "h2o", {}),
     ("gqa", "softmax", "snapkv", {"n_kv_heads": 2}),
     ("gqa", "softmax", "keydiff", {"n_kv_heads": 2}),

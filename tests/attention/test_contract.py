@@ -53,6 +53,12 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "mha-plain": ("mha", {"qk_norm": False, "rope": False, "bias": True}),
     "gqa-after": ("gqa", {"n_kv_heads": 2, "qk_norm_position": "after_rope"}),
     "mha-reference": ("mha", {"impl": "reference"}),
+    "mla-sizes": ("mla", {"q_lora_rank": 6, "kv_lora_rank": 5, "rope_head_dim": 6, "bias": True}),
+    "tpa-ranks": ("tpa", {"q_rank": 1, "k_rank": 3, "bias": True}),
+    "sas_linear-host": (
+        "sas_linear",
+        {"n_kv_heads": 2, "init": "identity", "qk_norm_position": "after_rope"},
+    ),
 }
 FORMS |= {
     f"{name}-{score}": (attention, score, options)
@@ -379,7 +385,7 @@ def test_check_form_takes_one_name(registries: None, monkeypatch: pytest.MonkeyP
     )
     register_score("temperature")(Temperature)
     check_form(score="temperature")
-    assert asked == [("mha", "temperature"), ("mqa", "temperature"), ("sas", "temperature")]
+    assert asked == [(attention, "temperature") for attention in ("mha", "mqa", "sas", "mla")]
     asked.clear()
     check_form("mqa")
     assert asked == [("mqa", "softmax"), ("mqa", "selective"), ("mqa", "gated")]
@@ -393,10 +399,11 @@ def test_a_score_alone_is_checked_on_several_attentions(registries: None, monkey
     name = "roomy_budget_changes_nothing"
     monkeypatch.setattr("heedful.testing.CHECKS", {name: CHECKS[name]})
     register_score("broken")(OverridesForwardAlone)
-    with pytest.raises(AssertionError, match=r"^3 of 3 broken:") as raised:
+    with pytest.raises(AssertionError, match=r"^4 of 4 broken:") as raised:
         check_form(score="broken")
     assert all(
-        f"{attention} x broken breaks {name}" in str(raised.value) for attention in ("mha", "mqa", "sas")
+        f"{attention} x broken breaks {name}" in str(raised.value)
+        for attention in ("mha", "mqa", "sas", "mla")
     )
 
 

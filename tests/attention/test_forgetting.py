@@ -22,6 +22,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "mqa without norm": {"attention": "mqa", "qk_norm": False},
     "sas": {"attention": "sas"},
     "sas compact": {"attention": "sas", "cache": "compact"},
+    "mla": {"attention": "mla"},
+    "sas linear": {"attention": "sas_linear", "n_kv_heads": 2},
     "sas compact without norm": {"attention": "sas", "cache": "compact", "qk_norm": False},
 }
 RULES: list[dict[str, Any]] = [

@@ -29,7 +29,19 @@ def logit_std(module: Attention) -> float:
         return float((q @ k.mT * module.scale).std())
 
 
-@pytest.mark.parametrize(("name", "options"), [("mha", {}), ("gqa", {"n_kv_heads": 2}), ("shared_kv", {})])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("mha", {}),
+        ("gqa", {"n_kv_heads": 2}),
+        ("mla", {}),
+        ("mla", {"q_lora_rank": 24, "kv_lora_rank": 16, "rope_head_dim": 6}),
+        ("tpa", {}),
+        ("tpa", {"q_rank": 3, "k_rank": 1}),
+        ("sas_linear", {"qk_norm": True}),
+        ("shared_kv", {}),
+    ],
+)
 @pytest.mark.parametrize("std", [0.2, 1.0])
 def test_logits_start_as_the_config_says(forms: None, name: str, options: dict, std: float):
     if name == "shared_kv":
@@ -38,7 +50,7 @@ def test_logits_start_as_the_config_says(forms: None, name: str, options: dict, 
         assert spec is not None and spec.loader is not None
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
     torch.manual_seed(0)
-    module = build(name, **SIZES, **options, init_logit_std=std)
+    module = build(name, **SIZES | options, init_logit_std=std)
     assert logit_std(module) == pytest.approx(std, rel=0.25)
 
 

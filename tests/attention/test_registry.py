@@ -100,7 +100,7 @@ def test_defaults_are_resolved():
     assert configure("mha", **SIZES, head_dim=16).head_dim == 16
 
 
-@pytest.mark.parametrize("attention", ["mha", "gqa", "mqa", "sas"])
+@pytest.mark.parametrize("attention", available()["attention"])
 @pytest.mark.parametrize("score", ["softmax", "selective"])
 def test_configs_survive_replace_and_pickle(attention: str, score: str):
     options = {"n_kv_heads": 2} if attention == "gqa" else {}
@@ -163,6 +163,21 @@ def test_errors(case: str):
     options, parts = (SHARED_ERRORS | SAS_ERRORS)[case]
     with says(ValueError, *parts):
         configure("sas", **{**SIZES, **options})
+
+
+@pytest.mark.parametrize("attention", available()["attention"])
+def test_qk_norm_is_the_forms_own_unless_told(attention: str):
+    options = {**SIZES, "n_kv_heads": 2} if attention == "gqa" else SIZES
+    without = attention in ("mla", "tpa")
+    assert configure(attention, **options).qk_norm is not without
+    assert configure(attention, **options, qk_norm=False).qk_norm is False
+    if without:
+        with says(
+            ValueError, f"attention {attention!r} has no QK-norm: ", "leave qk_norm out, or give False"
+        ):
+            configure(attention, **options, qk_norm=True)
+    else:
+        assert configure(attention, **options, qk_norm=True) == configure(attention, **options)
 
 
 def test_an_odd_size_is_fine_without_rope():

@@ -11,8 +11,10 @@ import pytest
 
 import heedful as package
 from heedful.cli import COMMANDS
+from heedful.cli.parsing import flag, parse
 from heedful.comparison import CompareSettings
 from heedful.training import TrainSettings
+from heedful.training.settings import ModelSettings
 
 NAMES = [name for names in package.available().values() for name in names]
 Heedful = Callable[..., Any]
@@ -48,6 +50,25 @@ def test_help_shows_the_options_of_the_chosen_form(heedful: Heedful):
     assert "--score.impl" in heedful("train", "--score", "selective", "--help").out
     assert "--attention.sim-heads" in heedful("compare", "--help").out
     assert "--attention.sim-heads" not in heedful("compare", "--attention", "mha,mqa", "--help").out
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("", None),
+        ("--qk-norm", True),
+        ("--no-qk-norm", False),
+        ("--qk_norm", True),
+        ("--qk-norm=False", False),
+    ],
+)
+def test_a_switch_may_be_left_to_the_form(typed: str, expected: bool | None):
+    fields = [
+        flag(f.name, f.type, f.default, "help")
+        for f in dataclasses.fields(ModelSettings)
+        if f.name == "qk_norm"
+    ]
+    assert parse("train", "", fields, typed.split()) == {"qk_norm": expected}
 
 
 @pytest.mark.parametrize("settings", [TrainSettings, CompareSettings])

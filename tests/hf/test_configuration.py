@@ -1,8 +1,10 @@
 """`HeedfulConfig`: what it accepts, what it resolves to, what it refuses."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,6 +54,26 @@ def test_starts_as_the_decoder_does(make_config: Callable[..., HeedfulConfig], a
         starts.append(decoder_names(make(config).state_dict()))
     for name, weight in starts[0].items():
         assert torch.equal(weight, starts[1][name]), name
+
+
+@pytest.mark.parametrize("saved", [True, False, None], ids=str)
+def test_a_saved_qk_norm_is_kept(
+    make_config: Callable[..., HeedfulConfig], saved: bool | None, tmp_path: Path
+):
+    """Folders of earlier versions say true or false; None is what each layer's form does."""
+    make_config(["mha", "sas"], qk_norm=saved).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text()).get("qk_norm") is saved
+    loaded = HeedfulConfig.from_pretrained(tmp_path)
+    assert loaded.qk_norm is saved
+    resolved = [c.qk_norm for c in loaded.to_decoder_config().attention_configs()]
+    assert resolved == [saved is not False] * 2
+
+
+def test_forms_with_and_without_qk_norm_go_together(make_config: Callable[..., HeedfulConfig]):
+    model = HeedfulForCausalLM(make_config(["mha", "mla"]))
+    assert [layer.attention.config.qk_norm for layer in model.model.layers] == [True, False]
+    with pytest.raises(ValueError, match="attention 'mla' has no QK-norm"):
+        make_config(["mha", "mla"], qk_norm=True)
 
 
 @pytest.mark.parametrize(("attention", "heads"), [("mha", 4), ("mqa", 1), ("sas", 4)])

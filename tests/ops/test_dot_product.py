@@ -5,7 +5,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from heedful.ops.dot_product import attention_reference, attention_sdpa, masked_softmax
+from heedful.ops.dot_product import (
+    attention_reference,
+    attention_sdpa,
+    masked_softmax,
+    repeat_kv,
+    wide_logits,
+)
 
 SMALL = st.integers(1, 4)
 
@@ -42,3 +48,19 @@ def test_a_row_without_keys_is_zero(dtype: torch.dtype):
     weights.square().sum().backward()
     assert logits.grad.isfinite().all()
     assert (logits.grad[0, 0, 0] == 0).all()
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("mask_heads", [0, 1, 4])
+def test_one_query_of_shared_keys_copies_none(groups: int, mask_heads: int, monkeypatch: pytest.MonkeyPatch):
+    """With no mask, one for all heads, or one for each."""
+    torch.manual_seed(0)
+    q, k, v = (
+        torch.randn(2, heads, n, 6, dtype=torch.float64) for heads, n in ((4, 1), (groups, 7), (groups, 7))
+    )
+    bias = torch.randn(2, mask_heads, 1, 7, dtype=torch.float64) if mask_heads else None
+    logits = q @ repeat_kv(k, 4).mT * 0.3
+    expected = (logits + (0.0 if bias is None else bias)).softmax(-1) @ repeat_kv(v, 4)
+    monkeypatch.setattr("heedful.ops.dot_product.repeat_kv", None)
+    torch.testing.assert_close(attention_sdpa(q, k, v, 0.3, mask=bias), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(wide_logits(q, k, 0.3), logits, rtol=1e-12, atol=1e-12)

@@ -120,6 +120,7 @@ CASES = {
     "mqa, now and then": (trained, {"attention": "mqa"}, {"evict_every": 3}),
     "gqa, threshold": (trained, {}, {"threshold": 0.5}),
     "sas": (trained, {"attention": "sas"}, {}),
+    "mla": (trained, {"attention": "mla"}, {}),
     "gqa, h2o": (trained, {"score": "softmax"}, {"policy": "h2o"}),
     "gqa, no budget": (trained, {}, {"budget": None}),
 }

@@ -12,6 +12,9 @@ from heedful.attention.score import EvictableScore, Score
 # The order here is the order of `heedful ls`.
 from heedful.attention.gqa import GroupedQueryAttention  # isort: skip
 from heedful.attention.sas import SASAttention, SASCore  # isort: skip
+from heedful.attention.sas_linear import SASLinearAttention  # isort: skip
+from heedful.attention.mla import LatentAttention  # isort: skip
+from heedful.attention.tpa import TensorProductAttention  # isort: skip
 from heedful.attention.softmax import SoftmaxScore  # isort: skip
 from heedful.attention.selective import SelectiveScore  # isort: skip
 from heedful.attention.gated import GatedScore  # isort: skip
@@ -29,15 +32,18 @@ __all__ = [
     "GatedScore",
     "GroupedQueryAttention",
     "KVCache",
+    "LatentAttention",
     "LayerCache",
     "SASAttention",
     "SASCore",
+    "SASLinearAttention",
     "Score",
     "ScoreConfig",
     "SelectiveScore",
     "SigmoidScore",
     "SoftmaxScore",
     "TalkingHeadsScore",
+    "TensorProductAttention",
     "available",
     "build",
     "configure",

@@ -47,10 +47,11 @@ class Attention(nn.Module):
             config.score_config, config.score_heads, config.d_model
         )
         if self.score.selectors not in (1, config.score_kv_heads):
-            raise ValueError(
-                f"selectors must be 1 or the number of key heads ({config.score_kv_heads}), "
-                f"got {self.score.selectors}"
-            )
+            apart = config.score_kv_heads
+            allowed = "1, as all heads share what is cached"
+            if apart > 1:
+                allowed = f"1 or the number of key heads ({apart})"
+            raise ValueError(f"selectors must be {allowed}, got {self.score.selectors}")
         self.o_proj = nn.Linear(config.n_heads * config.v_dim, config.d_model, bias=config.bias)
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(config.qk_dim, eps=config.norm_eps)
@@ -121,8 +122,11 @@ class Attention(nn.Module):
                 positions = cache.next_positions(*given, batch, length, x.device)
         q, memory = self.project(x, positions)
         tokens = Tokens.of(self, x, q, memory, key_mask, segment_ids)
-        heads = tokens.attend_alone(self, losses) if cache is None else cache.attend(self, tokens)
-        return self.aggregate(heads)
+        return self.aggregate(self.attend(tokens, cache, losses))
+
+    def attend(self, tokens: Tokens, cache: KVCache | None, losses: list[LayerLoss] | None) -> Tensor:
+        """Let new tokens attend, alone or after those in the cache: the outputs of the heads, (B, H, T, E)."""
+        return tokens.attend_alone(self, losses) if cache is None else cache.attend(self, tokens)
 
     @property
     def scale(self) -> float:
@@ -237,9 +241,7 @@ class Attention(nn.Module):
 
     def _place(self, x: Tensor, positions: Tensor, norm: nn.RMSNorm | None) -> Tensor:
         config = self.config
-        gains = getattr(norm, "weight", None)
-        if isinstance(gains, Tensor):
-            x = x.to(gains.dtype)  # under autocast x is bf16 and the gain is not
+        x = as_wide_as_gains(x, norm)
         turn = partial(rope, positions=positions, theta=config.rope_theta, base_dim=config.size)
         return in_order(x, norm, turn if config.rope else None, config.qk_norm_position == "before_rope")
 
@@ -252,3 +254,9 @@ class Attention(nn.Module):
         if name == "segment_ids" and (mask.is_floating_point() or mask.dtype == torch.bool):
             raise TypeError(f"segment_ids must be integers, got {show(mask)}")
         check_shape(name, mask, shape, "(B, T)")
+
+
+def as_wide_as_gains(x: Tensor, norm: nn.Module | None) -> Tensor:
+    """`x` in the precision of the norm it is for: under autocast x is bf16 and the gain is not."""
+    gains = getattr(norm, "weight", None)
+    return x.to(gains.dtype) if isinstance(gains, Tensor) else x

@@ -97,6 +97,11 @@ class KVCache(ABC):
         """Bytes of all storages, the room for tokens to come included."""
 
     @property
+    def measures_keys(self) -> bool:
+        """Whether it looks at keys themselves, and not only at what a query makes of them."""
+        return False
+
+    @property
     def peak_bytes(self) -> int:
         """The most bytes ever held at once."""
         return self.nbytes

@@ -116,7 +116,9 @@ class HeadOptions:
     n_kv_heads: int | None = option(None, "number of key/value heads, G; the form's default if None")
     head_dim: int | None = option(None, "size of a head, D; d_model / n_heads if None")
     rope_theta: float = option(10000.0, "base of the rotary frequencies")
-    qk_norm: bool = option(True, "RMS-normalise queries and keys, after any expansion")
+    qk_norm: bool | None = option(
+        None, "RMS-normalise queries and keys, after any expansion; None: as the form does by default"
+    )
     qk_norm_position: Literal["before_rope", "after_rope"] = option(
         "before_rope", "where QK-norm sits: before_rope or after_rope"
     )
@@ -154,11 +156,18 @@ class AttentionConfig(HeadOptions):
         if isinstance(self.score, str):
             self._set("score", SCORES[self.score].config_class())
         check_literals(self)
-        self.check()
-        if self.rope and self.qk_dim % 2:
+        if self.qk_norm and self.no_qk_norm:
             raise ValueError(
-                f"rotary positions need an even {self.qk_dim_name}, got {self.qk_dim}; "
-                f"use {self.qk_dim - 1} or {self.qk_dim + 1}, or rope=False"
+                f"attention {self.form!r} has no QK-norm: {self.no_qk_norm}; leave qk_norm out, or give False"
+            )
+        if self.qk_norm is None:
+            self._set("qk_norm", not self.no_qk_norm)
+        self.check()
+        size = self.rotated_dim
+        if self.rope and size % 2:
+            raise ValueError(
+                f"rotary positions need an even {self.rotated_dim_name}, got {size}; "
+                f"use {size - 1} or {size + 1}, or rope=False"
             )
 
     def check(self) -> None:
@@ -170,7 +179,9 @@ class AttentionConfig(HeadOptions):
 
     # The shape of the attention itself; a form that widens it overrides these.
 
-    qk_dim_name: ClassVar[str] = "head_dim"
+    rotated_dim_name: ClassVar[str] = "head_dim"
+    no_qk_norm: ClassVar[str] = ""
+    """Why the form has no QK-norm; empty: it has, unless it is told otherwise."""
 
     @property
     def kv_heads(self) -> int:
@@ -197,13 +208,18 @@ class AttentionConfig(HeadOptions):
 
     @property
     def score_kv_heads(self) -> int:
-        """The number of key heads where queries meet them: G, or Ĥ for SAS."""
+        """The number of key heads that are remembered apart, each of which a selector may have: G, or Ĥ for SAS."""
         return self.kv_heads
 
     @property
     def qk_dim(self) -> int:
         """The size of q and k where they meet: D, or D̂ for SAS."""
         return self.size
+
+    @property
+    def rotated_dim(self) -> int:
+        """The size of what is rotated by position: all of q and k, or a part."""
+        return self.qk_dim
 
     @property
     def v_dim(self) -> int:

@@ -15,6 +15,7 @@ from heedful.attention.softmax import SoftmaxScore
 class GatedScore(EvictableScore):
     """Softmax attention whose heads a token can close: the gate is computed from `x`, one number per head."""
 
+    bilinear = True
     formula = """
         out^h[i] = sigmoid(w^h . x_i) sum_{j<=i} softmax_j(q^h_i . k^h_j / sqrt(D)) v^h_j
     """

@@ -45,17 +45,12 @@ class SASConfig(AttentionConfig):
         "how the expansions are computed: auto, reference (readable, slow), blocked or native (C++)",
     )
 
-    qk_dim_name: ClassVar[str] = "sim_head_dim"
+    rotated_dim_name: ClassVar[str] = "sim_head_dim"
 
     def check(self) -> None:
         """Ĥ is a multiple of H, D̂ at least D, W odd."""
-        if self.sim_heads is None:
-            self._set("sim_heads", 3 * self.n_heads)
-        for name in ("sim_heads", "sim_head_dim", "kernel_size"):
-            check_whole(name, getattr(self, name))
-        if self.kernel_size is None:
-            raise ValueError("kernel_size must be a whole number >= 1, got None")
-        check_divides("sim_heads", self.score_heads, "n_heads", self.n_heads)
+        check_sim_heads(self)
+        check_whole("sim_head_dim", self.sim_head_dim)
         if self.sim_head_dim is None:
             wide = -(-3 * self.size // 2)
             self._set("sim_head_dim", wide + wide % 2)
@@ -63,11 +58,6 @@ class SASConfig(AttentionConfig):
             raise ValueError(
                 f"sim_head_dim must be at least head_dim ({self.size}) to start as an identity, "
                 f"got {self.qk_dim}; use {self.size} or more, or init='published'"
-            )
-        if self.kernel_size % 2 == 0:
-            raise ValueError(
-                f"kernel_size must be odd, so that it has a centre, got {self.kernel_size}; "
-                f"use {self.kernel_size - 1} or {self.kernel_size + 1}"
             )
 
     def reference(self) -> "SASConfig":
@@ -82,8 +72,8 @@ class SASConfig(AttentionConfig):
 
     @property
     def score_kv_heads(self) -> int:
-        """Ĥ."""
-        return self.score_heads
+        """Ĥ; 1 for the compact cache, each head of which serves all of Ĥ."""
+        return self.score_heads if self.cache == "expanded" else 1
 
     @property
     def qk_dim(self) -> int:
@@ -118,6 +108,28 @@ class SASConfig(AttentionConfig):
         if self.cache == "compact":
             return 2 * self.kv_heads * self.size * bytes_per_value + 8 + state
         return self.score_heads * (self.qk_dim + self.v_dim) * bytes_per_value + state
+
+
+def check_sim_heads(config: Any) -> None:
+    """Check and resolve `sim_heads` and `kernel_size`: Ĥ is a multiple of H, W odd."""
+    if config.sim_heads is None:
+        config._set("sim_heads", 3 * config.n_heads)
+    for name in ("sim_heads", "kernel_size"):
+        check_whole(name, getattr(config, name))
+    width = config.kernel_size
+    if width is None:
+        raise ValueError("kernel_size must be a whole number >= 1, got None")
+    check_divides("sim_heads", config.sim_heads, "n_heads", config.n_heads)
+    if width % 2 == 0:
+        raise ValueError(
+            f"kernel_size must be odd, so that it has a centre, got {width}; use {width - 1} or {width + 1}"
+        )
+
+
+def copied_heads(config: AttentionConfig) -> tuple[list[int], list[int]]:
+    """Which query head, and which key head, each simulated head copies in an identity start."""
+    heads = [h % config.n_heads for h in range(config.score_heads)]
+    return heads, [h * config.kv_heads // config.n_heads for h in heads]
 
 
 class Expansion(nn.Module):
@@ -299,8 +311,7 @@ class SASAttention(Attention):
             for expansion in (self.q_expand, self.k_expand, self.v_expand):
                 expansion.reset_published()
             return
-        heads = [h % config.n_heads for h in range(config.score_heads)]
-        groups = [h * config.kv_heads // config.n_heads for h in heads]
+        heads, groups = copied_heads(config)
         # The scale 1/sqrt(D̂) is smaller than 1/sqrt(D): make up for it in q and k, or in their norms.
         gain = (config.qk_dim / config.size) ** 0.25
         self.q_expand.reset_identity(heads, 1.0 if config.qk_norm else gain)

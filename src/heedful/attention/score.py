@@ -58,6 +58,11 @@ class Score(nn.Module):
     selectors: int = 1
     """Selection heads: one for the layer, or one for each key head, which then holds tokens of its own."""
 
+    bilinear: bool = False
+    """Whether it reads queries and keys by their products alone, and returns weighted sums of the values, times a
+    number per head and query at most. Then a linear map of the keys may stand in the queries, and one of the values
+    in the output, and a form that caches something smaller than its keys decodes without making them."""
+
     @property
     def causal_to_the_bit(self) -> bool:
         """Whether a later token leaves every bit of an earlier output; else it may change how it is rounded."""

@@ -43,6 +43,7 @@ class SelectiveScore(EvictableScore):
     retention gates of TRIM-KV (arXiv 2512.03324).
     """
 
+    bilinear = True
     formula = """
         S[i,j]   = relu(q^0_i . k^0_j / sqrt(D)),  0 for the first token and for j = i
         F[i,j]   = sum_{u<i} S[u,j]

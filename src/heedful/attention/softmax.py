@@ -19,6 +19,7 @@ from heedful.ops.precision import no_autocast
 class SoftmaxScore(EvictableScore):
     """softmax(q k^T / sqrt(D)) v: nothing else happens to the logits."""
 
+    bilinear = True
     formula = "out[i] = sum_{j<=i} softmax_j(q_i . k_j / sqrt(D)) v_j"
 
     @dataclass(frozen=True)

@@ -24,8 +24,13 @@ class Flag:
 
     @property
     def switch(self) -> bool:
-        """Whether it is given without a value."""
-        return self.type is bool
+        """Whether it may be given without a value."""
+        return self.type is bool or self.undecided
+
+    @property
+    def undecided(self) -> bool:
+        """Whether it is a switch that nobody has set, on or off."""
+        return self.type == bool | None
 
     @property
     def spec(self) -> PrimitiveConstructorSpec[Any] | None:
@@ -84,6 +89,18 @@ def check(flags: Sequence[Flag], arguments: Sequence[str]) -> None:
         while flag.spec is None and waiting and not waiting[-1].startswith("--"):
             waiting.pop()  # one of several values; tyro reads them
     _check_words(words, [flag for flag in flags if flag.positional])
+
+
+def spelled_out(flags: Sequence[Flag], arguments: Sequence[str]) -> list[str]:
+    """`--name` and `--no-name` of switches that may be left undecided as `--name=True` and `--name=False`.
+
+    tyro knows switches that are on or off, and wants a value for all else.
+    """
+    values: dict[str, str] = {}
+    for flag in flags:
+        if flag.undecided:
+            values |= {flag.name: f"{flag.name}=True", "--no-" + flag.name[2:]: f"{flag.name}=False"}
+    return [values.get(word.replace("_", "-"), word) for word in arguments]
 
 
 def _check_words(words: Sequence[str], positional: Sequence[Flag]) -> None:

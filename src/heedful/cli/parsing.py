@@ -8,7 +8,7 @@ import tyro
 
 from heedful.attention.config import own_fields
 from heedful.attention.registry import Registry
-from heedful.cli.arguments import check, flags_of
+from heedful.cli.arguments import check, flags_of, spelled_out
 from heedful.cli.errors import UsageError
 from heedful.cli.wrapping import wrapped
 from heedful.data.tasks import task_class
@@ -30,7 +30,8 @@ def flag_fields(settings_class: Any, **defaults: Any) -> list[tuple[str, Any, An
 
 def flag(name: str, type_: Any, default: Any, help: str) -> tuple[str, Any, Any]:
     """One flag; `default=dataclasses.MISSING` makes it required."""
-    annotated = Annotated[type_, tyro.conf.arg(help=help, metavar=_metavar(type_))]
+    metavar = f"| --no-{name.replace('_', '-')}" if type_ == bool | None else _metavar(type_)
+    annotated = Annotated[type_, tyro.conf.arg(help=help, metavar=metavar)]
     return name, annotated, dataclasses.field(default=default)
 
 
@@ -126,6 +127,7 @@ def parse(
             print(wrapped(description) + "\n")  # tyro would put each paragraph on one line
         else:
             check(flags_of(wanted), arguments)
+            arguments = spelled_out(flags_of(wanted), arguments)
         parsed: Any = tyro.cli(
             settings,
             prog=f"heedful {command}",

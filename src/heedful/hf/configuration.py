@@ -29,7 +29,7 @@ class HeedfulConfig(PreTrainedConfig):
         score_options: options of the score, likewise.
         positions: "rope", "learned" or "none".
         rope_theta: base of the rotary frequencies.
-        qk_norm: RMS-normalise queries and keys.
+        qk_norm: RMS-normalise queries and keys; None means as the form does by default.
         qk_norm_position: "before_rope" or "after_rope".
         rms_norm_eps: epsilon of every norm.
         attention_bias: bias in the q, k, v and output projections.
@@ -61,7 +61,7 @@ class HeedfulConfig(PreTrainedConfig):
     score_options: dict[str, Any] | list[dict[str, Any]] | None = None
     positions: Literal["rope", "learned", "none"] = DecoderConfig.positions
     rope_theta: float = DecoderConfig.rope_theta
-    qk_norm: bool = DecoderConfig.qk_norm
+    qk_norm: bool | None = DecoderConfig.qk_norm
     qk_norm_position: Literal["before_rope", "after_rope"] = DecoderConfig.qk_norm_position
     rms_norm_eps: float = DecoderConfig.norm_eps
     attention_bias: bool = DecoderConfig.attention_bias

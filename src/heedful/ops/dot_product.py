@@ -12,6 +12,11 @@ def repeat_kv(x: Tensor, n_heads: int) -> Tensor:
     return x if x.shape[1] == n_heads else x.repeat_interleave(n_heads // x.shape[1], dim=1)
 
 
+def as_rows(q: Tensor, groups: int) -> Tensor:
+    """(B, H, T, D) -> (B, G, H/G · T, D): the query heads of a key head as more queries, without copies of it."""
+    return q if q.shape[1] == groups else q.unflatten(1, (groups, -1)).flatten(2, 3)
+
+
 def masked_softmax(logits: Tensor, visible: Tensor) -> Tensor:
     """Softmax over the visible keys; a row that sees no key gets zeros, and zero gradients, not NaN.
 
@@ -26,8 +31,9 @@ def masked_softmax(logits: Tensor, visible: Tensor) -> Tensor:
 
 def wide_logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """`q k^T * scale`, (B, H, T, S), float32 or wider, of q (B, H, T, D) and k (B, G, S, D)."""
-    dtype = wide_dtype(q)
-    return q.to(dtype) @ repeat_kv(k, q.shape[1]).to(dtype).transpose(-1, -2) * scale
+    dtype, heads = wide_dtype(q), q.shape[1]
+    logits = as_rows(q, k.shape[1]).to(dtype) @ k.to(dtype).transpose(-1, -2) * scale
+    return logits.unflatten(2, (heads // k.shape[1], -1)).flatten(1, 2)
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
@@ -65,9 +71,14 @@ def attention_sdpa(
     Returns:
         (B, H, T, E).
     """
-    k, v = repeat_kv(k, q.shape[1]), repeat_kv(v, q.shape[1])
+    heads, length = q.shape[1:3]
+    if length == 1:  # in a decoding step, copies of the keys would take several times as long as all else
+        q = as_rows(q, k.shape[1])
+        mask = mask if mask is None or mask.shape[1] == 1 else as_rows(mask, k.shape[1])
+    else:
+        k, v = repeat_kv(k, heads), repeat_kv(v, heads)
     size, wide = v.shape[-1], max(v.shape[-1], q.shape[-1])
     # Unequal head sizes would drop SDPA to its slow path, which keeps all logits; zeros cost far less.
     q, k, v = (F.pad(x, (0, wide - x.shape[-1])) if x.shape[-1] < wide else x for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
-    return out[..., :size]
+    return out[..., :size].reshape(q.shape[0], heads, length, size)

@@ -73,8 +73,8 @@ def _declared(study: Study, seeds: Sequence[Row]) -> str:
     )
     return (
         f"**Declared before the runs**: an effect of {study.effect:g} in {study.metric}; with an expected spread "
-        f"of {study.spread:g} (standard deviation of paired differences) {study.needed} seeds find it in four of five "
-        f"cases; {study.seeds} planned, {there} there. Unless an arm says otherwise: {baseline.data}, width "
+        f"of {study.spread:g} (standard deviation of paired differences) {study.needed} seeds find it in four of "
+        f"five cases; {study.seeds} planned, {there} there. Unless an arm says otherwise: {baseline.data}, width "
         f"{baseline.d_model}, {baseline.n_layers} layers, {baseline.n_heads} heads, context {baseline.context}, "
         f"{baseline.steps} steps of {baseline.batch_size} rows; {swept}; all arms start from the same logit scale "
         f"({baseline.init_logit_std:g}) and see the same rows in the same order."

@@ -17,8 +17,8 @@ from heedful.testing.promise import CHECKS, Check
 __all__ = ["CHECKS", "Check", "check_form"]
 
 
-ATTENTIONS_FOR_A_SCORE = ["mha", "mqa", "sas"]
-"""As many heads of keys as of queries, one, and queries of another size than values."""
+ATTENTIONS_FOR_A_SCORE = ["mha", "mqa", "sas", "mla"]
+"""As many heads of keys as of queries, one, queries of another size than values, keys that fold into queries."""
 SCORES_FOR_AN_ATTENTION = ["softmax", "selective", "gated"]
 """Nothing more, state for every token, and parameters and the layer's input."""
 
@@ -26,7 +26,7 @@ SCORES_FOR_AN_ATTENTION = ["softmax", "selective", "gated"]
 def check_form(attention: str | None = None, score: str | None = None, **options: Any) -> None:
     """Run every check on one attention x score; the form must be registered.
 
-    A name alone is checked with several counterparts: a score on `mha`, `mqa` and `sas`, an attention under
+    A name alone is checked with several counterparts: a score on `mha`, `mqa`, `sas` and `mla`, an attention under
     `softmax`, `selective` and `gated`.
 
     Args:

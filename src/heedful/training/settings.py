@@ -37,7 +37,7 @@ class ModelSettings:
     n_kv_heads: int | None = inherit(DecoderConfig, "n_kv_heads")
     d_ff: int | None = inherit(DecoderConfig, "d_ff")
     positions: Literal["rope", "learned", "none"] = inherit(DecoderConfig, "positions")
-    qk_norm: bool = inherit(DecoderConfig, "qk_norm")
+    qk_norm: bool | None = inherit(DecoderConfig, "qk_norm")
     init_logit_std: float = inherit(DecoderConfig, "init_logit_std")
     dropout: float = inherit(DecoderConfig, "dropout")
 

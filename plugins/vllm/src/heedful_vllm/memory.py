@@ -73,6 +73,8 @@ class LayerMemory:
     seen = 0
     """As of an empty cache: the engine gives positions."""
     padded = False
+    measures_keys = True
+    """Its tokens are those of several requests: a layer must not take one for a step of decoding."""
 
     def __init__(self, blocks: "Blocks", index: int) -> None:
         self.blocks, self.index = blocks, index

@@ -103,6 +103,11 @@ class EvictingCache(KVCache):
         return self._padded
 
     @property
+    def measures_keys(self) -> bool:
+        """A policy may rank by keys, and the bound of a threshold goes by the norms of keys and queries."""
+        return self.policy.needs_keys or self.rule.threshold is not None
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the slots and their books."""
         bound = 0 if self._bound is None else sum(t.untyped_storage().nbytes() for t in self._bound)
