@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from heedful import available
 from heedful.attention import Attention, EvictingCache, KVCache, LayerCache, SoftmaxScore, build
 from heedful.attention.eviction import POLICIES
 from heedful.attention.folding import Folding
@@ -56,7 +57,7 @@ def test_folded_equals_expanded(form: str, cache: str, monkeypatch: pytest.Monke
     torch.testing.assert_close(padded[mask], expanded[mask], rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("score", ["softmax", "selective", "gated"])
+@pytest.mark.parametrize("score", available()["score"])
 @pytest.mark.parametrize("form", FORMS)
 def test_a_single_token_makes_no_keys(form: str, score: str, monkeypatch: pytest.MonkeyPatch):
     layer = layer_of(form, score)

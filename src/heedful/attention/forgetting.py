@@ -59,6 +59,7 @@ class ForgettingScore(EvictableScore):
     config: Config
     state_names = ["decay"]
     per_head = ["decay"]
+    bilinear = True
     spares_first = False
 
     def __init__(self, config: ScoreConfig, n_heads: int, d_model: int) -> None:

@@ -48,6 +48,7 @@ class SigmoidScore(ExplicitScore):
             check_whole("bias_length", self.bias_length)
 
     config: Config
+    bilinear = True
 
     def logits(self, q: Tensor, k: Tensor, *, scale: float, **rest: Any) -> Tensor:
         """`q k^T * scale`, (B, H, T, S), without the bias."""

@@ -29,6 +29,8 @@ class TalkingHeadsScore(ExplicitScore):
         out^h[i] = sum_{j<=i} A^h[i,j] v^h_j
     """
 
+    bilinear = True
+
     @dataclass(frozen=True)
     class Config(ScoreConfig):
         """Talking heads: logits and weights are mixed across heads by learned matrices, 2·H² parameters.
