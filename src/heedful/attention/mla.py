@@ -84,7 +84,7 @@ class MLAConfig(AttentionConfig):
 
     def cache_bytes_per_token(self, bytes_per_value: int = 4) -> int:
         """kv_lora_rank + rope_head_dim values, and the score's state."""
-        state = self.score_config.state_bytes_per_token(bytes_per_value)
+        state = self.score_config.state_bytes_per_token(self.score_heads, bytes_per_value)
         return (self.latent + self.rotated_dim) * bytes_per_value + state
 
     def _rows_and_products(self) -> tuple[int, int]:

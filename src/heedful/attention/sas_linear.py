@@ -70,7 +70,7 @@ class SASLinearConfig(AttentionConfig):
 
     def cache_bytes_per_token(self, bytes_per_value: int = 4) -> int:
         """2·G·D values, and the score's state."""
-        state = self.score_config.state_bytes_per_token(bytes_per_value)
+        state = self.score_config.state_bytes_per_token(self.score_heads, bytes_per_value)
         return 2 * self.kv_heads * self.size * bytes_per_value + state
 
     def _products(self) -> tuple[int, int, int, int]:

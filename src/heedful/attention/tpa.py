@@ -55,7 +55,7 @@ class TPAConfig(AttentionConfig):
 
     def cache_bytes_per_token(self, bytes_per_value: int = 4) -> int:
         """(k_rank + v_rank)(H + D) values, and the score's state."""
-        state = self.score_config.state_bytes_per_token(bytes_per_value)
+        state = self.score_config.state_bytes_per_token(self.score_heads, bytes_per_value)
         return (self.k_rank + self.v_rank) * (self.n_heads + self.size) * bytes_per_value + state
 
     @property
