@@ -99,7 +99,6 @@ def main() -> None:
     run: dict[str, Any] = {name: getattr(values, name) for name in ("memory", "prompt", "answer", "budget")}
     run |= {
         "prefix_caching": values.prefix_caching,
-        "compiled": values.compile,
         "dtype": "float32",
         "cells": [],
     }

@@ -1,6 +1,7 @@
 """`heedful serve`: the command it becomes, and what it refuses. The server itself is in plugins/vllm/tests."""
 
 import json
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,8 @@ def test_others_need_a_key(folder: Path, host: str, monkeypatch: pytest.MonkeyPa
     words, environment = serve.server_command({**VALUES, "run": str(folder), "host": host})
     assert environment["VLLM_API_KEY"] == "secret" and "HEEDFUL_API_KEY" not in environment
     assert not any("secret" in word for word in words)
-    assert value(words, "--middleware") == "heedful_vllm.gate.KeyForAll"
+    gates = [words[i + 1] for i, word in enumerate(words) if word == "--middleware"]
+    assert gates == ["heedful_vllm.gate.EndsWithServer", "heedful_vllm.gate.KeyForAll"]
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.1.2.3", "::1"])
@@ -91,11 +93,35 @@ def test_this_machine_needs_none(folder: Path, host: str):
         ([], {"port": 70000}, "--port must be 65535 or less"),
         ([], {"kv_memory": float("nan")}, "--kv-memory must be GiB"),
         ([], {"max_model_len": 0}, "--max-model-len must be 2 or more"),
+        ([], {"max_model_len": 10**6}, "--max-model-len 1000000: the model reads at most"),
+        ([], {"kv_budget": "64,32,16,8,4"}, "--kv-budget names 5 layers, the model has 2"),
     ],
 )
 def test_what_is_unsound(folder: Path, more: list[str], values: dict[str, Any], message: str):
     with pytest.raises((UsageError, ValueError), match=message):
         command(folder, *more, **values)
+
+
+def test_memory_on_a_cpu(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """vLLM would take nearly all of the machine's."""
+    name = "--kv-cache-memory-bytes"
+    monkeypatch.setattr(serve, "_on_cpu", lambda: True)
+    assert value(command(folder), name) == str(2**32)
+    assert value(command(folder, kv_memory=0.5), name) == str(2**29)
+    assert command(folder, name, "7").count(name) == 1
+    monkeypatch.setattr(serve, "_on_cpu", lambda: False)
+    assert name not in command(folder)
+
+
+def test_a_port_that_is_taken(heedful: Callable[..., Any], folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """Said before the counts of the server that has it are touched."""
+    monkeypatch.setattr(serve, "missing_for_serving", lambda: None)
+    monkeypatch.setattr(serve, "_fresh_folder", lambda port: pytest.fail("the folder was emptied"))
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        assert f"cannot listen on 127.0.0.1 port {port}" in heedful("serve", folder, "--port", port).error(1)
 
 
 def test_one_line_for_each_error(heedful: Callable[..., Any], folder: Path, tmp_path: Path):

@@ -68,6 +68,35 @@ def engine(folder: Path, **more: Any) -> Any:
     return vllm.LLM(str(folder), **{**options, **more})
 
 
+@pytest.mark.parametrize("form", ["mha x selective", "sas x softmax"])
+def test_a_model_that_heedful_trained(form: str, prompts: list[list[int]], tmp_path: Path):
+    """With a budget, and without one, where nobody goes; its key heads are the form's, not said in its config."""
+    attention, score = form.split(" x ")
+    (tmp_path / "text.txt").write_text("It is a truth universally acknowledged. " * 60)
+    small = {"d_model": 32, "n_layers": 2, "n_heads": 4, "context": 64, "steps": 3, "vocab_size": 300}
+    heedful.train(
+        tmp_path / "run", attention=attention, score=score, data=str(tmp_path / "text.txt"), **small
+    )
+    model = heedful.load(tmp_path / "run").model.float()
+    for budget in (BUDGET, None):
+        policy = {} if budget is None or score == "selective" else {"kv_policy": "streaming"}
+        own = {} if budget is None else {"kv_budget": budget, **policy}
+        llm = engine(tmp_path / "run", additional_config={"heedful": own})
+        how = vllm.SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=5)
+        for prompt in prompts[:4]:
+            one = llm.generate([{"prompt_token_ids": prompt}], how, use_tqdm=False)[0].outputs[0]
+            ids = torch.tensor([prompt])
+            more = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+            expected = model.generate(ids, attention_mask=torch.ones_like(ids), **more, **own)[
+                0, len(prompt) :
+            ]
+            for got, want, likely in zip(one.token_ids, expected.tolist(), one.logprobs, strict=True):
+                if got != want:
+                    assert likely[got].logprob - likely[want].logprob < TIE
+                    break
+        del llm
+
+
 SCHEDULES: dict[str, dict[str, Any]] = {
     "batched": {"enable_prefix_caching": False},
     "in chunks of 16": {"enable_prefix_caching": False, "max_num_batched_tokens": 16, "max_num_seqs": 8},

@@ -22,7 +22,7 @@ def examine_engine(folder: str, kv_budget: str, kv_policy: str | None, as_json: 
     budget = checked_budget(kv_budget, kv_policy)
     if missing := missing_for_serving():
         raise ImportError(f"heedful doctor --engine vllm needs {missing}: {INSTALL}")
-    from heedful_vllm.doctor import prove_engine  # type: ignore[import-not-found]
+    from heedful.evaluation.engine import prove_engine
 
     with spinner(Console(stderr=True, highlight=False), "the engine starts, and answers"):
         proof = prove_engine(folder, budget, kv_policy)

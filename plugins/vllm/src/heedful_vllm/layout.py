@@ -64,6 +64,8 @@ class Layout:
 
 def bounded(eviction: Eviction, n_layers: int, longest: int) -> Eviction:
     """With a bound for every layer: one that has none holds the longest request that the engine admits."""
+    if not eviction.evicts:  # nobody ever goes, and any model may be told so by age
+        eviction = Eviction.of({**eviction.to_dict(), "policy": "streaming"})
     budgets = [longest if budget is None else min(budget, longest) for budget in eviction.budgets(n_layers)]
     same = len(set(budgets)) == 1
     return Eviction.of({**eviction.to_dict(), "budget": budgets[0] if same else budgets})

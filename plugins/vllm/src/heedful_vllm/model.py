@@ -69,7 +69,8 @@ class BoundedForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsMamb
         own = self.bounded
         if self.metrics is None:
             logger.info("heedful: /metrics has no heedful_... without %s; `heedful serve` sets it", FOLDER)
-        each = f"{own.layout.nbytes / 2**20:,.1f} MiB"
+        small = own.layout.nbytes < 2**20
+        each = f"{own.layout.nbytes / 2**10:,.0f} KiB" if small else f"{own.layout.nbytes / 2**20:,.1f} MiB"
         if not own.evicts:
             logger.warning(
                 "heedful: no budget, so that each layer holds all of up to %s tokens: %s for each request; give a "
