@@ -66,15 +66,22 @@ FORMS |= {
     for score in available()["score"]
 }
 
-# Every attention with every score, and every option with one score; the product is among the slow tests.
+# Every attention with every score, and every option with one score; the product is among the exhaustive tests.
 ONCE = PAIRS | {f"{name}-{score}" for name, score in zip(OPTIONS, cycle(available()["score"]), strict=False)}
 # Compiling takes as long as all other checks of a form together.
 COMPILED = {"mha-plain-softmax", "gqa-selective"}
+# One pair of each other form; all of them among the exhaustive tests.
+COMPILED_TOO = {
+    *("sas-selective", "mqa-selective", "mla-softmax", "tpa-gated", "sas_linear-selective"),
+    *("mha-forgetting", "mha-talking_heads", "mha-sigmoid"),
+}
 
 
 def slow(form: str, check: str = "") -> list[pytest.MarkDecorator]:
     among = COMPILED if check == "compiled_equals_eager" else ONCE
-    return [] if form in among else [pytest.mark.slow]
+    if check == "compiled_equals_eager" and form in COMPILED_TOO:
+        return [pytest.mark.slow]
+    return [] if form in among else [pytest.mark.exhaustive]
 
 
 PROMISES = [

@@ -137,14 +137,14 @@ RULES = [
 FORMS = [("mha", {}), ("gqa", {"n_kv_heads": 2}), ("sas", {"cache": "compact"}), ("mha", {"std": 400.0})]
 
 
-# Every rule once, with padding and without by turns, the forms in turn; the other pairs among the slow tests, and
+# Every rule once, with padding and without by turns, the forms in turn; the other pairs among the exhaustive tests, and
 # the rule that holds so much that the reference takes long.
 PAIRS = [
     pytest.param(
         rule,
         form,
         padded,
-        marks=[pytest.mark.slow]
+        marks=[pytest.mark.exhaustive]
         * ((i % len(FORMS), (i + i // len(FORMS)) % 2) != (j, padded) or rule.get("evict_every") == BLOCK),
     )
     for i, rule in enumerate(RULES)

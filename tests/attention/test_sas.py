@@ -162,7 +162,7 @@ HOSTS = [case for case in GRID if case[1] or case[0] == "before_rope"]
     ("position", "qk_norm", "rope", "score"),
     [
         pytest.param(
-            *case, score, marks=[pytest.mark.slow] * (i % 2 != j)
+            *case, score, marks=[pytest.mark.exhaustive] * (i % 2 != j)
         )  # each case with one score is fast
         for i, case in enumerate(HOSTS)
         for j, score in enumerate(("softmax", "selective"))

@@ -118,9 +118,9 @@ def test_looking_up_the_prompt_changes_nothing(
 
 @pytest.mark.parametrize(
     ("form", "cache"),
-    # Every other case; the test above has them all, and the slow tests have the rest here too.
+    # Every other case; the test above has them all, and the exhaustive tests have the rest here too.
     [
-        pytest.param(*case, id="-".join(case), marks=[pytest.mark.slow] * (i % 2))
+        pytest.param(*case, id="-".join(case), marks=[pytest.mark.exhaustive] * (i % 2))
         for i, case in enumerate(CASES)
     ],
 )

@@ -145,10 +145,10 @@ def test_equals_the_formula(case: Case, poisoned: None):
     [
         pytest.param("several blocks, grouped", torch.bfloat16, marks=pytest.mark.slow),
         ("96 and 64, earlier keys", torch.float16),
-        pytest.param("several blocks, grouped", torch.float16, marks=pytest.mark.slow),
-        pytest.param("96 and 64, earlier keys", torch.bfloat16, marks=pytest.mark.slow),
-        pytest.param("two selectors", torch.bfloat16, marks=pytest.mark.slow),
-        pytest.param("two selectors", torch.float16, marks=pytest.mark.slow),
+        pytest.param("several blocks, grouped", torch.float16, marks=pytest.mark.exhaustive),
+        pytest.param("96 and 64, earlier keys", torch.bfloat16, marks=pytest.mark.exhaustive),
+        pytest.param("two selectors", torch.bfloat16, marks=pytest.mark.exhaustive),
+        pytest.param("two selectors", torch.float16, marks=pytest.mark.exhaustive),
     ],
     ids=str,
 )

@@ -1,0 +1,94 @@
+"""The file of a study: what it means, and what is wrong with it before anything is trained."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from heedful.study import Study, load_study
+
+ROOT = Path(__file__).parents[2]
+STUDIES = sorted((ROOT / "studies").glob("*.toml"))
+Make = Callable[..., Study]
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("scale", ["cpu", "gpu"])
+def test_every_study_here_is_sound(path: Path, scale: Any):
+    if scale == "gpu" and "[scale.gpu" not in path.read_text():
+        with pytest.raises(ValueError, match=r"no \[scale\.gpu\] in it"):
+            load_study(path.stem, scale, path.parent)
+        return
+    study = load_study(path.stem, scale, path.parent)
+    assert study.contrasts and study.limits and study.needed >= 2
+    for arm in study.arms.values():
+        arm.to_decoder_config(arm.vocab_size, arm.context).parameter_count()
+
+
+def test_arms_share_what_is_common(study: Make):
+    s = study(
+        arms={
+            "mha": {},
+            "sas": {"attention": "sas", "attention_options": {"sim_heads": 4}},
+            "equal": {"attention": "sas", "match": "params", "to": "mha"},
+        },
+        train={"d_model": 32, "n_heads": 2, "n_layers": 1, "context": 32, "d_ff": 128},
+        contrasts=[{"arm": "sas", "against": "mha", "claims": "lower"}],
+    )
+    assert s.baseline == "mha" and {a.d_model for a in s.arms.values()} == {32}
+    assert s.arms["sas"].attention_options == {"sim_heads": 4}
+    counts = {n: a.to_decoder_config(257, 32).parameter_count() for n, a in s.arms.items()}
+    assert abs(counts["equal"] / counts["mha"] - 1) < 0.01 < counts["sas"] / counts["mha"] - 1
+
+
+def test_another_scale(written: Callable[..., Path]):
+    path = written(
+        scale={"gpu": {"seeds": 3, "train": {"d_model": 32}, "arms": {"mqa": {"attention": "mqa"}}}}
+    )
+    small, large = (load_study(str(path), scale) for scale in ("cpu", "gpu"))
+    assert (small.seeds, large.seeds) == (2, 3)
+    assert [a.d_model for a in small.arms.values()] == [16, 16]
+    assert {n: a.d_model for n, a in large.arms.items()} == {"mha": 32, "selective": 32, "mqa": 32}
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "a word": ({"effekt": 0.1}, "a study has no 'effekt'; did you mean 'effect'"),
+    "nothing claimed": ({"claim": None}, "missing .*claim"),
+    "no contrasts": ({"contrasts": None}, "'contrasts' is missing"),
+    "an arm": ({"arms": {"mha": {}, "b": {"score": "selektive"}}}, "arm 'b': unknown score 'selektive'"),
+    "an arm's word": ({"arms": {"mha": {}, "b": {"heads": 3}}}, "arm 'b' has no 'heads'"),
+    "one arm": ({"arms": {"selective": {}}}, "two arms or more"),
+    "a match": ({"arms": {"mha": {}, "b": {"match": "params", "to": "c"}}}, "matches 'c', which is no arm"),
+    "another match": ({"arms": {"mha": {}, "b": {"match": "size", "to": "mha"}}}, "must be params or flops"),
+    "a contrast": (
+        {"contrasts": [{"arm": "selektive", "against": "mha", "claims": "lower"}]},
+        "names 'selektive'; did you mean 'selective'",
+    ),
+    "its claim": (
+        {"contrasts": [{"arm": "selective", "against": "mha", "claims": "better"}]},
+        "claims must be one of lower, higher, equal, got 'better'",
+    ),
+    "a metric": ({"metric": "speed"}, "metric must be one of loss, accuracy"),
+    "no effect": ({"effect": 0}, "effect must be greater than 0"),
+    "one seed": ({"seeds": 1}, "seeds must be 2 or more"),
+    "no rates": ({"rates": []}, "rates must name"),
+    "a setting": ({"train": {"d_model": 15, "n_heads": 2}}, "arm 'mha': .*d_model"),
+}
+
+
+@pytest.mark.parametrize(("changed", "message"), WRONG.values(), ids=WRONG.keys())
+def test_what_is_wrong(study: Make, changed: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=rf"votes\.toml: .*{message}"):
+        study(**changed)
+
+
+def test_a_name_that_is_no_study(tmp_path: Path, written: Callable[..., Path]):
+    with pytest.raises(FileNotFoundError, match=r"there is no .*/\*\.toml here"):
+        load_study("votes", folder=tmp_path)
+    written()
+    with pytest.raises(FileNotFoundError, match="did you mean 'votes'"):
+        load_study("vote", folder=tmp_path / "studies")
+    (tmp_path / "studies" / "votes.toml").write_text("title = ")
+    with pytest.raises(ValueError, match=r"votes\.toml: Invalid value"):
+        load_study("votes", folder=tmp_path / "studies")

@@ -1,0 +1,132 @@
+"""A study as a whole: what it writes, that it goes on, and that its page says what its rows say."""
+
+import dataclasses
+import io
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import matplotlib.image
+import pytest
+from rich.console import Console
+
+import heedful.comparison.jobs as jobs
+from heedful.study import Study, run_study
+from heedful.study.run import read_rows
+
+Make = Callable[..., Study]
+
+
+def go(study: Study, place: Path, **how: Any) -> str:
+    said = io.StringIO()
+    run_study(study, place / "results", place / "models", console=Console(file=said, width=200), **how)
+    return said.getvalue()
+
+
+def test_the_whole_way(study: Make, tmp_path: Path):
+    budgets = {"kept": [4, 8, 64], "policies": {"selective": ["selective"], "softmax": ["streaming"]}}
+    s = study(lengths=[2, 8], budgets=budgets)
+    said = go(s, tmp_path)
+    assert "effect looked for: 0.1 in loss, 10 seeds find it" in said and "12 runs in all" in said
+    out = tmp_path / "results"
+    assert {p.name for p in out.iterdir()} == {
+        *("README.md", "budgets.jsonl", "figure.png", "runs.jsonl", "study.json", "sweep.jsonl", "times.json")
+    }
+    rows, sweep = read_rows(out / "runs.jsonl"), read_rows(out / "sweep.jsonl")
+    assert sorted(r["run"] for r in rows) == [
+        *("mha-seed0", "mha-seed1", "mha-steps2-seed0", "mha-steps2-seed1", "mha-steps8-seed0"),
+        *("mha-steps8-seed1", "selective-seed0", "selective-seed1"),
+    ]
+    assert {r["seed"] for r in sweep} == {1000} and len(sweep) == 4
+    for arm in ("mha", "selective"):
+        best = min((r for r in sweep if r["arm"] == arm), key=lambda r: r["val_loss"])["lr"]
+        assert {r["lr"] for r in rows if r["arm"] == arm} == {best}
+    page = (out / "README.md").read_text()
+    loss = {(r["arm"], r["seed"]): r["val_loss"] for r in rows if r["role"] == "seed"}
+    difference = mean(loss["selective", seed] - loss["mha", seed] for seed in (0, 1))
+    assert f"`selective` minus `mha` is {difference:+.4f} (95 %: " in page
+    assert "**Verdict: " in page and "2 planned, 2 there" in page and "from 2, 4, 8 steps of `mha`" in page
+    assert "| `selective` | selective | " in page and "| `mha` | streaming | " in page
+    kept = {(r["run"], r["policy"], r["kv_budget"]) for r in read_rows(out / "budgets.jsonl")}
+    assert (
+        ("selective-seed1", "selective", 8) in kept
+        and ("mha-seed0", None, "full") in kept
+        and len(kept) == 12
+    )
+    assert matplotlib.image.imread(out / "figure.png").shape[1] > 1000
+
+
+def test_it_goes_on(study: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    trained: list[str] = []
+    real = jobs.train
+
+    def spy(settings: Any, out: Path, **more: Any) -> Any:
+        trained.append(out.name)
+        if out.name == "selective-seed1" and trained.count(out.name) == 1:
+            raise RuntimeError("no room")
+        return real(settings, out, **more)
+
+    monkeypatch.setattr(jobs, "train", spy)
+    s = study(rates=[1e-3])
+    with pytest.raises(RuntimeError, match="1 runs failed: selective-seed1: no room; the others are kept"):
+        go(s, tmp_path)
+    assert trained == ["mha-seed0", "selective-seed0", "mha-seed1", "selective-seed1"]
+    assert not (tmp_path / "results" / "sweep.jsonl").exists()
+    times = (tmp_path / "results" / "times.json").read_text()
+    trained[:] = ["selective-seed1"]
+    go(s, tmp_path, seeds=3)
+    assert trained[1:] == ["selective-seed1", "mha-seed2", "selective-seed2"]
+    assert (tmp_path / "results" / "times.json").read_text() == times
+    assert "3 paired seeds" in (tmp_path / "results" / "README.md").read_text()
+
+
+def test_other_settings_are_not_mixed(study: Make, tmp_path: Path):
+    s = study(rates=[1e-3])
+    go(s, tmp_path)
+    arms = {**s.arms, "mha": dataclasses.replace(s.arms["mha"], steps=5)}
+    with pytest.raises(ValueError, match=r"with other settings \(mha differ\)"):
+        go(dataclasses.replace(s, arms=arms), tmp_path)
+    more = {**s.arms, "mqa": dataclasses.replace(s.arms["mha"], attention="mqa")}
+    go(dataclasses.replace(s, arms=more), tmp_path)
+    assert len(read_rows(tmp_path / "results" / "runs.jsonl")) == 6
+
+
+def test_a_task(study: Make, tmp_path: Path):
+    task = {
+        "data": "synthetic:copy",
+        "task_options": {"symbols": 4},
+        "context": 10,
+        "batch_size": 4,
+        "steps": 2,
+    }
+    s = study(
+        metric="accuracy at 4x", train={**task, "d_model": 16, "n_layers": 1, "n_heads": 2}, rates=[1e-3]
+    )
+    go(s, tmp_path)
+    page = (tmp_path / "results" / "README.md").read_text()
+    assert "| right | at 2x | at 4x |" in page and "synthetic:copy" in page
+    assert set(read_rows(tmp_path / "results" / "runs.jsonl")[0]["accuracy_at"]) == {"1", "2", "4"}
+
+
+def test_the_command(
+    heedful: Callable[..., Any], written: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    written(rates=[1e-3])
+    monkeypatch.chdir(tmp_path)
+    assert "not run" in heedful("study").out
+    assert "run it first" in heedful("study", "votes", "--report").error(1)
+    heedful("study", "votes")
+    assert (tmp_path / "results" / "votes" / "README.md").exists()
+    page = (tmp_path / "results" / "votes" / "README.md").read_text()
+    os.remove(tmp_path / "results" / "votes" / "README.md")
+    heedful("study", "votes", "--report")
+    assert (tmp_path / "results" / "votes" / "README.md").read_text() == page
+    assert json.loads((tmp_path / "results" / "votes" / "study.json").read_text())["claim"] == "votes help"
+    said = " ".join(heedful("study").out.split())
+    assert any(word in said for word in ("holds", "does not hold", "not resolved"))
+    assert "did you mean 'votes'" in heedful("study", "vote").error(1)
+    assert "--seeds must be 2 or more" in heedful("study", "votes", "--seeds", "1").error(2)
+    assert "no [scale.gpu] in it" in heedful("study", "votes", "--scale", "gpu").error(1)
