@@ -72,29 +72,29 @@ gpu: ## check, tune and time the kernels on a GPU, at most 9 minutes; results in
 	PYTHONPATH=src $(if $(wildcard $(BIN)/python),$(BIN)/python,python3) benchmarks/gpu.py
 
 test: setup ## run the tests, some minutes on two cores
-	$(BIN)/pytest -n 2 -m "not slow and not exhaustive"
+	$(BIN)/pytest -n 2 --dist worksteal -m "not slow and not exhaustive"
 
 test-slow: setup ## run the slow tests
-	$(BIN)/pytest -n 2 -m slow
+	$(BIN)/pytest -n 2 --dist worksteal -m slow
 
 test-exhaustive: setup ## run the products of cases that CI leaves out, before a release
-	$(BIN)/pytest -n 2 -m exhaustive
+	$(BIN)/pytest -n 2 --dist worksteal -m exhaustive
 
 test-cov: setup ## run the tests of `make test` and report which lines they reach
-	$(BIN)/pytest -n 2 -m "not slow and not exhaustive" --cov --cov-report=term:skip-covered --cov-report=xml:build/coverage.xml
+	$(BIN)/pytest -n 2 --dist worksteal -m "not slow and not exhaustive" --cov --cov-report=term:skip-covered --cov-report=xml:build/coverage.xml
 
 test-matrix: $(MATRIX:%=.venv-transformers-%/.installed) ## run tests/hf with each supported transformers
 	@for version in $(MATRIX); do \
 		python=.venv-transformers-$$version/bin/python; \
 		$$python -c 'import transformers; print("transformers", transformers.__version__)' && \
-		$$python -m pytest -n 2 -m "not slow and not exhaustive" tests/hf || exit 1; \
+		$$python -m pytest -n 2 --dist worksteal -m "not slow and not exhaustive" tests/hf || exit 1; \
 	done
 
 # Not part of CI: pip takes the build for CUDA, several GB. The interpreter of the Triton that comes with it does not go
 # with this NumPy; on a GPU the kernels need none.
 test-torch: .venv-torch-$(OLD_TORCH)/.installed ## run the tests of operations, attention and tests/hf with the oldest torch
 	.venv-torch-$(OLD_TORCH)/bin/python -c 'import torch; print("torch", torch.__version__)'
-	.venv-torch-$(OLD_TORCH)/bin/python -m pytest -n 2 -m "not slow and not exhaustive" -k "not triton" \
+	.venv-torch-$(OLD_TORCH)/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not exhaustive" -k "not triton" \
 		tests/ops tests/attention tests/hf tests/test_decoder.py
 
 .venv-torch-%/.installed: .venv/.installed

@@ -70,7 +70,7 @@ def test_what_a_worker_raises_is_raised():
         side_by_side([Fails(), Fails()], Console(quiet=True), workers=2)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_ctrl_c_saves_what_trains_and_the_same_call_goes_on(text_file: Path, tmp_path: Path):
     code = f"""if __name__ == "__main__":
         from dataclasses import replace

@@ -69,11 +69,10 @@ FORMS |= {
 # Every attention with every score, and every option with one score; the product is among the exhaustive tests.
 ONCE = PAIRS | {f"{name}-{score}" for name, score in zip(OPTIONS, cycle(available()["score"]), strict=False)}
 # Compiling takes as long as all other checks of a form together.
-COMPILED = {"mha-plain-softmax", "gqa-selective"}
+COMPILED = {"gqa-selective"}
 # One pair of each other form; all of them among the exhaustive tests.
 COMPILED_TOO = {
-    *("sas-selective", "mqa-selective", "mla-softmax", "tpa-gated", "sas_linear-selective"),
-    *("mha-forgetting", "mha-talking_heads", "mha-sigmoid"),
+    *("sas-selective", "mla-softmax", "tpa-gated", "mha-forgetting"),
 }
 
 
@@ -90,7 +89,11 @@ PROMISES = [
     for check in CHECKS
     if check != "compiled_equals_eager" or form in PAIRS | COMPILED
 ]
-EVERY_FORM = pytest.mark.parametrize("form", sorted(ONCE))
+# Each attention and each score with a usual counterpart, and every option; others among the exhaustive tests.
+USUAL = {f for f in ONCE if f not in PAIRS or f.split("-")[0] == "gqa" or f.split("-")[-1] == "selective"}
+EVERY_FORM = pytest.mark.parametrize(
+    "form", [f if f in USUAL else pytest.param(f, marks=pytest.mark.exhaustive) for f in sorted(ONCE)]
+)
 
 
 @pytest.mark.parametrize(("form", "check"), PROMISES)

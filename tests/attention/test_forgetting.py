@@ -26,6 +26,10 @@ FORMS: dict[str, dict[str, Any]] = {
     "sas linear": {"attention": "sas_linear", "n_kv_heads": 2},
     "sas compact without norm": {"attention": "sas", "cache": "compact", "qk_norm": False},
 }
+EXHAUSTIVE = {"mha after rope", "mqa without norm", "sas compact without norm", "gqa"}
+forms = pytest.mark.parametrize(
+    "form", [pytest.param(f, marks=[pytest.mark.exhaustive] * (f in EXHAUSTIVE)) for f in FORMS]
+)
 RULES: list[dict[str, Any]] = [
     {"budget": None, "threshold": 0.3},
     {"budget": None, "threshold": 4.0},
@@ -89,7 +93,7 @@ def tokens(length: int, seed: int, *, uneven: bool = False) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize("form", FORMS)
+@forms
 @given(seed=st.integers(0, 10**6), rule=st.sampled_from(RULES), uneven=st.booleans())
 @settings(max_examples=12)
 def test_no_query_lost_more(form: str, seed: int, rule: dict[str, Any], uneven: bool):
@@ -112,7 +116,7 @@ def test_no_query_lost_more(form: str, seed: int, rule: dict[str, Any], uneven: 
     assert all(weights[:, t, sorted(gone)].sum(-1).max() <= final for t, (_, gone, _) in enumerate(trace))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@forms
 @given(seed=st.integers(0, 10**6), rule=st.sampled_from(RULES))
 @settings(max_examples=5)
 def test_the_bound_is_the_same_however_the_tokens_are_read(form: str, seed: int, rule: dict[str, Any]):

@@ -137,8 +137,8 @@ RULES = [
 FORMS = [("mha", {}), ("gqa", {"n_kv_heads": 2}), ("sas", {"cache": "compact"}), ("mha", {"std": 400.0})]
 
 
-# Every rule once, with padding and without by turns, the forms in turn; the other pairs among the exhaustive tests, and
-# the rule that holds so much that the reference takes long.
+# Every rule once, with padding and without by turns, the forms in turn; among the exhaustive tests the other pairs,
+# and the rule that holds so much that the reference takes long.
 PAIRS = [
     pytest.param(
         rule,
