@@ -130,3 +130,16 @@ def test_the_command(
     assert "did you mean 'votes'" in heedful("study", "vote").error(1)
     assert "--seeds must be 2 or more" in heedful("study", "votes", "--seeds", "1").error(2)
     assert "no [scale.gpu] in it" in heedful("study", "votes", "--scale", "gpu").error(1)
+
+
+@pytest.mark.slow
+def test_a_form_of_its_own_side_by_side(study: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Named by the study, found by the processes that train."""
+    monkeypatch.setenv("HEEDFUL_FORMS", "")
+    form = Path(__file__).parents[2] / "examples" / "shared_kv.py"
+    s = study(forms=[str(form)], arms={"mha": {}, "selective": {"attention": "shared_kv"}}, rates=[1e-3])
+    go(s, tmp_path, workers=2)
+    rows = read_rows(tmp_path / "results" / "runs.jsonl")
+    assert sorted((r["attention"], r["seed"]) for r in rows) == [
+        (attention, seed) for attention in ("mha", "shared_kv") for seed in (0, 1)
+    ]

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from heedful.cli.signals import Terminated
+from heedful.forms import load_forms, name_forms
 
 COMMANDS = {
     "train": "train a language model on your text, with any attention and score",
@@ -110,7 +111,7 @@ def _fail(message: str, code: int, command: str = "") -> int:
 def _take_forms(arguments: list[str]) -> list[str]:
     """Move `--forms X` from the arguments to the environment, where subprocesses find it too."""
     rest: list[str] = []
-    given = [os.environ["HEEDFUL_FORMS"]] if os.environ.get("HEEDFUL_FORMS") else []
+    given: list[str] = []
     waiting = False
     for argument in arguments:
         if waiting:
@@ -127,41 +128,14 @@ def _take_forms(arguments: list[str]) -> list[str]:
 
         raise UsageError("--forms needs a file or a module: --forms my_form.py")
     if given:
-        os.environ["HEEDFUL_FORMS"] = ",".join(dict.fromkeys(",".join(given).split(",")))
+        name_forms(",".join(given).split(","))
     return rest
 
 
 def _load_forms() -> None:
     from heedful.cli.errors import UsageError
 
-    for name in filter(None, os.environ.get("HEEDFUL_FORMS", "").split(",")):
-        try:
-            if name.endswith(".py"):
-                _load_file(name)
-            else:
-                importlib.import_module(name)
-        except FileNotFoundError:
-            raise UsageError(f"--forms: there is no file {name}") from None
-        except Exception as error:
-            raise UsageError(
-                f"--forms: {name} cannot be imported: {type(error).__name__}: {error}"
-            ) from error
-
-
-def _load_file(path: str) -> None:
-    import importlib.util
-
-    name = "heedful_forms_" + os.path.splitext(os.path.basename(path))[0]
-    if not os.path.exists(path):
-        raise FileNotFoundError(path)
-    if name in sys.modules:
-        return
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up while they are made
     try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
+        load_forms()
+    except (FileNotFoundError, ImportError) as error:
+        raise UsageError(f"--forms: {error}") from error

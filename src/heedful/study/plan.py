@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from heedful.comparison.matching import match_d_ff
 from heedful.comparison.statistics import seeds_needed
+from heedful.forms import load_forms, name_forms
 from heedful.ops.checks import did_you_mean
 from heedful.training.settings import TrainSettings
 
@@ -100,15 +101,17 @@ def load_study(name: str, scale: Scale = "cpu", folder: Path = FOLDER) -> Study:
         raise FileNotFoundError(f"there is no study {path}; {did_you_mean(name, known)}{have}")
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        name_forms([str(path.parent / form) for form in raw.get("forms", [])])
+        load_forms()
         return _study(path.stem, raw, scale)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, ImportError, FileNotFoundError) as error:
         what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path}: {what}") from None
 
 
 def _study(name: str, raw: dict[str, Any], scale: Scale) -> Study:
     own = {f.name for f in fields(Study)} - {"name", "arms"}
-    _check_known("a study", raw, {*own, "train", "scale", "arms"})
+    _check_known("a study", raw, {*own, "train", "scale", "arms", "forms"})
     settings = {**raw.get("train", {}), **_at(raw, scale).get("train", {})}
     head = {
         **{k: v for k, v in raw.items() if k in own},

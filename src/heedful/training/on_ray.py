@@ -1,12 +1,14 @@
 """Several models at a time on the machines of a Ray cluster: `side_by_side`, elsewhere."""
 
 import importlib
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
 
 from heedful.errors import Interrupted
+from heedful.forms import VARIABLE, load_forms, name_forms
 from heedful.training.workers import Job
 
 RETRIES = 3
@@ -46,8 +48,9 @@ def on_ray(
                 f"--ray local"
             ) from error
     try:
+        forms = os.environ.get(VARIABLE, "")
         task = ray.remote(num_cpus=cores, max_retries=RETRIES)(_work)
-        numbers = {task.remote(job, cores): number for number, job in enumerate(jobs)}
+        numbers = {task.remote(job, cores, forms): number for number, job in enumerate(jobs)}
         while numbers:
             ended, _ = ray.wait(list(numbers))
             for reference in ended:
@@ -61,11 +64,13 @@ def on_ray(
             ray.shutdown()
 
 
-def _work(job: Job, cores: int) -> Any:
-    """On some machine: one job."""
+def _work(job: Job, cores: int, forms: str) -> Any:
+    """On some machine: one job; files of forms are found there where they are here."""
     import torch
 
     torch.set_num_threads(cores)
+    name_forms([name for name in forms.split(",") if name])
+    load_forms()
     return job.run(Console(quiet=True), ())
 
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from heedful.errors import Interrupted
+from heedful.forms import load_forms
 from heedful.screen import progress_bar
 
 QUIET_SECONDS = 10.0
@@ -139,6 +140,7 @@ def _begin(messages: Any, stop: Any, threads: int) -> None:
     global _messages, _stopped
     _messages, _stopped = messages, stop
     torch.set_num_threads(threads)
+    load_forms()
 
 
 def _work(number: int, job: Job) -> Any:
