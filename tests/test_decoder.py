@@ -44,6 +44,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "untied": {"tie_embeddings": False},
     "learned": {"positions": "learned"},
     "no-positions": {"positions": "none"},
+    "gpt": {"block": "gpt", "positions": "learned"},
     "no-qk-norm": {"qk_norm": False},
     "bias": {"attention_bias": True},
     "narrow-heads": {"head_dim": 4},

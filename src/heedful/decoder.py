@@ -1,7 +1,7 @@
 """A decoder-only language model whose attention and score are chosen by name; torch only.
 
 Pre-norm RMSNorm, SwiGLU, rotary, learned or no positions: the common ground of today's small models,
-so that a comparison of attention forms compares nothing else.
+so that a comparison of attention forms compares nothing else. Or GPT-2's block, to meet results published with it.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,12 @@ class DecoderConfig(HeadOptions):
 
     vocab_size: int = required("number of tokens")
     n_layers: int = required("number of blocks")
-    d_ff: int | None = option(None, "width of the SwiGLU; 8/3 of d_model, rounded to 16s, if None")
+    block: Literal["llama", "gpt"] = option(
+        "llama", "llama: RMSNorm and SwiGLU; gpt: LayerNorm without bias and GELU"
+    )
+    d_ff: int | None = option(
+        None, "width of the MLP; if None 8/3 of d_model, rounded to 16s, or 4 times d_model in a gpt block"
+    )
     max_positions: int = option(2048, "longest sequence; learned positions need it")
     attention: str | list[str] = option("mha", "attention form, for all layers or one per layer")
     attention_options: dict[str, Any] | list[dict[str, Any]] = field(
@@ -51,15 +56,17 @@ class DecoderConfig(HeadOptions):
     positions: Literal["rope", "learned", "none"] = option("rope", "rope, learned or none")
     attention_bias: bool = inherit(AttentionConfig, "bias")
     tie_embeddings: bool = option(True, "the output projection is the token embedding")
-    dropout: float = option(0.0, "part of each attention and SwiGLU output that is dropped in training")
+    dropout: float = option(0.0, "part of each attention and MLP output that is dropped in training")
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "n_layers", "n_heads", "max_positions"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+        check_choice("block", self.block, ("llama", "gpt"))
         if self.d_ff is None:
-            object.__setattr__(self, "d_ff", -(-8 * self.d_model // 3 // 16) * 16)
+            wide = 4 * self.d_model if self.block == "gpt" else -(-8 * self.d_model // 3 // 16) * 16
+            object.__setattr__(self, "d_ff", wide)
         elif not isinstance(self.d_ff, int) or self.d_ff < 1:
             raise ValueError(f"d_ff must be a whole number >= 1, got {self.d_ff!r}")
         check_choice("positions", self.positions, ("rope", "learned", "none"))
@@ -71,6 +78,17 @@ class DecoderConfig(HeadOptions):
         """The config of each layer's attention; raises for contradictions."""
         return [self._attention_config(layer) for layer in range(self.n_layers)]
 
+    @property
+    def mlp_matrices(self) -> int:
+        """Matrices of an MLP, d_model x d_ff each."""
+        return 2 if self.block == "gpt" else 3
+
+    def norm(self) -> "nn.RMSNorm | nn.LayerNorm":
+        """A norm of the residual stream."""
+        if self.block == "gpt":
+            return nn.LayerNorm(self.d_model, eps=self.norm_eps, bias=False)
+        return nn.RMSNorm(self.d_model, eps=self.norm_eps)
+
     def parameter_count(self) -> int:
         """The number of learned parameters, exactly; a tied embedding counts once."""
         ff = self.d_ff or 0
@@ -78,12 +96,13 @@ class DecoderConfig(HeadOptions):
         if self.positions == "learned":
             embeddings += self.max_positions * self.d_model
         layers = sum(c.parameter_count() for c in self.attention_configs())
-        return embeddings + layers + self.n_layers * (3 * ff + 2) * self.d_model + self.d_model
+        blocks = self.n_layers * (self.mlp_matrices * ff + 2) * self.d_model
+        return embeddings + layers + blocks + self.d_model
 
     def flops_per_token(self, context: int) -> int:
         """Forward FLOPs per token at a full `context`; a multiply-add is 2. Training costs three times it."""
         attention = sum(c.flops_per_token(context) for c in self.attention_configs())
-        mlp = self.n_layers * 6 * (self.d_ff or 0) * self.d_model
+        mlp = self.n_layers * 2 * self.mlp_matrices * (self.d_ff or 0) * self.d_model
         return attention + mlp + 2 * self.vocab_size * self.d_model
 
     def cache_bytes_per_token(self, bytes_per_value: int = 4) -> int:
@@ -135,16 +154,30 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class GELUMLP(nn.Module):
+    """down(gelu(up(x))), (B, T, C) -> (B, T, C); as in GPT-2, without biases."""
+
+    def __init__(self, d_model: int, d_ff: int) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(d_model, d_ff, bias=False)
+        self.down_proj = nn.Linear(d_ff, d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        return self.down_proj(F.gelu(self.up_proj(x)))
+
+
 class Block(nn.Module):
     """x + dropout(attention(norm(x))), then x + dropout(mlp(norm(x)))."""
 
     def __init__(self, config: DecoderConfig, attention: AttentionConfig) -> None:
         super().__init__()
         self.n_layers = config.n_layers
-        self.attention_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.attention_norm = config.norm()
         self.attention: Attention = attention.build()
-        self.mlp_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.mlp = SwiGLU(config.d_model, config.d_ff or 0)
+        self.mlp_norm = config.norm()
+        mlp = GELUMLP if config.block == "gpt" else SwiGLU
+        self.mlp = mlp(config.d_model, config.d_ff or 0)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
@@ -171,7 +204,8 @@ class Block(nn.Module):
     def reset_parameters(self) -> None:
         """Fresh weights; what adds to the residual stream starts 1/sqrt(2 n_layers) smaller."""
         self.attention.reset_parameters()
-        for linear in (self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj, self.attention.o_proj):
+        for linear in (*self.mlp.children(), self.attention.o_proj):
+            assert isinstance(linear, nn.Linear)
             shrink = linear in (self.mlp.down_proj, self.attention.o_proj)
             std = linear.in_features**-0.5 * ((2 * self.n_layers) ** -0.5 if shrink else 1.0)
             nn.init.normal_(linear.weight, std=std)
@@ -189,7 +223,7 @@ class DecoderParts(nn.Module):
     embed_tokens: nn.Embedding
     embed_positions: nn.Embedding | None
     layers: nn.ModuleList
-    norm: nn.RMSNorm
+    norm: nn.RMSNorm | nn.LayerNorm
     gradient_checkpointing: bool
     _gradient_checkpointing_func: Callable[..., Any]
 
@@ -199,7 +233,7 @@ class DecoderParts(nn.Module):
         learned = config.positions == "learned"
         self.embed_positions = nn.Embedding(config.max_positions, config.d_model) if learned else None
         self.layers = nn.ModuleList(Block(config, c) for c in config.attention_configs())
-        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.norm = config.norm()
         self.gradient_checkpointing = False
         self._gradient_checkpointing_func = _checkpoint
 

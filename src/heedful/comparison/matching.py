@@ -1,4 +1,4 @@
-"""Equal parameters or equal FLOPs: the width of the SwiGLU makes up for what the attention costs."""
+"""Equal parameters or equal FLOPs: the width of the MLP makes up for what the attention costs."""
 
 import dataclasses
 from collections.abc import Callable

@@ -21,7 +21,9 @@ class HeedfulConfig(PreTrainedConfig):
         num_key_value_heads: number of key/value heads; None means all for mha and sas and 1 for mqa, and
             gqa needs it said.
         head_dim: size of a head; None means hidden_size / num_attention_heads.
-        intermediate_size: width of the SwiGLU; None means 8/3 of hidden_size, rounded up to 16s.
+        block: "llama" (RMSNorm and SwiGLU) or "gpt" (LayerNorm without bias and GELU).
+        intermediate_size: width of the MLP; None means 8/3 of hidden_size, rounded up to 16s, or 4 times it in
+            a gpt block.
         max_position_embeddings: longest sequence; learned positions need it.
         attention: attention form by name, for all layers or one per layer (`heedful.available()`).
         attention_options: options of the form, e.g. `{"sim_heads": 36}`; likewise one or a list.
@@ -35,7 +37,7 @@ class HeedfulConfig(PreTrainedConfig):
         attention_bias: bias in the q, k, v and output projections.
         init_logit_std: standard deviation of the attention logits at the start.
         tie_word_embeddings: the output projection is the token embedding.
-        dropout: part of each attention and SwiGLU output that is dropped in training.
+        dropout: part of each attention and MLP output that is dropped in training.
         eviction: what `generate` and `evaluate_nll` hold in the cache where nothing else is asked for, as
             `heedful.Eviction.to_dict` gives it: budget, policy, evict_every, threshold, grace, first. None keeps
             all.
@@ -53,6 +55,7 @@ class HeedfulConfig(PreTrainedConfig):
     num_attention_heads: int = 4
     num_key_value_heads: int | None = DecoderConfig.n_kv_heads
     head_dim: int | None = DecoderConfig.head_dim
+    block: Literal["llama", "gpt"] = DecoderConfig.block
     intermediate_size: int | None = DecoderConfig.d_ff
     max_position_embeddings: int = DecoderConfig.max_positions
     attention: str | list[str] = DecoderConfig.attention

@@ -36,6 +36,7 @@ class ModelSettings:
     n_heads: int = inherit(DecoderConfig, "n_heads", default=4)
     n_kv_heads: int | None = inherit(DecoderConfig, "n_kv_heads")
     head_dim: int | None = inherit(DecoderConfig, "head_dim")
+    block: Literal["llama", "gpt"] = inherit(DecoderConfig, "block")
     d_ff: int | None = inherit(DecoderConfig, "d_ff")
     positions: Literal["rope", "learned", "none"] = inherit(DecoderConfig, "positions")
     qk_norm: bool | None = inherit(DecoderConfig, "qk_norm")
