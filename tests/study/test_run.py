@@ -33,7 +33,16 @@ def test_the_whole_way(study: Make, tmp_path: Path):
     assert "effect looked for: 0.1 in loss, 10 seeds find it" in said and "12 runs in all" in said
     out = tmp_path / "results"
     assert {p.name for p in out.iterdir()} == {
-        *("README.md", "budgets.jsonl", "figure.png", "runs.jsonl", "study.json", "sweep.jsonl", "times.json")
+        *(
+            "README.md",
+            "budgets.jsonl",
+            "caches.png",
+            "figure.png",
+            "runs.jsonl",
+            "study.json",
+            "sweep.jsonl",
+            "times.json",
+        )
     }
     rows, sweep = read_rows(out / "runs.jsonl"), read_rows(out / "sweep.jsonl")
     assert sorted(r["run"] for r in rows) == [

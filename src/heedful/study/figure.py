@@ -41,7 +41,7 @@ def _intervals(study: Study, rows: Sequence[Row], path: Path) -> None:
         if not pairs:
             continue
         found = paired(pairs)
-        axes.scatter(pairs, [place] * len(pairs), s=16, color=color, alpha=0.45, linewidth=0)
+        axes.scatter(pairs, [place - 0.22] * len(pairs), s=16, color=color, alpha=0.6, linewidth=0)
         if math.isfinite(found.low):
             axes.plot(
                 [found.low, found.high], [place, place], color=color, linewidth=2.4, solid_capstyle="round"
@@ -87,5 +87,44 @@ def _against(study: Study, rows: Sequence[Row], path: Path) -> None:
     label_ends(axes, ends)
     titled(
         axes, study.title, f"mean of the seeds, bars: 95 % interval; {next(iter(study.arms.values())).data}"
+    )
+    save(figure, path)
+
+
+def draw_caches(study: Study, rows: Sequence[Row], path: Path) -> None:
+    """Loss against the bytes of the cache of a row: every arm under its best policy, and who leads at each size."""
+    figure, axes = new_figure()
+    arms = [name for name in study.arms if any(row["arm"] == name for row in rows)]
+    ends, everyone = [], list[tuple[float, float]]()
+    for color, name in zip(colors(arms), arms, strict=True):
+        by_size: dict[Any, dict[str, list[Row]]] = {}
+        for row in rows:
+            if row["arm"] == name:
+                by_size.setdefault(str(row["kv_budget"]), {}).setdefault(str(row["policy"]), []).append(row)
+        points = []
+        for policies in by_size.values():
+            best = min(policies.values(), key=lambda found: mean(row["loss"] for row in found))
+            points.append(
+                (mean(row["cache_bytes"] for row in best) / 1024, mean(row["loss"] for row in best))
+            )
+        points.sort()
+        everyone += points
+        axes.plot(*zip(*points, strict=True), color=color, linewidth=1.6, marker="o", markersize=4)
+        axes.plot(*points[-1], color=color, marker="s", markersize=7)
+        ends.append((points[-1][1], name, color))
+    leading = list[tuple[float, float]]()
+    for size, loss in sorted(everyone):
+        if not leading or loss < leading[-1][1]:
+            leading.append((size, loss))
+    axes.step(*zip(*leading, strict=True), where="post", color="#999999", linewidth=1, linestyle=(0, (4, 3)))
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_xlabel("KiB of the cache of one row, all layers")
+    axes.set_ylabel("loss (nats per token)")
+    label_ends(axes, ends)
+    titled(
+        axes,
+        "Loss against memory",
+        "squares: full caches; dots: budgets, under the arm's best policy; dashed: the least loss",
     )
     save(figure, path)

@@ -9,7 +9,7 @@ from typing import Any
 from heedful.comparison.multiplier import multiplier, training_flops, written
 from heedful.comparison.statistics import Interval, paired
 from heedful.files import write_text
-from heedful.study.figure import draw
+from heedful.study.figure import draw, draw_caches
 from heedful.study.plan import Study
 from heedful.study.verdict import Verdict, value_of, verdicts
 from heedful.training import RunResult
@@ -42,6 +42,8 @@ def write_report(study: Study, out: Path) -> list[Verdict]:
     write_text(out / "README.md", "\n\n".join(part for part in parts if part) + "\n")
     if seeds:
         draw(study, seeds, out / "figure.png")
+    if caches := _rows(out / "budgets.jsonl"):
+        draw_caches(study, caches, out / "caches.png")
     return found
 
 
@@ -176,6 +178,7 @@ def _caches(study: Study, rows: Sequence[Row]) -> list[str]:
             lines.append(f"| `{name}` | {policy} | " + " | ".join(cells) + f" | {end} |")
     return [
         "**Loss with small caches** (tokens held per layer, mean over seeds; [budgets.jsonl](budgets.jsonl)):",
+        "![loss against the bytes of a cache](caches.png)",
         "\n".join(lines),
     ]
 
