@@ -15,7 +15,7 @@ from rich.console import Console
 
 import heedful.comparison.jobs as jobs
 from heedful.study import Study, run_study
-from heedful.study.run import read_rows
+from heedful.study.rows import read_rows
 
 Make = Callable[..., Study]
 
@@ -152,3 +152,12 @@ def test_a_form_of_its_own_side_by_side(study: Make, tmp_path: Path, monkeypatch
     assert sorted((r["attention"], r["seed"]) for r in rows) == [
         (attention, seed) for attention in ("mha", "shared_kv") for seed in (0, 1)
     ]
+
+
+def test_a_damaged_row_is_named(study: Make, tmp_path: Path):
+    s = study(rates=[1e-3])
+    go(s, tmp_path)
+    path = tmp_path / "results" / "runs.jsonl"
+    path.write_text(path.read_text()[:-40])
+    with pytest.raises(ValueError, match=r"runs\.jsonl, line 4, is damaged .*delete that line"):
+        go(s, tmp_path)

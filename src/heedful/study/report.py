@@ -11,6 +11,7 @@ from heedful.comparison.statistics import Interval, paired
 from heedful.files import write_text
 from heedful.study.figure import draw, draw_caches
 from heedful.study.plan import Study
+from heedful.study.rows import read_rows
 from heedful.study.verdict import Verdict, value_of, verdicts
 from heedful.training import RunResult
 
@@ -19,7 +20,7 @@ Row = Mapping[str, Any]
 
 def write_report(study: Study, out: Path) -> list[Verdict]:
     """Write `README.md` and `figure.png` of what is there; the verdicts."""
-    rows, times = _rows(out / "runs.jsonl"), _json(out / "times.json")
+    rows, times = read_rows(out / "runs.jsonl"), _json(out / "times.json")
     seeds = [row for row in rows if row["role"] == "seed"]
     found = verdicts(study, seeds)
     parts = [
@@ -31,7 +32,7 @@ def write_report(study: Study, out: Path) -> list[Verdict]:
         _arms_table(study, seeds, times),
         _contrasts_table(study, found),
         *_multipliers(study, rows, times),
-        *_caches(study, _rows(out / "budgets.jsonl")),
+        *_caches(study, read_rows(out / "budgets.jsonl")),
         f"**What it cannot say.** {study.limits.strip()}" if study.limits else "",
         "Raw data: [runs.jsonl](runs.jsonl), the sweep of learning rates in [sweep.jsonl](sweep.jsonl), seconds of "
         "a step in [times.json](times.json), all settings in [study.json](study.json). Again:",
@@ -42,7 +43,7 @@ def write_report(study: Study, out: Path) -> list[Verdict]:
     write_text(out / "README.md", "\n\n".join(part for part in parts if part) + "\n")
     if seeds:
         draw(study, seeds, out / "figure.png")
-    if caches := _rows(out / "budgets.jsonl"):
+    if caches := read_rows(out / "budgets.jsonl"):
         draw_caches(study, caches, out / "caches.png")
     return found
 
@@ -181,12 +182,6 @@ def _caches(study: Study, rows: Sequence[Row]) -> list[str]:
         "![loss against the bytes of a cache](caches.png)",
         "\n".join(lines),
     ]
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return (
-        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    )
 
 
 def _json(path: Path) -> dict[str, float]:

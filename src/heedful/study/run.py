@@ -19,6 +19,7 @@ from heedful.hf.load import load_model, load_tokenizer
 from heedful.screen import spinner
 from heedful.study.plan import Budgets, Study
 from heedful.study.report import write_report
+from heedful.study.rows import append_row, read_rows
 from heedful.training import RunResult, TrainSettings, held_out
 from heedful.training.run import load_settings_data
 from heedful.training.workers import side_by_side
@@ -252,16 +253,3 @@ def _check_same(study: Study, out: Path) -> None:
                 f"another --out, or move it away"
             )
     write_text(path, json.dumps(now, indent=2) + "\n")
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file, none if there is no file."""
-    return (
-        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    )
-
-
-def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """One row more."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
