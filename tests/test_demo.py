@@ -51,7 +51,7 @@ class Fails:
         raise OSError("no room")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_models_that_train_side_by_side_are_those_that_train_alone(text_file: Path, tmp_path: Path):
     data = text_data(text_settings(text_file))
 

@@ -68,6 +68,13 @@ FORMS |= {
 
 # Every attention with every score, and every option with one score; the product is among the exhaustive tests.
 ONCE = PAIRS | {f"{name}-{score}" for name, score in zip(OPTIONS, cycle(available()["score"]), strict=False)}
+# Each attention and each score with a usual counterpart, and every option; others among the exhaustive tests.
+USUAL = {f for f in ONCE if f not in PAIRS or f.split("-")[0] == "gqa" or f.split("-")[-1] == "selective"}
+# What a pair may break that its two forms keep with others.
+FOR_EVERY_PAIR = {
+    *("parameter_count_is_exact", "flops_are_exact", "cache_bytes_are_exact", "gradients_reach_everything"),
+    *("evictions_are_stepwise", "cached_equals_full", "padding_content_is_ignored", "packed_equals_separate"),
+}
 # Compiling takes as long as all other checks of a form together.
 COMPILED = {"gqa-selective"}
 # One pair of each other form; all of them among the exhaustive tests.
@@ -80,6 +87,8 @@ def slow(form: str, check: str = "") -> list[pytest.MarkDecorator]:
     among = COMPILED if check == "compiled_equals_eager" else ONCE
     if check == "compiled_equals_eager" and form in COMPILED_TOO:
         return [pytest.mark.slow]
+    if form in PAIRS - USUAL and check not in FOR_EVERY_PAIR | {""}:
+        return [pytest.mark.exhaustive]
     return [] if form in among else [pytest.mark.exhaustive]
 
 
@@ -89,8 +98,6 @@ PROMISES = [
     for check in CHECKS
     if check != "compiled_equals_eager" or form in PAIRS | COMPILED
 ]
-# Each attention and each score with a usual counterpart, and every option; others among the exhaustive tests.
-USUAL = {f for f in ONCE if f not in PAIRS or f.split("-")[0] == "gqa" or f.split("-")[-1] == "selective"}
 EVERY_FORM = pytest.mark.parametrize(
     "form", [f if f in USUAL else pytest.param(f, marks=pytest.mark.exhaustive) for f in sorted(ONCE)]
 )

@@ -25,6 +25,9 @@ CACHES: dict[str, dict[str, Any]] = {
 }
 
 
+SCORES = available()["score"]
+
+
 def layer_of(form: str, score: str = "selective") -> Attention:
     torch.manual_seed(0)
     return build(score=score, d_model=16, n_heads=4, init_logit_std=1.5, **FORMS[form]).double().eval()
@@ -57,7 +60,13 @@ def test_folded_equals_expanded(form: str, cache: str, monkeypatch: pytest.Monke
     torch.testing.assert_close(padded[mask], expanded[mask], rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("score", available()["score"])
+@pytest.mark.parametrize(
+    "score",
+    [
+        s if s in ("selective", "forgetting") else pytest.param(s, marks=pytest.mark.exhaustive)
+        for s in SCORES
+    ],
+)
 @pytest.mark.parametrize("form", FORMS)
 def test_a_single_token_makes_no_keys(form: str, score: str, monkeypatch: pytest.MonkeyPatch):
     layer = layer_of(form, score)

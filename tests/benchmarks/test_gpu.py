@@ -29,7 +29,7 @@ def lines(file: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_part(tmp_path: Path):
     done, out = gpu(tmp_path)
     assert done.returncode == 0, done.stdout
