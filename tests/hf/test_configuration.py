@@ -104,6 +104,7 @@ def test_every_field_reaches_the_decoder():
         "num_key_value_heads": 3,
         "head_dim": 10,
         "intermediate_size": 77,
+        "block": "gpt",
         "max_position_embeddings": 99,
         "attention": "sas",
         "attention_options": {"sim_heads": 12},
