@@ -15,7 +15,12 @@ from heedful.attention.params import decayed_names
 from heedful.attention.plain import is_plain
 
 OPTIONS: dict[str, dict[str, Any]] = {"gqa": {"n_kv_heads": 2}}
-FORMS = [(attention, score) for attention in available()["attention"] for score in available()["score"]]
+# A score wraps no layer of an attention: each attention with two of them, and each score with one.
+FORMS = [
+    pytest.param(a, s, marks=[] if a == "gqa" or s in ("softmax", "selective") else pytest.mark.exhaustive)
+    for a in available()["attention"]
+    for s in available()["score"]
+]
 SAS = [{"cache": "expanded"}, {"cache": "compact"}, {"qk_norm_position": "after_rope"}, {"qk_norm": False}]
 
 

@@ -494,7 +494,7 @@ class Temperature(Score):
 
 
 @pytest.mark.parametrize(
-    "checks", [WITHOUT_COMPILING, pytest.param(CHECKS, marks=pytest.mark.slow)], ids=["eager", "all"]
+    "checks", [WITHOUT_COMPILING, pytest.param(CHECKS, marks=pytest.mark.exhaustive)], ids=["eager", "all"]
 )
 @pytest.mark.parametrize(
     ("attention", "score", "options"),

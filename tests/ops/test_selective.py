@@ -435,7 +435,9 @@ def test_soft_mask_keeps_no_square_alive(impl: str):
     assert soft_mask.untyped_storage().nbytes() == soft_mask.numel() * soft_mask.element_size()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    "impl", [i if i == "auto" else pytest.param(i, marks=pytest.mark.exhaustive) for i in IMPLS]
+)
 def test_compiles_in_one_graph(impl: str):
     def run(x: Inputs) -> tuple[Tensor, Tensor]:
         return x.run(impl)

@@ -118,21 +118,14 @@ CASES = {
 
 
 INTERPRETED_SLOWLY = {
-    "two selectors",
-    "padding",
-    "128",
-    "segments",
-    "several blocks, grouped",
-    "a selector across groups",
+    **dict.fromkeys(("padding", "several blocks, grouped", "a selector across groups"), pytest.mark.slow),
+    **dict.fromkeys(("two selectors", "128", "segments"), pytest.mark.exhaustive),
 }
 
 
 @pytest.mark.parametrize(
     "case",
-    [
-        pytest.param(case, id=name, marks=[pytest.mark.slow] * (name in INTERPRETED_SLOWLY))
-        for name, case in CASES.items()
-    ],
+    [pytest.param(case, id=name, marks=INTERPRETED_SLOWLY.get(name, ())) for name, case in CASES.items()],
 )
 def test_equals_the_formula(case: Case, poisoned: None):
     inputs = case.inputs(torch.float32)
