@@ -185,3 +185,36 @@ def test_ctrl_c_and_the_same_command(text_file: Path, tmp_path: Path):
     assert "the same command goes on" in stderr
     steps = [int(p.name.partition("-")[2]) for p in out.glob("runs/*/checkpoints/checkpoint-*")]
     assert len([step for step in steps if step % 80]) == 2  # where each of them was stopped
+
+
+@pytest.mark.slow
+def test_workers_end_when_their_parent_is_killed(text_file: Path, tmp_path: Path):
+    """They save, and leave nobody training for nobody."""
+    small = (
+        "--d-model 16 --n-layers 1 --n-heads 2 --batch-size 4 --context 32 --tokenizer bytes --steps 100000"
+    )
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "heedful", "compare", "--workers", "2", "--score", "softmax"]
+    command += ["--data", str(text_file), "--seeds", "1", "--out", str(out), *small.split()]
+    command += ["--evaluations", "1000"]
+    process = subprocess.Popen(
+        command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not list(out.glob("runs/*/log.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    while members(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not members(process.pid)
+    assert list(out.glob("runs/*/checkpoints/checkpoint-*"))
+
+
+def members(group: int) -> list[str]:
+    """Processes of a group that live."""
+    found = subprocess.run(
+        ["ps", "-eo", "pid=,pgid=,stat=,args="], capture_output=True, text=True, check=True
+    )
+    rows = [line.split(None, 3) for line in found.stdout.splitlines()]
+    return [row[3] for row in rows if int(row[1]) == group and not row[2].startswith("Z")]

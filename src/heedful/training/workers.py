@@ -28,6 +28,7 @@ ALL_SHOWN = 8
 # Of a worker process, which gets both when it begins.
 _messages: Any = None
 _stopped: Any = None
+_parent = 0
 
 
 class Job(Protocol):
@@ -105,6 +106,7 @@ class Report(TrainerCallback):
 
     def __init__(self, number: int, messages: Any, stop: Any) -> None:
         self.number, self.messages, self.stop = number, messages, stop
+        self.alone = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -116,6 +118,9 @@ class Report(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.messages.put((self.number, state.global_step, ""))
+        if os.getppid() != _parent and not self.alone:  # it was killed, and nobody waits: save and stop
+            self.alone = True
+            os.kill(os.getpid(), signal.SIGINT)
 
     def on_evaluate(
         self,
@@ -137,8 +142,8 @@ class Report(TrainerCallback):
 
 def _begin(messages: Any, stop: Any, threads: int) -> None:
     """In a new process, before its first job."""
-    global _messages, _stopped
-    _messages, _stopped = messages, stop
+    global _messages, _stopped, _parent
+    _messages, _stopped, _parent = messages, stop, os.getppid()
     torch.set_num_threads(threads)
     load_forms()
 
@@ -147,7 +152,11 @@ def _work(number: int, job: Job) -> Any:
     """In another process: one job."""
     if _stopped.is_set():
         raise Interrupted("stopped before it began")
-    return job.run(Console(quiet=True), [Report(number, _messages, _stopped)])
+    try:
+        return job.run(Console(quiet=True), [Report(number, _messages, _stopped)])
+    finally:
+        if os.getppid() != _parent:  # nobody takes the result, and the next job never comes
+            os._exit(1)
 
 
 def _stop(stop: Any, futures: Sequence[Future[Any]]) -> None:
