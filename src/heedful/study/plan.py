@@ -120,9 +120,8 @@ def _study(name: str, raw: dict[str, Any], scale: Scale) -> Study:
     arms = _arms({**raw["arms"], **_at(raw, scale).get("arms", {})}, settings)
     contrasts = tuple(_contrast(c, arms) for c in head.pop("contrasts"))
     budgets = _budgets(head.pop("budgets", None))
-    for known, field in (("metric", Metric),):
-        if head[known] not in get_args(field):
-            raise ValueError(f"{known} must be one of {', '.join(get_args(field))}, got {head[known]!r}")
+    if head["metric"] not in get_args(Metric):
+        raise ValueError(f"metric must be one of {', '.join(get_args(Metric))}, got {head['metric']!r}")
     for number in ("effect", "spread"):
         if not head[number] > 0:
             raise ValueError(f"{number} must be greater than 0, got {head[number]}")

@@ -179,7 +179,7 @@ def _measure(budgets: Budgets, wanted: Mapping[str, tuple[str, str, TrainSetting
 
 
 def _sweep(study: Study, runner: _Runner) -> dict[str, float]:
-    """The learning rate of each arm with the best metric; the one there is, where only one is tried."""
+    """The learning rate of each arm with the lowest validation loss; the one there is, where only one is tried."""
     if len(study.rates) == 1:
         return dict.fromkeys(study.arms, study.rates[0])
     wanted = {
