@@ -168,23 +168,35 @@ def test_without_ray(
 @pytest.mark.slow
 def test_ctrl_c_and_the_same_command(text_file: Path, tmp_path: Path):
     """Two at a time: every run that trains saves a checkpoint, and goes on."""
-    small = "--d-model 16 --n-layers 1 --n-heads 2 --batch-size 4 --context 32 --tokenizer bytes --steps 400"
-    out = tmp_path / "out"
+    small = "--d-model 16 --n-layers 1 --n-heads 2 --batch-size 4 --context 32 --tokenizer bytes"
+    out, every = tmp_path / "out", 50
     command = [sys.executable, "-m", "heedful", "compare", "--workers", "2", "--score", "softmax"]
     command += ["--data", str(text_file), "--seeds", "2", "--out", str(out), *small.split()]
+    command += ["--steps", str(20 * every), "--checkpoints", "20"]
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+
+    def saved() -> dict[str, int]:
+        """The newest checkpoint of each run."""
+        newest: dict[str, int] = {}
+        for path in out.glob("runs/*/checkpoints/checkpoint-*"):
+            run, step = path.parts[-3], int(path.name.partition("-")[2])
+            newest[run] = max(step, newest.get(run, 0))
+        return newest
+
     process = subprocess.Popen(
         command, start_new_session=True, env=environment, stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 120
-    while not list(out.glob("runs/*/checkpoints/checkpoint-80")) and time.monotonic() < deadline:
+    while len(saved()) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
+    before = saved()
     os.killpg(process.pid, signal.SIGINT)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 130, stderr
     assert "the same command goes on" in stderr
-    steps = [int(p.name.partition("-")[2]) for p in out.glob("runs/*/checkpoints/checkpoint-*")]
-    assert len([step for step in steps if step % 80]) == 2  # where each of them was stopped
+    after = saved()
+    assert len(before) == 2 and all(after[run] >= before[run] for run in before)
+    assert any(step % every for step in after.values())  # saved where it was stopped
 
 
 @pytest.mark.slow

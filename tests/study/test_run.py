@@ -15,7 +15,7 @@ from rich.console import Console
 
 import heedful.comparison.jobs as jobs
 from heedful.study import Study, run_study
-from heedful.study.rows import read_rows
+from heedful.study.rows import device_name, read_rows
 
 Make = Callable[..., Study]
 
@@ -65,6 +65,9 @@ def test_the_whole_way(study: Make, tmp_path: Path):
         and ("mha-seed0", None, "full") in kept
         and len(kept) == 12
     )
+    assert {row["device"] for row in rows} == {
+        device_name()
+    } and f"**Trained on** {device_name()}; steps" in page
     assert matplotlib.image.imread(out / "figure.png").shape[1] > 1000
 
 

@@ -20,7 +20,8 @@ Row = Mapping[str, Any]
 
 def write_report(study: Study, out: Path) -> list[Verdict]:
     """Write `README.md` and `figure.png` of what is there; the verdicts."""
-    rows, times = read_rows(out / "runs.jsonl"), _json(out / "times.json")
+    rows, measured = read_rows(out / "runs.jsonl"), _json(out / "times.json")
+    times: Mapping[str, float] = measured.get("seconds", {})
     seeds = [row for row in rows if row["role"] == "seed"]
     found = verdicts(study, seeds)
     parts = [
@@ -29,6 +30,7 @@ def write_report(study: Study, out: Path) -> list[Verdict]:
         _verdict_line(found),
         "![what came out](figure.png)",
         _declared(study, seeds),
+        _machines(seeds, measured),
         _arms_table(study, seeds, times),
         _contrasts_table(study, found),
         *_multipliers(study, rows, times),
@@ -82,6 +84,15 @@ def _declared(study: Study, seeds: Sequence[Row]) -> str:
         f"{baseline.steps} steps of {baseline.batch_size} rows; {swept}; all arms start from the same logit scale "
         f"({baseline.init_logit_std:g}) and see the same rows in the same order."
     )
+
+
+def _machines(seeds: Sequence[Row], measured: Mapping[str, Any]) -> str:
+    """On what it ran."""
+    devices = [str(name) for name in dict.fromkeys(row.get("device") for row in seeds) if name]
+    if not devices:
+        return ""
+    said = f"**Trained on** {' and '.join(devices)}"
+    return said + (f"; steps timed on {measured['device']}." if measured else ".")
 
 
 def _arms_table(study: Study, rows: Sequence[Row], times: Mapping[str, float]) -> str:
@@ -184,6 +195,6 @@ def _caches(study: Study, rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def _json(path: Path) -> dict[str, float]:
-    found: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+def _json(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return found

@@ -1,9 +1,12 @@
 """Rows of raw data: JSON, one per line."""
 
 import json
+import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -27,3 +30,11 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
     """One row more."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
+
+
+def device_name() -> str:
+    """What models are trained on here: a GPU's name, or the CPU's architecture."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return f"a CPU ({platform.machine()})" if found is None else str(found)

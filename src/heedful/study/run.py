@@ -19,7 +19,7 @@ from heedful.hf.load import load_model, load_tokenizer
 from heedful.screen import spinner
 from heedful.study.plan import Budgets, Study
 from heedful.study.report import write_report
-from heedful.study.rows import append_row, read_rows
+from heedful.study.rows import append_row, device_name, read_rows
 from heedful.training import RunResult, TrainSettings, held_out
 from heedful.training.run import load_settings_data
 from heedful.training.workers import side_by_side
@@ -42,9 +42,9 @@ def run_study(
 ) -> None:
     """Run what is missing of a study, and write what it says.
 
-    `out` gets `times.json` (seconds of a step, measured in turns), `sweep.jsonl`, `runs.jsonl` (a row per run),
-    `budgets.jsonl` where caches are measured, `README.md` and its figure. Every run is kept as soon as it ends; the
-    same call goes on.
+    `out` gets `times.json` (seconds of a step, measured in turns, and on what), `sweep.jsonl`, `runs.jsonl` (a row
+    per run), `budgets.jsonl` where caches are measured, `README.md` and its figure. Every run is kept as soon as it
+    ends; the same call goes on.
 
     Args:
         study: what to run.
@@ -98,6 +98,7 @@ class _Runner:
         self.out, self.models, self.console = out, models, console
         self.workers, self.ray = workers, ray
         self.failures: list[str] = []
+        self.device = "a Ray cluster" if ray is not None else device_name()
 
     def run(self, wanted: Mapping[str, tuple[str, str, TrainSettings]], file: str) -> list[dict[str, Any]]:
         """Train those that have no row in `file` yet; all their rows."""
@@ -121,7 +122,8 @@ class _Runner:
                 self.console.print(f"[red]failed[/red] {self.failures[-1]}", highlight=False)
                 return
             arm, role, _ = wanted[name]
-            row = {"run": name, "arm": arm, "role": role, **outcome.result.to_dict()}
+            head = {"run": name, "arm": arm, "role": role, "device": self.device}
+            row = head | outcome.result.to_dict()
             rows[name] = json.loads(json.dumps(row))
             append_row(path, row)
             took = f", {duration(outcome.seconds)}" if outcome.seconds is not None else ""
@@ -202,9 +204,10 @@ def _sweep(study: Study, runner: _Runner) -> dict[str, float]:
 def _times(study: Study, out: Path, console: Console) -> dict[str, float]:
     """Seconds of a training step of each arm, in turns, the fastest of some; measured once."""
     path = out / "times.json"
-    times: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if set(times) >= set(study.arms):
-        return times
+    if path.exists():
+        before: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))["seconds"]
+        if set(before) >= set(study.arms):
+            return before
     found: dict[str, list[float]] = {name: [] for name in study.arms}
     loaded: dict[str, Data] = {}
     with spinner(console, "measuring steps of each arm, in turns"):
@@ -217,7 +220,7 @@ def _times(study: Study, out: Path, console: Console) -> dict[str, float]:
                     loaded[key] = load_settings_data(settings)
                 found[name].append(seconds_per_step(settings, loaded[key]))
     times = {name: min(seconds) for name, seconds in found.items()}
-    write_text(path, json.dumps(times, indent=2) + "\n")
+    write_text(path, json.dumps({"device": device_name(), "seconds": times}, indent=2) + "\n")
     return times
 
 
