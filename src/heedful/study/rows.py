@@ -1,12 +1,13 @@
 """Rows of raw data: JSON, one per line."""
 
 import json
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from heedful.doctor import cpu_name
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -33,8 +34,8 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def device_name() -> str:
-    """What models are trained on here: a GPU's name, or the CPU's architecture."""
+    """What models are trained on here: the name of a GPU, or of the CPU."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return f"a CPU ({platform.machine()})" if found is None else str(found)
+    return cpu_name() or "a CPU" if found is None else str(found)
