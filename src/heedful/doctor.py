@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import heedful
+from heedful.machine import cpu_name
 from heedful.ops.native.library import preferred
 from heedful.ops.selective.auto_rule import choose
 from heedful.ops.selective.triton import unavailable
@@ -76,17 +77,6 @@ def _cpu() -> Report:
         "MKL": torch.backends.mkl.is_available(),
         "compiler": next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None),
     }
-
-
-def cpu_name() -> str:
-    """The processor, as the system calls it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _gpu() -> Report:

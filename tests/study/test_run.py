@@ -15,7 +15,8 @@ from rich.console import Console
 
 import heedful.comparison.jobs as jobs
 from heedful.study import Study, run_study
-from heedful.study.rows import device_name, read_rows
+from heedful.machine import device_name
+from heedful.study.rows import read_rows
 
 Make = Callable[..., Study]
 

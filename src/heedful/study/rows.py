@@ -5,10 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from heedful.doctor import cpu_name
-
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a file, none if there is no file.
@@ -31,11 +27,3 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
     """One row more."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
-
-
-def device_name() -> str:
-    """What models are trained on here: the name of a GPU, or of the CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return cpu_name() or "a CPU" if found is None else str(found)

@@ -16,10 +16,11 @@ from heedful.data import Data
 from heedful.evaluation.kv_budget import evaluate_budgets
 from heedful.files import write_text
 from heedful.hf.load import load_model, load_tokenizer
+from heedful.machine import device_name
 from heedful.screen import spinner
 from heedful.study.plan import Budgets, Study
 from heedful.study.report import write_report
-from heedful.study.rows import append_row, device_name, read_rows
+from heedful.study.rows import append_row, read_rows
 from heedful.training import RunResult, TrainSettings, held_out
 from heedful.training.run import load_settings_data
 from heedful.training.workers import side_by_side

@@ -1,0 +1,25 @@
+"""The machine that something runs on, by name."""
+
+import platform
+from pathlib import Path
+
+import torch
+
+
+def cpu_name() -> str:
+    """The processor, as the system calls it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def device_name() -> str:
+    """What models are trained on here: the name of a GPU, or of the CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return cpu_name() if found is None else str(found)
