@@ -14,8 +14,8 @@ import pytest
 from rich.console import Console
 
 import heedful.comparison.jobs as jobs
-from heedful.study import Study, run_study
 from heedful.machine import device_name
+from heedful.study import Study, run_study
 from heedful.study.rows import read_rows
 
 Make = Callable[..., Study]

@@ -23,9 +23,9 @@ from heedful.bench.timing import Timing
 from heedful.bench.workload import Figures, Workload, measure
 from heedful.cli.errors import UsageError
 from heedful.cli.parsing import flag, split
-from heedful.machine import cpu_name
 from heedful.errors import Interrupted
 from heedful.files import write_text
+from heedful.machine import cpu_name
 from heedful.screen import FILE_WIDTH, Column, progress_bar, screen_width, table, text
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
