@@ -1,6 +1,13 @@
-"""Every kernel against the formula in float64: outputs, F, all gradients; prefixes, chunks, a decoding step."""
+"""Every kernel against the formula in float64: outputs, F, all gradients; prefixes, chunks, a decoding step.
+
+Compiling takes most of the time, so the dtypes and head sizes are spread over processes.
+"""
 
 import itertools
+import os
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -26,26 +33,45 @@ def main(run: Run) -> None:
     add = run.rows("checks.jsonl")
     dtypes = (torch.float32, torch.bfloat16) if run.tiny else tuple(TOLERANCE)
     sizes = (16,) if run.tiny else (64, 128, 40)
-    length = 18 if run.tiny else 330
     names = ("grouped", "decode") if run.tiny else (*CASES, "chunks", "decode")
-    wrong = []
-    for dtype, size, name in itertools.product(dtypes, sizes, names):
-        if name == "decode":
-            got, expected = decode(run.device, dtype, size, 33 if run.tiny else 1000)
-        elif name == "chunks":
-            got, expected = chunks(run.device, dtype, size, length)
-        else:
-            got, expected = both(run.device, dtype, size, length, **CASES[name])
-        for tensor, value in expected.items():
-            largest = value.abs().max().item() or 1.0
-            error = (got[tensor].double() - value).abs().max().item() / largest
-            ok = error <= TOLERANCE[dtype]  # False for NaN
-            case = {"case": name, "dtype": str(dtype).removeprefix("torch."), "D": size, "tensor": tensor}
-            add(case | {"error": error, "tolerance": TOLERANCE[dtype], "ok": ok})
-            if not ok:
-                wrong.append(f"{name}, {dtype}, D {size}, {tensor}: {error:.1e}")
+    work = [(run.device, run.tiny, *case) for case in itertools.product(dtypes, sizes, names)]
+    wrong: list[str] = []
+
+    def keep(found: Iterable[dict[str, Any]]) -> None:
+        for row in found:
+            add(row)
+            if not row["ok"]:
+                wrong.append("{case}, {dtype}, D {D}, {tensor}: {error:.1e}".format(**row))
+
+    if run.tiny:
+        for each in work:
+            keep(compare(*each))
+    else:
+        processes = min(len(work), max(1, (os.cpu_count() or 1) - 1))
+        with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+            for future in [pool.submit(compare, *each) for each in work]:
+                keep(future.result())
     if wrong:
         raise SystemExit("not equal to the formula:\n" + "\n".join(wrong))
+
+
+def compare(device: str, tiny: bool, dtype: torch.dtype, size: int, name: str) -> list[dict[str, Any]]:
+    """One case: a row for each tensor."""
+    length = 18 if tiny else 330
+    if name == "decode":
+        got, expected = decode(device, dtype, size, 33 if tiny else 1000)
+    elif name == "chunks":
+        got, expected = chunks(device, dtype, size, length)
+    else:
+        got, expected = both(device, dtype, size, length, **CASES[name])
+    rows = []
+    for tensor, value in expected.items():
+        largest = value.abs().max().item() or 1.0
+        error = (got[tensor].double() - value).abs().max().item() / largest
+        ok = error <= TOLERANCE[dtype]  # False for NaN
+        case = {"case": name, "dtype": str(dtype).removeprefix("torch."), "D": size, "tensor": tensor}
+        rows.append(case | {"error": error, "tolerance": TOLERANCE[dtype], "ok": ok})
+    return rows
 
 
 def both(

@@ -15,6 +15,8 @@ def main(run: Run) -> None:
         return
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/ops/test_triton.py"]
     command += ["-k", "next_slot"] if run.tiny else []
+    if find_spec("xdist") and not run.tiny:  # compiling takes most of the time
+        command += ["-n", str(max(1, (os.cpu_count() or 1) - 1))]
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET" or run.tiny}
     code = subprocess.run(command, env=env).returncode
     if code:
