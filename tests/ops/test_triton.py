@@ -109,6 +109,7 @@ CASES = {
     "odd": Case(17, batch=2),
     "several blocks, grouped": Case(130, groups=1, size=64),
     "96 and 64, earlier keys": Case(37, 70, heads=1, groups=1, size=96, v_size=64),
+    "64": Case(70, heads=2, groups=1, size=64, v_size=64),
     "128": Case(67, heads=1, groups=1, size=128, v_size=128, scale=0.2),
     "padding": Case(70, 21, batch=2, heads=1, groups=1, padding=True),
     "segments": Case(83, heads=1, groups=1, segments=True),
@@ -119,7 +120,7 @@ CASES = {
 
 INTERPRETED_SLOWLY = {
     **dict.fromkeys(("padding", "several blocks, grouped", "a selector across groups"), pytest.mark.slow),
-    **dict.fromkeys(("two selectors", "128", "segments"), pytest.mark.exhaustive),
+    **dict.fromkeys(("two selectors", "64", "128", "segments"), pytest.mark.exhaustive),
 }
 
 
@@ -138,8 +139,10 @@ def test_equals_the_formula(case: Case, poisoned: None):
     [
         pytest.param("several blocks, grouped", torch.bfloat16, marks=pytest.mark.slow),
         ("96 and 64, earlier keys", torch.float16),
+        ("64", torch.bfloat16),
         pytest.param("several blocks, grouped", torch.float16, marks=pytest.mark.exhaustive),
         pytest.param("96 and 64, earlier keys", torch.bfloat16, marks=pytest.mark.exhaustive),
+        pytest.param("128", torch.bfloat16, marks=pytest.mark.exhaustive),
         pytest.param("two selectors", torch.bfloat16, marks=pytest.mark.exhaustive),
         pytest.param("two selectors", torch.float16, marks=pytest.mark.exhaustive),
     ],

@@ -7,7 +7,8 @@ backward pass are q, k, v, out, log_sum (B, H, T), and F before each block (B, R
 
 Backward: `within_blocks` sums the gradients of the logits over the heads that share F and takes from them the part
 of the selection gradient that comes from each vote's own block; then the part from later blocks, and one kernel
-each for dq and for dk and dv.
+each for dq and for dk and dv. The selection gradient of most half-precision inputs is computed in float32, from F
+computed again: see `tilings.selects_in_half`.
 
 S, F, the softmax and all sums are float32. Votes inside a block are summed from two bfloat16 parts (16 bits) for
 float16 and bfloat16 inputs; for float32, products take three TF32 passes and agree with float32 to about 1e-6.
@@ -23,10 +24,10 @@ import torch
 from torch import Tensor
 
 from heedful.ops.precision import no_autocast
-from heedful.ops.selective.triton.arguments import Counts, Scales, in_heads
+from heedful.ops.selective.triton.arguments import Counts, Heads, Scales, in_heads
 from heedful.ops.selective.triton.available import little_shared_memory, unavailable
 from heedful.ops.selective.triton.codes import token_codes
-from heedful.ops.selective.triton.tilings import Launch, Tiling, tiling
+from heedful.ops.selective.triton.tilings import Launch, Tiling, selects_in_half, tiling
 
 
 def selective_triton(
@@ -72,7 +73,6 @@ def _forward(
         natural logarithm of each row's sum of weights (B, H, T).
     """
     from heedful.ops.selective.triton.kernels.forward import attend
-    from heedful.ops.selective.triton.kernels.prefixes import sum_votes
 
     job = Job(q, k, v, select_q, select_k, code, scale, select_scale)
     start = job.new(job.batch, job.selectors, job.n_keys).zero_()
@@ -80,25 +80,14 @@ def _forward(
         start[..., : soft_mask.shape[-1]] = soft_mask
     out = torch.empty(job.batch, job.heads, job.length, v.shape[-1], dtype=v.dtype, device=v.device)
     log_sum = job.new(job.batch, job.heads, job.length)
-    sums = job.new(job.batch, job.selectors, job.n_blocks, job.n_keys)
-    launch = job.tiling.votes
-    spans = job.spans(launch)
-    job.run(
-        sum_votes,
-        launch,
-        job.batch * job.selectors * job.n_blocks * spans,
-        *(job.select_q, job.select_k, job.code, sums),
-        *(job.counts, job.scales, spans),
-        SPAN=launch.span,
-    )
-    before, after = job.running_sum(sums, start, reverse=False)
+    before, after = job.before(start)
     launch = job.tiling.attend
     heads = job.heads_per_program(launch)
     job.run(
         attend,
         launch,
         job.batch * (job.heads // heads) * job.n_blocks,
-        *(job.q, job.k, job.v, job.select_q, job.select_k, job.code, before, out, log_sum),
+        *(*job.inputs, before, out, log_sum),
         *(job.counts, job.scales),
         HEADS=heads,
     )
@@ -145,7 +134,7 @@ def _backward(
     select_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, select_q, select_k (empty without selection heads), and F before the first query."""
-    from heedful.ops.selective.triton.kernels import backward, selection
+    from heedful.ops.selective.triton.kernels import backward
 
     _check_deterministic()
     job = Job(q, k, v, select_q, select_k, code, scale, select_scale)
@@ -161,33 +150,15 @@ def _backward(
         job.batch * job.heads * job.n_blocks,
         *(out, d_heads, delta, job.counts),
     )
-    inputs = (job.q, job.k, job.v, job.select_q, job.select_k, job.code, before, d_heads, log_sum, delta)
-    select_size = job.select_q.data.shape[-1]
-    d_select_q = job.new(job.batch, job.selectors, job.length, select_size).zero_()
-    d_select_k = job.new(job.batch, job.selectors, job.n_keys, select_size).zero_()
-    sums = torch.empty_like(before)
-    launch = job.tiling.selection
-    spans = job.spans(launch)
-    job.run(
-        selection.within_blocks,
-        launch,
-        job.batch * job.selectors * job.n_blocks * spans,
-        *(*inputs, sums, d_select_q, d_select_k, spans, job.counts, job.scales),
-        SPAN=launch.span,
-    )
-    start = torch.zeros_like(before[:, :, 0]) if grad_after is None else -grad_after.float()
-    later, total = job.running_sum(sums, start.contiguous(), reverse=True)
-    for kernel, gradient, tiles in (
-        (selection.from_later_blocks_to_queries, d_select_q, job.n_blocks),
-        (selection.from_later_blocks_to_keys, d_select_k, -(-job.n_keys // job.tiling.later.keys)),
-    ):
-        job.run(
-            kernel,
-            job.tiling.later,
-            job.batch * job.selectors * tiles,
-            *(job.select_q, job.select_k, job.code, later, gradient, job.counts, job.scales),
-        )
-
+    inputs = (*job.inputs, before, d_heads, log_sum, delta)
+    if job.selects_itself:
+        d_select_q, d_select_k, total = _select_gradients(job, before, d_heads, log_sum, delta, grad_after)
+    else:
+        wide_q, wide_k = (None if x is None else x.float() for x in (select_q, select_k))
+        exact = Job(q.float(), k.float(), v.float(), wide_q, wide_k, code, scale, select_scale)
+        before32, _ = exact.before(before[:, :, 0].contiguous())
+        d_wide = in_heads(d_out.float())
+        d_select_q, d_select_k, total = _select_gradients(exact, before32, d_wide, log_sum, delta, grad_after)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     launch = job.tiling.query
     heads = job.heads_per_program(launch)
@@ -225,6 +196,41 @@ def _backward(
         d_select_k.to(k.dtype) if own else empty.clone(),
         total.neg_(),
     )
+
+
+def _select_gradients(
+    job: "Job", before: Tensor, d_out: Heads, log_sum: Tensor, delta: Tensor, grad_after: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of select_q (B, R, T, D') and select_k (B, R, S, D'), float32, and minus that of F (B, R, S)."""
+    from heedful.ops.selective.triton.kernels import selection
+
+    size = job.select_q.data.shape[-1]
+    d_select_q = job.new(job.batch, job.selectors, job.length, size).zero_()
+    d_select_k = job.new(job.batch, job.selectors, job.n_keys, size).zero_()
+    sums = torch.empty_like(before)
+    launch = job.tiling.selection
+    spans = job.spans(launch)
+    job.run(
+        selection.within_blocks,
+        launch,
+        job.batch * job.selectors * job.n_blocks * spans,
+        *(*job.inputs, before, d_out, log_sum, delta),
+        *(sums, d_select_q, d_select_k, spans, job.counts, job.scales),
+        SPAN=launch.span,
+    )
+    start = torch.zeros_like(before[:, :, 0]) if grad_after is None else -grad_after.float()
+    later, total = job.running_sum(sums, start.contiguous(), reverse=True)
+    for kernel, gradient, tiles in (
+        (selection.from_later_blocks_to_queries, d_select_q, job.n_blocks),
+        (selection.from_later_blocks_to_keys, d_select_k, -(-job.n_keys // job.tiling.later.keys)),
+    ):
+        job.run(
+            kernel,
+            job.tiling.later,
+            job.batch * job.selectors * tiles,
+            *(job.select_q, job.select_k, job.code, later, gradient, job.counts, job.scales),
+        )
+    return d_select_q, d_select_k, total
 
 
 @_backward.register_fake
@@ -310,6 +316,31 @@ class Job:
             "CODED": code is not None,
             "EXACT": q.dtype == torch.float32,
         }
+
+        sizes = size, v.shape[-1], self.select_q.data.shape[-1]
+        self.selects_itself = q.dtype == torch.float32 or selects_in_half(q.dtype, code is not None, *sizes)
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """What the kernels read, but for what a forward pass kept."""
+        return self.q, self.k, self.v, self.select_q, self.select_k, self.code
+
+    def before(self, start: Tensor) -> tuple[Tensor, Tensor]:
+        """F before each block (B, R, T / block, S) and after the last query (B, R, S); start: before the first."""
+        from heedful.ops.selective.triton.kernels.prefixes import sum_votes
+
+        sums = self.new(self.batch, self.selectors, self.n_blocks, self.n_keys)
+        launch = self.tiling.votes
+        spans = self.spans(launch)
+        self.run(
+            sum_votes,
+            launch,
+            self.batch * self.selectors * self.n_blocks * spans,
+            *(self.select_q, self.select_k, self.code, sums),
+            *(self.counts, self.scales, spans),
+            SPAN=launch.span,
+        )
+        return self.running_sum(sums, start, reverse=False)
 
     @property
     def group_shares_selector(self) -> bool:
