@@ -207,6 +207,10 @@ def test_a_folder_older_than_a_setting_goes_on(
     path.write_text(json.dumps(before))
     with pytest.raises(ValueError, match=r"other settings \(dropout was 0\.0, is 0\.5\)"):
         quiet_compare(settings(attention=("mha",), dropout=0.5), tmp_path)
+    del before["train"]["steps"]  # every version wrote it
+    path.write_text(json.dumps(before))
+    with pytest.raises(ValueError, match=r"compare\.json is damaged \(no steps\); use another --out"):
+        quiet_compare(settings(attention=("mha",)), tmp_path)
 
 
 def test_folders_are_never_overwritten(settings: Settings, quiet_compare: Compare, tmp_path: Path):

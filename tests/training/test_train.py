@@ -1,6 +1,7 @@
 """One run: the files it leaves, what it promises about seeds and order, what it refuses."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import heedful.training.run as run_module
-from heedful.data import TokenDataset
+from heedful.data import TokenDataset, byte_tokenizer
 from heedful.decoder import DecoderConfig
 from heedful.evaluation import evaluate
 from heedful.hf import HeedfulForCausalLM
 from heedful.hf.generation import continue_text
 from heedful.hf.load import load_model, load_tokenizer
-from heedful.training import ModelSettings, RunResult, TrainSettings
+from heedful.training import ModelSettings, RunResult, TrainSettings, held_out
 from heedful.training.run import LanguageModelTrainer, curve_rows, load_settings_data
 
 Settings = Callable[..., TrainSettings]
@@ -228,10 +229,32 @@ def test_unsound_settings(settings: Settings, wrong: dict[str, Any], message: st
 
 
 def test_damaged_settings_file(tmp_path: Path):
-    for damage in ("", "{", '{"stepz": 3}', "[]"):
+    for damage in ("", "{", '{"stepz": 3}', "[]", "{}", "null", "3"):
         (tmp_path / "train.json").write_text(damage)
         with pytest.raises(ValueError, match=r"train\.json is damaged .*; start again with another --out"):
             TrainSettings.load(tmp_path / "train.json")
+    (tmp_path / "train.json").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="is damaged"):
+        TrainSettings.load(tmp_path / "train.json")
+
+
+def test_a_missing_setting_is_damage_unless_it_is_newer(
+    settings: Settings, quiet_train: Train, tmp_path: Path
+):
+    """The default would stand in for what the run was told: `data` would be Austen."""
+    path, s = tmp_path / "train.json", settings()
+    newer = {"dropout", "text_column", "trainer", "task_options", "head_dim", "block"}
+    for name in s.to_dict():
+        path.write_text(json.dumps({key: value for key, value in s.to_dict().items() if key != name}))
+        if name in newer:
+            assert TrainSettings.load(path) == s
+            continue
+        with pytest.raises(ValueError, match=rf"is damaged \(no {name}\)"):
+            TrainSettings.load(path)
+        with pytest.raises(ValueError, match=rf"is damaged \(no {name}\)"):
+            quiet_train(s, tmp_path, resume=True)
+        with pytest.raises(ValueError, match=rf"is damaged \(no {name}\)"):
+            held_out(tmp_path, byte_tokenizer())
 
 
 def test_continue_text(settings: Settings, quiet_train: Train, tmp_path: Path):

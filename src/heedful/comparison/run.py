@@ -19,6 +19,7 @@ from heedful.data import Data
 from heedful.files import write_text
 from heedful.training import RunResult, TrainSettings
 from heedful.training.run import RESULT, load_settings_data
+from heedful.training.settings import missing_settings
 
 
 def compare(
@@ -252,6 +253,8 @@ def _read(path: Path) -> dict[str, Any]:
         before = json.loads(path.read_text(encoding="utf-8"))
         if not {"attention", "score", "train"} <= set(before):
             raise ValueError("settings are missing")
+        if missing := missing_settings(before["train"]):
+            raise ValueError(f"no {', '.join(missing)}")
         # a setting that is newer than the folder had its default
         before["train"] = {**_plain(CompareSettings())["train"], **before["train"]}
     except (ValueError, TypeError) as error:

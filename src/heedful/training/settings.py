@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 SETTINGS = "train.json"
 """The file of a run that holds them."""
+_NEWER = frozenset({"dropout", "text_column", "trainer", "task_options", "head_dim", "block"})
+"""Settings that came when there were folders already: those have them not, and had their defaults."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,15 +138,29 @@ class TrainSettings(ModelSettings):
 
     @classmethod
     def load(cls, path: Path) -> "TrainSettings":
-        """Read what `save` wrote.
+        """Read what `save` wrote; a setting that is newer than the file had its default.
 
         Raises:
-            ValueError: if the file is damaged.
+            ValueError: if the file is damaged, or lacks what every version wrote.
         """
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (json.JSONDecodeError, TypeError) as error:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if missing := missing_settings(values):
+                raise TypeError(f"no {', '.join(missing)}")
+            return cls(**values)
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}); start again with another --out") from None
+
+
+def missing_settings(values: Any) -> list[str]:
+    """What every version has written of a `TrainSettings` and is not there.
+
+    Raises:
+        TypeError: if these are no settings at all.
+    """
+    if not isinstance(values, dict):
+        raise TypeError(f"expected settings by name, got {type(values).__name__}")
+    return [f.name for f in dataclasses.fields(TrainSettings) if f.name not in _NEWER | set(values)]
 
 
 def _flag(name: str) -> str:
