@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from heedful.attention import EvictableScore, LayerCache, build, register_score
 from heedful.attention import selective as selective_module
+from heedful.attention.eviction import cache as cache_module
 from heedful.attention.eviction import POLICIES, EvictingCache, eviction_mask
 from heedful.attention.registry import SCORES
 from heedful.ops import selective_attention
@@ -423,6 +424,61 @@ def test_slots_grow_only_as_far_as_tokens_are_held():
     assert single.kept == whole.kept < 60
     assert whole.n_slots == -(-whole.kept // 8) * 8
     assert single.n_slots <= 96
+
+
+@pytest.mark.parametrize(
+    "rule", [{}, {"evict_every": 5}, {"evict_every": 10**12}, {"threshold": 50.0}], ids=str
+)
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_budget_beyond_the_text_takes_the_slots_of_the_text(monkeypatch, rule, padded):
+    """Slots come as tokens do, whatever the budget; what is computed is the same."""
+    monkeypatch.setattr(cache_module, "AT_ONCE", 16)
+    layer = layer_of("mha", "selective")
+    x = torch.randn(2, 300, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(2, 300, dtype=torch.bool)
+    if padded:
+        mask[0, :40] = mask[1, 50:60] = False
+    with torch.no_grad():
+        expected = layer(x, key_mask=mask, cache=EvictingCache(300, **rule))
+        for first in (1, 7, 300):
+            memory, outputs = EvictingCache(10**12, block=8, **rule), []
+            for start in (0, *range(first, 300)):
+                piece = slice(start, first if start == 0 else start + 1)
+                own = mask[:, piece] if padded else None
+                outputs.append(layer(x[:, piece], key_mask=own, cache=memory))
+            torch.testing.assert_close(torch.cat(outputs, 1), expected, atol=1e-12, rtol=0)
+            assert memory.kept <= memory.n_slots <= 1.5 * memory.kept + 16
+            assert memory.n_slots % 8 == 0
+
+
+def test_slots_grow_up_to_the_bound(monkeypatch):
+    monkeypatch.setattr(cache_module, "AT_ONCE", 16)
+    layer = layer_of("mha", "selective")
+    x = torch.randn(1, 300, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole = layer(x, cache=EvictingCache(90))
+        monkeypatch.setattr(cache_module, "AT_ONCE", 1024)
+        torch.testing.assert_close(layer(x, cache=EvictingCache(90)), whole)
+        monkeypatch.setattr(cache_module, "AT_ONCE", 16)
+        memory = EvictingCache(90, block=8)
+        outputs, slots = [], []
+        for t in range(300):
+            if t == 50:  # what is taken back leaves the slots that came
+                memory.recording = True
+                layer(x[:, 50:80], cache=memory)
+                memory.crop(30)
+                memory.recording = False
+            outputs.append(layer(x[:, t : t + 1], cache=memory))
+            slots.append(memory.n_slots)
+    torch.testing.assert_close(torch.cat(outputs, 1), whole, atol=1e-12, rtol=0)
+    assert slots == sorted(slots)
+    assert (slots[0], slots[-1]) == (16, 90)
+
+
+def test_more_tokens_than_any_text_has():
+    for name in ("budget", "evict_every", "grace", "first"):
+        with pytest.raises(ValueError, match=f"{name} must be at most .*, more than any text has, got 1000"):
+            EvictingCache(**{"budget": 10**40 + 2 if name in ("grace", "first") else 5, name: 10**39})
 
 
 def test_rows_can_be_reordered_and_repeated():

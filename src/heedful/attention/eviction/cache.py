@@ -19,10 +19,12 @@ from heedful.ops.precision import wide_dtype
 
 BLOCK = 192
 """Tokens of a piece that attend together."""
+AT_ONCE = 1024
+"""Slots up to which a bound is allocated at once; a larger one may be far more than the text will ever fill."""
 
 
 class EvictingCache(KVCache):
-    """At most `budget` real tokens of one layer, in slots allocated once.
+    """At most `budget` real tokens of one layer, in slots allocated once, or as tokens come where there are many.
 
     Slots are unordered but for slot 0, which holds the first real token of its row; `positions` says what the
     others hold, -1 = empty. Padding occupies no slot. A piece of several tokens is attended as a whole, with a
@@ -38,7 +40,7 @@ class EvictingCache(KVCache):
             keeps a bound on what was lost, `forgotten`.
         grace: the newest tokens that never go, the one that has just arrived included.
         first: the first tokens that never go.
-        block: slots that are added at once where there is no bound.
+        block: slots that are added at once where there is no bound; under a large one they are added by halves.
         window: a query sees the last so many tokens, its own included, as in a layer with a sliding window.
 
     Raises:
@@ -68,7 +70,7 @@ class EvictingCache(KVCache):
         self.slots = Slots()
         self._padded = False
         self._bound: LossBound | None = None
-        self._room = 0  # slots that are free for certain, where there is no budget
+        self._room = 0  # slots that are free for certain, while they grow
         self._peak = 0
         self._next_slot: Tensor | None = None  # (B, 1), the one that goes next, where the last step said so
 
@@ -82,9 +84,8 @@ class EvictingCache(KVCache):
 
     @property
     def n_slots(self) -> int:
-        """Slots per row."""
-        bound = self.rule.n_slots
-        return self.slots.count if bound is None else bound
+        """Slots per row, so far."""
+        return self.slots.count if self.slots.filled else 0
 
     @property
     def kept(self) -> int:
@@ -398,6 +399,8 @@ class EvictingCache(KVCache):
         assert self.rule.budget is not None
         arrived = self.slots.arrived
         if self.seen < self.rule.budget:
+            if self.seen == self.slots.count:
+                self._grow_to(self.seen + 1)
             slot = torch.full_like(arrived, self.seen)
         elif self._next_slot is not None:
             slot = self._next_slot
@@ -414,7 +417,7 @@ class EvictingCache(KVCache):
     def _replace_one(self, layer: Layer, tokens: Tokens, positions: Tensor) -> None:
         """Make room for one token per row and write it; a padded token, position -1, leaves its row alone."""
         self._next_slot = None
-        if self.rule.n_slots is None:
+        if self._grows:
             self._make_room()
         real, before = positions >= 0, self.positions >= 0
         self._rate(layer)
@@ -442,28 +445,42 @@ class EvictingCache(KVCache):
     ) -> None:
         """Write what survived a piece of several tokens, as `Slots.pack`, in as many slots as that takes."""
         self._next_slot = None
-        bounded = self.rule.n_slots
-        stays = int(alive.sum(-1).max()) if bounded is None else 0
+        stays = int(alive.sum(-1).max()) if self._grows else 0
         if not self.slots.filled:
-            n = self._in_blocks(stays) if bounded is None else bounded
+            bound = self.rule.n_slots
+            n = self._in_blocks(stays) if bound is None else min(bound, max(AT_ONCE, self._in_blocks(stays)))
             self.slots.allocate(memory, state, n, scores)
             if self.rule.threshold is not None:
                 like = next(iter(memory.values()))
                 self._bound = LossBound.nothing_lost(like.shape[0], wide_dtype(like), like.device)
         elif stays > self.slots.count:
-            self.slots.grow_to(self.slots.count + self._in_blocks(stays - self.slots.count))
+            self._grow_to(stays)
         self.slots.pack(memory, positions, state, alive, scores)
         self.seen += positions.shape[1]
         self._room = 0
 
     def _make_room(self) -> None:
-        """A free slot in every row, where there is no budget; asks the device only once in many tokens."""
+        """A free slot in every row, while slots grow; asks the device only once in many tokens."""
         if self._room < 1:
-            self._room = self.slots.count - self.kept
-            if self._room < max(1, self.block // 2):
-                self.slots.grow_to(self.slots.count + self.block)
-                self._room += self.block
+            kept = self.kept
+            if self.slots.count - kept < max(1, self.block // 2):
+                self._grow_to(self.slots.count + 1)
+            self._room = self.slots.count - kept
         self._room -= 1
+
+    @property
+    def _grows(self) -> bool:
+        """Whether there may be more slots than there are."""
+        bound = self.rule.n_slots
+        return bound is None or bound > (self.slots.count if self.slots.filled else AT_ONCE)
+
+    def _grow_to(self, n: int) -> None:
+        """At least n slots, in whole blocks and never beyond the bound."""
+        bound, now = self.rule.n_slots, self.slots.count
+        # by halves, so that all copies together cost no more than a few of the last
+        more = n - now if bound is None else max(n - now, now // 2)
+        n = now + self._in_blocks(more)
+        self.slots.grow_to(n if bound is None else min(n, bound))
 
     def _in_blocks(self, tokens: int) -> int:
         """Slots for that many tokens, in whole blocks; one at least."""

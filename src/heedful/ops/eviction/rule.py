@@ -12,6 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+MOST = 2**48
+"""Tokens that a rule may speak of."""
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -107,7 +110,7 @@ class Rule:
             alive = alive & ~(movable & (priority > self.threshold) & due[:, None])
         if self.budget is None:
             return alive
-        for _ in range(self.evict_every):
+        for _ in range(min(self.evict_every, alive.shape[-1])):
             over = (alive.sum(-1) > self.budget - room) & due
             candidates = alive & movable
             rated = priority.masked_fill(~candidates, -torch.inf)
@@ -123,6 +126,7 @@ class Rule:
 def check_budget(budget: object, grace: int = 1, first: int = 1) -> None:
     """Raise unless the budget holds at least the tokens that never go."""
     if isinstance(budget, int) and not isinstance(budget, bool) and budget >= grace + first:
+        check_most("budget", budget)
         return
     safe = "the first token and the newest are"
     if (grace, first) != (1, 1):
@@ -136,6 +140,13 @@ def check_count(name: str, value: object) -> None:
     """Raise unless it is a whole number from 1 on."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+    check_most(name, value)
+
+
+def check_most(name: str, value: int) -> None:
+    """Raise if it does not go into the integers of a tensor with others of its kind."""
+    if value > MOST:
+        raise ValueError(f"{name} must be at most {MOST:,}, more than any text has, got {value}")
 
 
 def check_threshold(threshold: object) -> None:
