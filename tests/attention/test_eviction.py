@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from heedful.attention import EvictableScore, LayerCache, build, register_score
 from heedful.attention import selective as selective_module
-from heedful.attention.eviction import cache as cache_module
 from heedful.attention.eviction import POLICIES, EvictingCache, eviction_mask
+from heedful.attention.eviction import cache as cache_module
 from heedful.attention.registry import SCORES
 from heedful.ops import selective_attention
 from heedful.ops.selective.reference import selective_reference

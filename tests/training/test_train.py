@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import heedful.training.run as run_module
@@ -166,12 +167,59 @@ def test_curve_rows():
     assert curve_rows(data(640)).tensors["input_ids"].flatten().tolist() == list(range(0, 640, 10))
 
 
-def test_divergence(settings: Settings, quiet_train: Train, tmp_path: Path):
-    with pytest.raises(
-        ValueError, match=r"training diverged: the validation loss is nan; try a lower --lr than 1e"
-    ):
-        quiet_train(settings(lr=1e30, qk_norm=False, steps=4), tmp_path / "run")
+MEMORY = {"score": "selective"}
+DIVERGES = {
+    "lr": ({"lr": 1e30, "qk_norm": False}, r"at step \d+: the task loss is nan; try a lower --lr than 1e"),
+    "weight-decay": (
+        {"weight_decay": 1e6},
+        r"at step \d+: .*; try a lower --weight-decay than 1e\+06: times --lr 0.01 it takes away more",
+    ),
+    "memory-loss": (
+        {**MEMORY, "score_options": {"memory_loss": 1e38}, "n_layers": 4},
+        r"at step 1: the memory loss is inf; try a smaller --score.memory-loss than 1e\+38 or a larger",
+    ),
+    "memory-tau": (
+        {**MEMORY, "score_options": {"memory_loss": 1.0, "memory_tau": 1e-40}},
+        r"at step \d+: .*; try a smaller --score.memory-loss than 1 or a larger --score.memory-tau than 1e-40",
+    ),
+}
+
+
+@pytest.mark.parametrize("why", DIVERGES)
+def test_divergence(settings: Settings, quiet_train: Train, tmp_path: Path, why: str):
+    """Training stops at the first loss that is not finite, and says what does it."""
+    options, message = DIVERGES[why]
+    with pytest.raises(ValueError, match=f"training diverged {message}") as error:
+        quiet_train(settings(**options), tmp_path / "run")
+    assert "\n" not in str(error.value)
     assert not (tmp_path / "run" / "result.json").exists()
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_the_last_good_checkpoint_stays(
+    settings: Settings, quiet_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A loss that is lost at step 11, weights that are lost in step 12: what was saved before can be read."""
+    plain = LanguageModelTrainer.training_step
+
+    def lose(self: LanguageModelTrainer, model: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = plain(self, model, *args, **kwargs)
+        if self.state.global_step == last - 1:
+            with torch.no_grad():
+                model.lm_head.weight.fill_(float("nan"))
+        return loss
+
+    monkeypatch.setattr(LanguageModelTrainer, "training_step", lose)
+    for last, kept, where in ((10, 8, "at step 11: the task loss is nan"), (12, 8, "at step 12: ")):
+        run = tmp_path / f"run-{last}"
+        with pytest.raises(
+            ValueError, match=rf"diverged {where}.*checkpoint-{kept} holds the weights before"
+        ):
+            quiet_train(settings(), run)
+        found = run_module.last_checkpoint(run / "checkpoints")
+        assert found is not None
+        assert found.endswith(f"checkpoint-{kept}")
+        assert all(t.isfinite().all() for t in load_file(Path(found) / "model.safetensors").values())
 
 
 def test_tensorboard(settings: Settings, quiet_train: Train, tmp_path: Path):

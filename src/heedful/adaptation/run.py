@@ -402,6 +402,7 @@ class _Work:
             "save_steps": often,
             "save_total_limit": 2,
             "logging_steps": max(1, steps // 100),
+            "logging_nan_inf_filter": False,  # such a loss ends the run
             "remove_unused_columns": False,
             "report_to": "none",
             "disable_tqdm": True,

@@ -11,6 +11,7 @@ from transformers import Trainer
 from heedful.adaptation.learning import SHARE, Forgetting, learning_layers, local_losses
 from heedful.evaluation.loss import divergence, measuring
 from heedful.ops.eviction import Rule
+from heedful.training.divergence import diverged
 
 WEIGHTS = "model.safetensors"
 
@@ -21,9 +22,18 @@ class AdaptTrainer(Trainer):
     measure: Callable[[], float]
     """The KL to the source on validation text, measured in between."""
 
+    rate_flag: str
+    """What sets its learning rate."""
+
     @property
     def _own(self) -> Any:
         return self.model
+
+    def check(self, loss: torch.Tensor) -> None:
+        """Raise for a loss that is not finite; Trainer would log the mean of those before, and train on."""
+        if not torch.isfinite(loss):
+            advice = f"try a lower {self.rate_flag} than {self.args.learning_rate:g}"
+            raise diverged(f"at step {self.state.global_step + 1}", f"the loss is {float(loss)}", advice)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """What `measure` finds."""
@@ -64,6 +74,7 @@ class AdaptTrainer(Trainer):
 class LocalTrainer(AdaptTrainer):
     """The first stage: every layer's selectors learn from what the layer itself does. No pass backward."""
 
+    rate_flag = "--lr"
     grace: int
     first: int
 
@@ -74,6 +85,7 @@ class LocalTrainer(AdaptTrainer):
         with local_losses(self.accelerator.unwrap_model(model), grace=self.grace, first=self.first) as losses:
             output = model(inputs["input_ids"], use_cache=False, logits_to_keep=1)
         loss = torch.stack(losses).sum()
+        self.check(loss)
         return (loss, output) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -106,6 +118,7 @@ class LocalTrainer(AdaptTrainer):
 class DistillTrainer(AdaptTrainer):
     """The second stage: LoRA learns to predict under eviction what the model predicts with every token."""
 
+    rate_flag = "--lora-lr"
     forgetting: Forgetting
     """At work on the model."""
     rules: list[Rule]
@@ -122,4 +135,5 @@ class DistillTrainer(AdaptTrainer):
         self.forgetting.rule = self.rules[self.state.global_step % len(self.rules)]
         output = model(ids, use_cache=False)
         loss = divergence(taught, output.logits) / ids.numel()
+        self.check(loss)
         return (loss, output) if return_outputs else loss

@@ -27,6 +27,7 @@ from heedful.evaluation import Evaluation, evaluate
 from heedful.hf.modeling import HeedfulForCausalLM, HeedfulOutput
 from heedful.hf.saved import write_beside
 from heedful.screen import spinner
+from heedful.training.divergence import advice_for, diverged, lost_terms
 from heedful.training.progress import LogFile, ProgressCallback, StepTimer, StopOnCtrlC
 from heedful.training.result import RunResult
 from heedful.training.settings import SETTINGS, TrainSettings
@@ -54,9 +55,17 @@ class LanguageModelTrainer(Trainer):
     def compute_loss(  # type: ignore[override]
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> Any:
-        """The model's own loss; its memory loss is remembered for the log."""
+        """The model's own loss; its memory loss is remembered for the log.
+
+        Raises:
+            ValueError: for a loss that is not finite: the weights are still those of the step before.
+        """
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        if outputs.get("memory_loss") is not None:
+        memory = outputs.get("memory_loss")
+        # Trainer would log the mean of the losses before, and train on
+        if (lost := lost_terms(loss, outputs["logits"], memory)) is not None:
+            raise diverged(f"at step {self.state.global_step + 1}", lost, self.advice(memory))
+        if memory is not None:
             # not the logits: they would be held beside those of the next batch
             kept = {name: outputs[name] for name in ("memory_loss", "kept_tokens")}
             self._last, self._mask = HeedfulOutput(**kept), inputs.get("attention_mask")
@@ -68,6 +77,20 @@ class LanguageModelTrainer(Trainer):
             logs.update(memory_logs(self._last, self._mask))
         super().log(logs, *args, **kwargs)
 
+    def advice(self, memory_loss: torch.Tensor | None = None) -> str:
+        """What to change if training diverged, and what is left of it."""
+        options = getattr(getattr(self.model, "config", None), "score_options", None)
+        advice = advice_for(self.args.learning_rate, self.args.weight_decay, options, memory_loss)
+        checkpoint = last_checkpoint(Path(str(self.args.output_dir)))
+        return advice if checkpoint is None else f"{advice}; {checkpoint} holds the weights before"
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """As in Trainer, but never weights that are lost: the last good checkpoint stays."""
+        assert self.model is not None
+        if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
+            raise diverged(f"at step {self.state.global_step}", "weights are not finite", self.advice())
+        super()._save_checkpoint(*args, **kwargs)
+
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """No decay on norms, biases and SAS's identity part."""
         return decayed_names(model)
@@ -75,11 +98,18 @@ class LanguageModelTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Validation loss (nats/token) and accuracy on labelled tokens."""
+        """Validation loss (nats/token) and accuracy on labelled tokens.
+
+        Raises:
+            ValueError: for a loss that is not finite.
+        """
         rows = eval_dataset if eval_dataset is not None else self.eval_dataset
         assert isinstance(rows, TokenDataset) and self.model is not None
         with self.compute_loss_context_manager():
             result = evaluate(self.model, rows, batch_size=self.args.eval_batch_size)
+        if not math.isfinite(result.loss):
+            what = f"the validation loss is {result.loss}"
+            raise diverged(f"at step {self.state.global_step}", what, self.advice())
         metrics = {
             f"{metric_key_prefix}_loss": result.loss,
             f"{metric_key_prefix}_accuracy": result.accuracy,
@@ -195,9 +225,7 @@ def train(
         final = evaluate(model, data.validation, batch_size=2 * settings.batch_size)
         longer = _accuracy_at(model, data, final, 2 * settings.batch_size)
     if not math.isfinite(final.loss):
-        raise ValueError(
-            f"training diverged: the validation loss is {final.loss}; try a lower --lr than {settings.lr}"
-        )
+        raise diverged("after the last step", f"the validation loss is {final.loss}", trainer.advice())
     model.config.use_cache = True  # Trainer turned it off
     if first:
         write_beside(model, out, card_facts(settings, final, data.validation_bytes))
@@ -341,6 +369,7 @@ def _arguments(settings: TrainSettings, out: Path) -> TrainingArguments:
         "save_steps": max(1, settings.steps // settings.checkpoints),
         "save_total_limit": 2,
         "logging_steps": max(1, settings.steps // 100),
+        "logging_nan_inf_filter": False,  # such a loss ends the run
         "ddp_find_unused_parameters": False,
         "report_to": "none",  # tracking is added as a callback, which knows its folder
         "disable_tqdm": True,
