@@ -28,8 +28,11 @@ from heedful.attention.config import (
 from heedful.attention.registry import ATTENTIONS, SCORES
 from heedful.attention.score import LayerLoss
 from heedful.attention.signature import check_keywords, config_parameters
-from heedful.ops.checks import check_choice, check_tensor
+from heedful.ops.checks import check_choice, check_most, check_tensor
 from heedful.ops.masks import rank_in_segment
+
+MOST_LAYERS, MOST_SIZE = 1024, 2**28
+"""What a config may ask for: blocks; tokens, positions and features of one kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +66,15 @@ class DecoderConfig(HeadOptions):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+            check_most(name, value, MOST_LAYERS if name == "n_layers" else MOST_SIZE)
         check_choice("block", self.block, ("llama", "gpt"))
         if self.d_ff is None:
             wide = 4 * self.d_model if self.block == "gpt" else -(-8 * self.d_model // 3 // 16) * 16
             object.__setattr__(self, "d_ff", wide)
         elif not isinstance(self.d_ff, int) or self.d_ff < 1:
             raise ValueError(f"d_ff must be a whole number >= 1, got {self.d_ff!r}")
+        else:
+            check_most("d_ff", self.d_ff, MOST_SIZE)
         check_choice("positions", self.positions, ("rope", "learned", "none"))
         if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be a number from 0 to below 1, got {self.dropout!r}")

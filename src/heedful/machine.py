@@ -1,5 +1,6 @@
-"""The machine that something runs on, by name."""
+"""The machine that something runs on: names, and what it has."""
 
+import os
 import platform
 from pathlib import Path
 
@@ -23,3 +24,13 @@ def device_name() -> str:
         return torch.cuda.get_device_name()
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return cpu_name() if found is None else str(found)
+
+
+def memory_bytes() -> int:
+    """The main memory, or what a container may use of it."""
+    most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit:
+            return min(most, int(limit.read()))
+    except (OSError, ValueError):  # there is none, or it says "max"
+        return most

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from heedful.data import load_text
+from heedful.data import load_text, reading
 from heedful.data.reading import split_documents
 from heedful.data.text import MIN_CHARACTERS, _hold_out_tail
 
@@ -284,3 +284,27 @@ def test_every_message_is_one_line(tmp_path):
         with pytest.raises((ValueError, FileNotFoundError)) as caught:
             load_text(bad)
         assert "\n" not in str(caught.value)
+
+
+def test_a_text_larger_than_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "a.txt").write_text("word " * 100)
+    (tmp_path / "b.txt").write_text("word " * 100)
+    monkeypatch.setattr(reading, "memory_bytes", lambda: 999)
+    with pytest.raises(
+        ValueError, match="has 1,000 bytes, more than this machine's memory of 999; give a part"
+    ):
+        load_text(tmp_path)
+    load_text(tmp_path / "a.txt")
+
+
+def test_a_file_that_grows_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What is written while it is read does not count."""
+    path = tmp_path / "a.txt"
+    path.write_text("word " * 1000)
+    monkeypatch.setattr(reading, "_CHUNK", 500)
+    size = 0
+    for piece in reading._decoded(path):
+        size += len(piece)
+        with path.open("a") as file:
+            file.write("more " * 1000)
+    assert size == 5000

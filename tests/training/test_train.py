@@ -259,6 +259,14 @@ def test_bad_data_leaves_nothing(settings: Settings, quiet_train: Train, tmp_pat
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "steps": ({"steps": -5}, "--steps must be 1 or more, got -5"),
     "batch": ({"batch_size": 0}, "--batch-size must be 1 or more, got 0"),
+    "rows without end": ({"batch_size": 10**20}, f"--batch-size must be at most 2,147,483,648, got {10**20}"),
+    "layers without end": ({"n_layers": 10**20 - 1}, f"n_layers must be at most 1,024, got {10**20 - 1}"),
+    "a width without end": ({"d_ff": 10**20}, f"d_ff must be at most 268,435,456, got {10**20}"),
+    "heads without end": ({"n_heads": 10**20}, f"n_heads must be at most 268,435,456, got {10**20}"),
+    "a task without end": (
+        {"data": "synthetic:mqar", "task_options": {"pairs": 10**20}},
+        f"--task.pairs must be at most 1,048,576, got {10**20}",
+    ),
     "context": ({"context": 1}, "--context must be 2 or more, got 1"),
     "lr": ({"lr": 0.0}, r"--lr must be greater than 0 and finite, got 0\.0"),
     "lr-nan": ({"lr": float("nan")}, "--lr must be greater than 0 and finite, got nan"),
@@ -274,6 +282,16 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 def test_unsound_settings(settings: Settings, wrong: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         settings(**wrong)
+
+
+def test_a_model_larger_than_the_memory(settings: Settings, quiet_train: Train, tmp_path: Path):
+    """Refused before any data is read."""
+    large = settings(data=str(tmp_path / "missing.txt"), d_model=2**20, d_ff=2**24, n_layers=1000)
+    with pytest.raises(
+        ValueError, match=r"a model of [\d,]+ parameters needs .* bytes, more than this machine's"
+    ):
+        quiet_train(large, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_damaged_settings_file(tmp_path: Path):

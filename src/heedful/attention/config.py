@@ -8,7 +8,10 @@ from typing import Any, ClassVar, Literal, Self, get_args
 import torch
 
 from heedful.attention.registry import ATTENTIONS, SCORES
-from heedful.ops.checks import check_choice, check_divides, did_you_mean
+from heedful.ops.checks import check_choice, check_divides, check_most, did_you_mean
+
+MOST = 2**24
+"""Heads, features and tokens of one kind that a config may ask for."""
 
 
 def option(default: Any, help: str) -> Any:
@@ -55,10 +58,12 @@ def check_options(what: str, options: Mapping[str, Any], known: list[str]) -> No
 
 
 def check_whole(name: str, value: Any) -> None:
-    """Raise unless `value` is a whole number from 1 on, or None."""
+    """Raise unless `value` is a whole number from 1 to `MOST`, or None."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     if value is not None and (not whole or value < 1):
         raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+    if value is not None:
+        check_most(name, value, MOST)
 
 
 def check_literals(config: Any) -> None:

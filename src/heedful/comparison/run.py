@@ -18,7 +18,7 @@ from heedful.comparison.timetable import Timetable, at_equal_seconds, form_name
 from heedful.data import Data
 from heedful.files import write_text
 from heedful.training import RunResult, TrainSettings
-from heedful.training.run import RESULT, load_settings_data
+from heedful.training.run import RESULT, check_memory, load_settings_data
 from heedful.training.settings import missing_settings
 
 
@@ -60,6 +60,8 @@ def compare(
     here = data is not None or (workers == 1 and ray is None)
     data = data or load_settings_data(settings.train)
     forms = settings.forms(data.vocab_size, data.context)
+    for form in forms:
+        check_memory(form.to_decoder_config(data.vocab_size, data.context))
     prepare(settings, out)
     console.print(f"[bold]data[/bold] {data.description}")
     if settings.match == "seconds":

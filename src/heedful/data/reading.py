@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from heedful.data import tables
+from heedful.machine import memory_bytes
 
 TEXT_ENDINGS = (".txt", ".md")
 ENDINGS = (*TEXT_ENDINGS, *tables.ENDINGS)
@@ -78,7 +79,8 @@ def find_sources(path: str | Path, *, held_out: bool = False) -> list[Source]:
 
     Raises:
         FileNotFoundError: nothing is at `path`; near misses are suggested.
-        ValueError: the path is empty, is a device or a pipe, has an unknown ending, or is a folder without text.
+        ValueError: the path is empty, is a device or a pipe, has an unknown ending, is a folder without text, or is
+            larger than the memory.
     """
     if not str(path):
         raise ValueError('the data path is empty: give "austen", a text file or a folder')
@@ -91,6 +93,7 @@ def find_sources(path: str | Path, *, held_out: bool = False) -> list[Source]:
                 f"{path} has the unknown ending {path.suffix}; expected a folder or one of {EXPECTED} "
                 "(plain text of another name: copy it to a .txt)"
             )
+        check_size(path, [Source(path)])
         return [Source(path)]
     if not path.is_dir():
         raise ValueError(
@@ -102,7 +105,21 @@ def find_sources(path: str | Path, *, held_out: bool = False) -> list[Source]:
     found = sorted(_below(path), key=lambda source: source.path)
     if not found:
         raise ValueError(f"the folder {path} holds no text: expected {EXPECTED} in it or below it")
+    check_size(path, found)
     return found
+
+
+def check_size(path: str | Path, sources: list[Source]) -> None:
+    """Raise for a text that this machine cannot hold, before any of it is read.
+
+    Raises:
+        ValueError: if its files are larger than the memory.
+    """
+    size = sum(source.path.stat().st_size for source in sources if source.path.is_file())
+    if size > (most := memory_bytes()):
+        raise ValueError(
+            f"{path} has {size:,} bytes, more than this machine's memory of {most:,}; give a part of it"
+        )
 
 
 def _below(folder: Path) -> Iterator[Source]:
@@ -130,11 +147,15 @@ def split_documents(text: str) -> list[str]:
 
 
 def _decoded(file: Path) -> Iterator[str]:
-    """The text of a UTF-8 file, a piece at a time; raises at the first byte that is none."""
+    """The text of a UTF-8 file, a piece at a time; raises at the first byte that is none.
+
+    Of a file that grows meanwhile, what was there at the start.
+    """
     decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
+    most = max(file.stat().st_size, _CHUNK)  # those of the system have no size
     with file.open("rb") as opened:
         while True:
-            raw = opened.read(_CHUNK)
+            raw = opened.read(min(_CHUNK, most - offset))
             # UTF-8 decodes NUL happily, but no text has one: it is the mark of a binary or UTF-16 file.
             if (nul := raw.find(0)) >= 0:
                 raise ValueError(

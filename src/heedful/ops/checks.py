@@ -84,6 +84,12 @@ def check_divides(what: str, total: int, by_what: str, by: int) -> None:
         raise ValueError(f"{what} must be a multiple of {by_what} ({by}), got {total}; {advice}")
 
 
+def check_most(name: str, value: int, most: int) -> None:
+    """Raise for a size beyond what can be meant, before anything of that size is counted or allocated."""
+    if value > most:
+        raise ValueError(f"{name} must be at most {most:,}, got {value}; use a smaller one")
+
+
 def check_choice(what: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise unless `value` is one of `choices`, naming the nearest one."""
     if value not in choices:

@@ -22,10 +22,12 @@ from transformers.trainer_callback import ProgressCallback as TqdmCallback
 from heedful.attention.params import decayed_names
 from heedful.data import Data, TokenDataset, load_data
 from heedful.data.dataset import SYNTHETIC_VALIDATION_SEED
+from heedful.decoder import DecoderConfig
 from heedful.errors import Interrupted
 from heedful.evaluation import Evaluation, evaluate
 from heedful.hf.modeling import HeedfulForCausalLM, HeedfulOutput
 from heedful.hf.saved import write_beside
+from heedful.machine import memory_bytes
 from heedful.screen import spinner
 from heedful.training.divergence import advice_for, diverged, lost_terms
 from heedful.training.progress import LogFile, ProgressCallback, StepTimer, StopOnCtrlC
@@ -176,7 +178,10 @@ def train(
         return RunResult.load(out / RESULT)
     if resume:
         check_same_settings(settings, out)
+    # before any data is read: that of a text may need a smaller vocabulary, but no larger model
+    check_memory(settings.to_decoder_config(1, settings.context))
     data = data or load_settings_data(settings)
+    check_memory(settings.to_decoder_config(data.vocab_size, data.context))
     arguments = _arguments(settings, out)
     if first:
         _prepare_folder(settings, out, resume)
@@ -184,8 +189,8 @@ def train(
 
     set_seed(settings.seed)
     config = settings.to_config(data.vocab_size, data.context, data.bos_token_id)
-    model = HeedfulForCausalLM(config)
     decoder = config.to_decoder_config()
+    model = HeedfulForCausalLM(config)
     rows_per_step = settings.batch_size * arguments.gradient_accumulation_steps * processes
     tokens_per_step = rows_per_step * data.context
     timer, stop = StepTimer(), StopOnCtrlC()
@@ -309,6 +314,22 @@ def load_settings_data(settings: TrainSettings) -> Data:
         seed=settings.seed,
         task_options=settings.task_options,
     )
+
+
+def check_memory(config: DecoderConfig) -> None:
+    """Raise for a model whose weights this machine cannot hold, before one is made.
+
+    Raises:
+        ValueError: if it is too large.
+    """
+    parameters, most = config.parameter_count(), memory_bytes()
+    # on the CPU their gradients and two averages stand beside them
+    needed = parameters * 4 * (1 if torch.accelerator.is_available() else 4)
+    if needed > most:
+        raise ValueError(
+            f"a model of {parameters:,} parameters needs {needed:,} bytes, more than this machine's memory of "
+            f"{most:,}; use a smaller --d-model, --n-layers or --d-ff"
+        )
 
 
 def check_same_settings(settings: TrainSettings, out: Path) -> None:

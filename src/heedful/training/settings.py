@@ -12,6 +12,7 @@ from heedful.data.reading import TEXT_COLUMN
 from heedful.data.tasks import TASKS, task_of
 from heedful.decoder import DecoderConfig
 from heedful.files import write_json
+from heedful.ops.checks import check_most
 from heedful.training.trainer_options import trainer_options
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 SETTINGS = "train.json"
 """The file of a run that holds them."""
+MOST = 2**31
+"""Steps, rows, tokens: what a run may count."""
 _NEWER = frozenset({"dropout", "text_column", "trainer", "task_options", "head_dim", "block"})
 """Settings that came when there were folders already: those have them not, and had their defaults."""
 
@@ -108,6 +111,7 @@ class TrainSettings(ModelSettings):
             value = getattr(self, name)
             if value < 1:
                 raise ValueError(f"{_flag(name)} must be 1 or more, got {value}")
+            check_most(_flag(name), value, MOST)
         if self.context < 2:
             raise ValueError(f"--context must be 2 or more, got {self.context}")
         if not 0 < self.lr < math.inf:

@@ -12,7 +12,7 @@ from heedful.data.tasks.sorting import Sorting
 from heedful.data.tasks.task import Task
 from heedful.data.tasks.variable_assignment import VariableAssignment
 from heedful.data.tasks.variable_tracking import VariableTracking
-from heedful.ops.checks import did_you_mean
+from heedful.ops.checks import check_most, did_you_mean
 
 TASKS: dict[str, type[Task]] = {
     task.name: task
@@ -31,6 +31,8 @@ TASKS: dict[str, type[Task]] = {
 """By name."""
 
 PREFIX = "synthetic"
+MOST = 2**20
+"""What an option of a task may say."""
 
 
 def task_class(data: str) -> type[Task] | None:
@@ -68,6 +70,9 @@ def task_of(data: str, options: dict[str, Any]) -> Task | None:
             f"synthetic:{found.name} has no option {unknown[0]!r}; {did_you_mean(unknown[0], known)}options: "
             f"{', '.join(known)}"
         )
+    for name, value in options.items():
+        if isinstance(value, int):
+            check_most(f"--task.{name.replace('_', '-')}", value, MOST)
     return found(**options)
 
 

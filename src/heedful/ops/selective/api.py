@@ -117,6 +117,10 @@ def selective_attention(
     check_shape("k", k, (batch, groups, n_keys, size), "(B, G, S, D)")
     check_shape("v", v, (batch, groups, n_keys, v.shape[-1]), "(B, G, S, E)")
     check_divides("the number of query heads H", heads, "the number of key heads G", groups)
+    if not size or not v.shape[-1]:
+        raise ValueError(
+            f"heads need at least one feature, got D = {size} of q and k, E = {v.shape[-1]} of v; check the sizes"
+        )
     selectors = 1
     select = None
     if select_q is not None or select_k is not None:
