@@ -182,6 +182,8 @@ def test_garbage_config(saved: Path, garbage: str):
         ({"attention_options": {"sim_heads": 7}}, "sim_heads must be a multiple"),
         ({"hidden_size": 48}, "cannot be read|do not fit"),
         ({"hidden_size": "wide"}, "whole number|hidden_size"),
+        ({"num_hidden_layers": 10**4}, "num_hidden_layers must be at most 1,024, got 10000"),
+        ({"vocab_size": 10**7}, r"config\.json asks for [\d,]+ parameters, the weights are [\d,]+\)"),
         ({"num_hidden_layers": 3}, "do not fit its config.json: .*missing_keys"),
         ({"model_type": "gpt2"}, "holds a 'gpt2' model, expected a heedful one"),
     ],
@@ -193,6 +195,61 @@ def test_changed_config(saved: Path, change: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message) as error:
         load_model(saved)
     one_line(error)
+
+
+def sharded(folder: Path, names: dict[str, str] | None = None) -> Path:
+    """The weights in a file that an index names, or names something else for."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    index = {"metadata": {}, "weight_map": {**dict.fromkeys(weights, "model-1.safetensors"), **(names or {})}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def test_an_index_of_weights(saved: Path):
+    load_model(sharded(saved))
+
+
+@pytest.mark.parametrize(
+    "name", ["../model-1.safetensors", "/etc/passwd", "other.safetensors", "model.bin", "", ".."]
+)
+def test_an_index_that_names_another_file(saved: Path, name: str):
+    """Never followed out of the folder, whatever is there."""
+    sharded(saved, {"lm_head.weight": name})
+    (saved.parent / "model-1.safetensors").write_bytes((saved / "model-1.safetensors").read_bytes())
+    with pytest.raises(
+        ValueError, match=r"cannot be read \(.*model\.safetensors\.index\.json names "
+    ) as error:
+        load_model(saved)
+    assert name in one_line(error)
+
+
+@pytest.mark.parametrize(
+    "damage", ["", "{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 1}}', "\x00\xff"]
+)
+def test_a_damaged_index(saved: Path, damage: str):
+    (sharded(saved) / "model.safetensors.index.json").write_text(damage)
+    with pytest.raises(ValueError, match=r"cannot be read \(.*model\.safetensors\.index\.json ") as error:
+        load_model(saved)
+    one_line(error)
+
+
+def test_pickled_weights_are_never_read(saved: Path):
+    weights = load_file(saved / "model.safetensors")
+    (saved / "model.safetensors").unlink()
+    torch.save(weights, saved / "pytorch_model.bin")
+    message = r"holds pickled weights \(pytorch_model.bin\), which may run any code when they are read; expected safe"
+    with pytest.raises(ValueError, match=message) as error:
+        load_model(saved)
+    assert "weights_only" not in one_line(error)
+
+
+def test_weights_that_a_config_names(saved: Path):
+    config = json.loads((saved / "config.json").read_text())
+    config["transformers_weights"] = "../../x.safetensors.index.json"
+    (saved / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config\.json names weights of its own, '\.\./\.\./x"):
+        load_model(saved)
 
 
 def test_another_model(tmp_path: Path):

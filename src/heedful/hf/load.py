@@ -8,12 +8,20 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
+from heedful.decoder import MOST_LAYERS
 from heedful.hf.configuration import HeedfulConfig
+from heedful.hf.converted.checkpoint import Checkpoint, read_json
 from heedful.hf.converted.convert import patch
 from heedful.hf.converted.families import model_class
 from heedful.hf.converted.known import FAMILIES, family_of
 from heedful.hf.converted.settings import Conversion
 from heedful.hf.modeling import HeedfulForCausalLM
+from heedful.ops.checks import check_most
+
+_LAYERS = "num_hidden_layers", "n_layer", "num_layers"
+"""What configs call the number of blocks."""
+_FEW = 2**22
+"""Parameters that may be missing before they are counted: transformers names them better."""
 
 
 @contextmanager
@@ -25,6 +33,47 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def _one_line(folder: Path) -> Iterator[None]:
+    """Whatever a damaged folder makes libraries say, in one line that names the folder."""
+    try:
+        yield
+    except (
+        SafetensorError,
+        OSError,
+        RuntimeError,
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ) as error:
+        reason = (str(error) or type(error).__name__).strip().split("\n")[0]
+        raise ValueError(
+            f"the model in {folder} cannot be read ({reason}); train or copy it again"
+        ) from error
+
+
+def _check_weights(folder: Path, config: dict[str, Any]) -> None:
+    """Raise for weights that must not be read, or a config that asks for far more than there is.
+
+    Raises:
+        OSError: for missing weights.
+        ValueError: for pickled or damaged ones, an index that leaves the folder, or sizes without weights.
+    """
+    if (other := config.get("transformers_weights")) is not None:
+        raise ValueError(f"config.json names weights of its own, {other!r}; expected model.safetensors")
+    found = Checkpoint.read(folder).parameters()
+    for name in _LAYERS:
+        if isinstance(config.get(name), int):
+            check_most(name, config[name], MOST_LAYERS)
+    if config.get("model_type") != "heedful":
+        return
+    # transformers makes what is missing before it says so
+    asked = HeedfulConfig.from_dict(config).to_decoder_config().parameter_count()
+    if asked > _FEW + 4 * found:
+        raise ValueError(f"config.json asks for {asked:,} parameters, the weights are {found:,}")
 
 
 def load_model(folder: str | Path) -> Any:
@@ -42,22 +91,20 @@ def load_model(folder: str | Path) -> Any:
         running = (folder / "train.json").exists()
         hint = f"its training has not finished: heedful train --resume --out {folder}" if running else ""
         raise FileNotFoundError(f"{folder} holds no model (no config.json){'; ' if hint else ''}{hint}")
-    try:
-        config, _ = HeedfulConfig.get_config_dict(folder)
-        kind = str(config.get("model_type"))
-        family = family_of(kind)
-        if kind != "heedful" and family is None:
-            more = "; `heedful convert` makes one of it" if kind in FAMILIES else ""
-            raise ValueError(f"{folder} holds a {kind!r} model, expected a heedful one{more}")
+    with _one_line(folder):
+        config = read_json(folder / "config.json", "the config of a model")
+    kind = str(config.get("model_type"))
+    family = family_of(kind)
+    if kind != "heedful" and family is None:
+        more = "; `heedful convert` makes one of it" if kind in FAMILIES else ""
+        raise ValueError(f"{folder} holds a {kind!r} model, expected a heedful one{more}")
+    with _one_line(folder):
+        _check_weights(folder, config)
         own: Any = HeedfulForCausalLM if family is None else model_class(family)
         with _quiet():
-            loaded: Any = own.from_pretrained(folder, local_files_only=True, output_loading_info=True)
-    except (SafetensorError, OSError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-        reason = (str(error) or type(error).__name__).strip().split("\n")[0]
-        raise ValueError(
-            f"the model in {folder} cannot be read ({reason}); train or copy it again"
-        ) from error
-    model, report = loaded
+            model, report = own.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
     if (
         family is not None
     ):  # buffers of old checkpoints, heads of other tasks: stock models leave them out as well
@@ -84,8 +131,10 @@ def load_source(folder: str | Path) -> Any:
         raise FileNotFoundError(f"{folder} holds no model (no config.json)")
     if str(HeedfulConfig.get_config_dict(folder)[0].get("model_type")) not in FAMILIES:
         return load_model(folder)
+    with _one_line(Path(folder)):
+        Checkpoint.read(folder)
     with _quiet():
-        stock = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+        stock = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, use_safetensors=True)
     return patch(stock.eval(), Conversion(score="softmax"))
 
 
