@@ -7,6 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 
 def write_text(path: str | Path, text: str) -> None:
     """Replace the file by `text`, UTF-8, whole or not at all."""
@@ -51,3 +56,30 @@ def made_folder(folder: Path) -> Iterator[None]:
             for path in missing:
                 path.rmdir()
         raise
+
+
+class Locked(RuntimeError):
+    """Another process works in the same folder; the message says in which."""
+
+
+@contextlib.contextmanager
+def folder_locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from working in a folder; nothing is left in it, and a killed process holds nothing.
+
+    Raises:
+        Locked: if one works there already.
+    """
+    if fcntl is None:
+        yield
+        return
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Locked(f"another process works in {folder}; wait for it, or use another --out") from None
+        except OSError:  # file systems that know no locks
+            pass
+        yield
+    finally:
+        os.close(held)

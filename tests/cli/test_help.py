@@ -121,9 +121,27 @@ def test_python_m():
     assert "unknown command 'trian'; did you mean 'train'?" in done.stderr
 
 
-def test_who_has_seen_enough_is_not_told_of_a_broken_pipe():
-    command = [sys.executable, "-m", "heedful", "train", "--help"]
+def test_a_formula_where_signs_are_missing():
+    """What a terminal cannot write is a question mark there."""
+    plain = {
+        **os.environ,
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONIOENCODING": "",
+        "PYTHONCOERCECLOCALE": "0",
+    }
+    done = subprocess.run([sys.executable, "-m", "heedful", "show", "sas"], capture_output=True, env=plain)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"formula" in done.stdout
+    assert b"?" in done.stdout
+    assert done.stdout.isascii()
+
+
+@pytest.mark.parametrize("words", ["train --help", "show sas", "ls", "--help"])
+def test_who_has_seen_enough_is_not_told_of_a_broken_pipe(words: str):
+    command = [sys.executable, "-m", "heedful", *words.split()]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.close()
         assert process.stderr.read() == ""
+    assert process.returncode == 128 + 13

@@ -238,7 +238,7 @@ def test_pickled_weights_are_never_read(saved: Path):
     weights = load_file(saved / "model.safetensors")
     (saved / "model.safetensors").unlink()
     torch.save(weights, saved / "pytorch_model.bin")
-    message = r"holds pickled weights \(pytorch_model.bin\), which may run any code when they are read; expected safe"
+    message = r"holds pickled weights \(pytorch_model.bin\), which may run any code when they are read"
     with pytest.raises(ValueError, match=message) as error:
         load_model(saved)
     assert "weights_only" not in one_line(error)
@@ -256,6 +256,14 @@ def test_another_model(tmp_path: Path):
     GPT2Config().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds a 'gpt2' model, expected a heedful one"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_an_empty_file_of_a_tokenizer(tmp_path: Path, name: str):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / name).write_text("")
+    with pytest.raises(ValueError, match=rf"the tokenizer in .* cannot be read \(.*/{name} is no JSON"):
+        load_tokenizer(tmp_path)
 
 
 def test_damaged_tokenizer(tmp_path: Path):

@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 import heedful.training.run as run_module
+from heedful.files import Locked, folder_locked
 from heedful.hf.load import load_model
 from heedful.training import RunResult, TrainSettings
+from heedful.training.checkpoint import last_checkpoint
 
 Settings = Callable[..., TrainSettings]
 Train = Callable[..., RunResult]
@@ -144,6 +146,55 @@ def test_corrupt_checkpoint(settings: Settings, quiet_train: Train, stopped: Pat
             assert "\n" not in str(error.value)
             assert not (run / "result.json").exists()
             shutil.rmtree(run)
+
+
+def test_a_flipped_bit_in_a_checkpoint(settings: Settings, quiet_train: Train, stopped: Path, tmp_path: Path):
+    """Weights with another bit can be read, and would be trained on."""
+    for part in ("model.safetensors", "optimizer.pt", "trainer_state.json"):
+        run = tmp_path / "copy"
+        shutil.copytree(stopped, run)
+        file = run / "checkpoints" / "checkpoint-10" / part
+        content = bytearray(file.read_bytes())
+        content[-9 if part.endswith("json") else len(content) // 2] ^= 1
+        file.write_bytes(content)
+        with pytest.raises(
+            ValueError, match=rf"checkpoint-10 cannot be read \({part} is not what was written"
+        ):
+            quiet_train(settings(), run, resume=True)
+        shutil.rmtree(run)
+    (stopped / "checkpoints" / "checkpoint-10" / "checksums.json").unlink()  # as early versions left it
+    assert quiet_train(settings(), stopped, resume=True).val_loss > 0
+
+
+def test_a_folder_that_is_no_checkpoint(settings: Settings, quiet_train: Train, stopped: Path):
+    """Digits of other scripts, and names that are no number."""
+    for name in ("checkpoint-³", "checkpoint-１２", "checkpoint-last", "checkpoint-"):
+        shutil.copytree(stopped / "checkpoints" / "checkpoint-8", stopped / "checkpoints" / name)
+    assert last_checkpoint(stopped / "checkpoints") == str(stopped / "checkpoints" / "checkpoint-10")
+    assert quiet_train(settings(), stopped, resume=True).val_loss > 0
+
+
+def test_the_loss_of_a_part_is_not_that_of_the_run(settings: Settings, quiet_train: Train, stopped: Path):
+    quiet_train(settings(), stopped, resume=True)
+    assert '"train_loss"' not in (stopped / "log.jsonl").read_text()
+
+
+def test_one_process_at_a_time(settings: Settings, quiet_train: Train, stopped: Path):
+    files = sorted(stopped.rglob("*"))
+    with (
+        folder_locked(stopped),
+        pytest.raises(Locked, match=r"another process works in .*run; wait for it, or"),
+    ):
+        quiet_train(settings(), stopped, resume=True)
+    assert sorted(stopped.rglob("*")) == files
+    quiet_train(settings(), stopped, resume=True)
+
+
+@pytest.mark.parametrize("damage", ["", "{", "{}", "[]", "null"])
+def test_a_damaged_result(settings: Settings, quiet_train: Train, stopped: Path, damage: str):
+    (stopped / "result.json").write_text(damage)
+    with pytest.raises(ValueError, match=r"result\.json is damaged \(.*\); delete it and resume"):
+        quiet_train(settings(), stopped, resume=True)
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -19,6 +19,7 @@ from heedful.hf import HeedfulForCausalLM
 from heedful.hf.generation import continue_text
 from heedful.hf.load import load_model, load_tokenizer
 from heedful.training import ModelSettings, RunResult, TrainSettings, held_out
+from heedful.training.checkpoint import last_checkpoint
 from heedful.training.run import LanguageModelTrainer, curve_rows, load_settings_data
 
 Settings = Callable[..., TrainSettings]
@@ -216,7 +217,7 @@ def test_the_last_good_checkpoint_stays(
             ValueError, match=rf"diverged {where}.*checkpoint-{kept} holds the weights before"
         ):
             quiet_train(settings(), run)
-        found = run_module.last_checkpoint(run / "checkpoints")
+        found = last_checkpoint(run / "checkpoints")
         assert found is not None
         assert found.endswith(f"checkpoint-{kept}")
         assert all(t.isfinite().all() for t in load_file(Path(found) / "model.safetensors").values())

@@ -36,8 +36,9 @@ from heedful.hf.load import load_model, load_tokenizer
 from heedful.hf.names import CACHE
 from heedful.ops.eviction import Rule
 from heedful.screen import spinner
+from heedful.training.checkpoint import check_checksums, last_checkpoint
 from heedful.training.progress import LogFile, StepTimer, StopOnCtrlC
-from heedful.training.run import last_checkpoint, quiet_transformers
+from heedful.training.run import quiet_transformers
 
 FOLDER = "adapt"
 """Where a model's folder keeps what belongs to its adaptation."""
@@ -437,6 +438,8 @@ class _Work:
         checkpoint = last_checkpoint(self.place / stage, CHECKPOINT_PARTS) if resume else None
         with quiet_transformers(), trainer.stop:
             try:
+                if checkpoint is not None:
+                    check_checksums(Path(checkpoint))
                 trainer.train(resume_from_checkpoint=checkpoint)
             except Exception as error:
                 if checkpoint is None or trainer.timer.begun is not None:

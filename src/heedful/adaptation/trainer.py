@@ -11,6 +11,7 @@ from transformers import Trainer
 from heedful.adaptation.learning import SHARE, Forgetting, learning_layers, local_losses
 from heedful.evaluation.loss import divergence, measuring
 from heedful.ops.eviction import Rule
+from heedful.training.checkpoint import write_checksums
 from heedful.training.divergence import diverged
 
 WEIGHTS = "model.safetensors"
@@ -63,6 +64,12 @@ class AdaptTrainer(Trainer):
 
     def _trained(self) -> set[str]:
         return {name for name, p in self._own.named_parameters() if p.requires_grad}
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._save_checkpoint(*args, **kwargs)
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        if self.is_world_process_zero() and folder.is_dir():
+            write_checksums(folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         self.save_trained(Path(output_dir or str(self.args.output_dir)), state_dict)

@@ -1,6 +1,7 @@
 """The command line: `heedful COMMAND --help` teaches each."""
 
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -40,6 +41,8 @@ HEEDFUL_TRACEBACK=1 shows where an error came from."""
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a formula has signs that some terminals do not know
+        sys.stdout.reconfigure(errors="replace")
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments[0] if arguments else "--help"
     try:
@@ -59,18 +62,33 @@ def main(argv: Sequence[str] | None = None) -> int:
             hint = did_you_mean(command, COMMANDS)
             return _fail(f"unknown command {command!r}; {hint}commands: {', '.join(COMMANDS)}", 2)
         _load_forms()
-        return importlib.import_module(f"heedful.cli.{command}").run(arguments[1:])
+        code = importlib.import_module(f"heedful.cli.{command}").run(arguments[1:])
+        sys.stdout.flush()  # at exit nobody would hear that the reader is gone
+        return code
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except Terminated as signal:
         return _fail(f"stopped by {signal}; nothing was left behind", 128 + signal.number, command)
     except BrokenPipeError:  # who reads what is printed has seen enough, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + 13  # as the signal would end it
+        return _unread()
+    except SystemExit as stopped:
+        if isinstance(stopped.__context__, BrokenPipeError):  # what rich makes of it
+            return _unread()
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            return _unread()
+        raise
     except Exception as error:
         if os.environ.get("HEEDFUL_TRACEBACK"):
             raise
         return _fail(_message(error), _exit_code(error), command)
+
+
+def _unread() -> int:
+    """Say no more; the code with which the signal would end it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + 13
 
 
 def usage() -> str:

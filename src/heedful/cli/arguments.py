@@ -122,12 +122,14 @@ def _check_value(flag: Flag, value: str) -> None:
         raise UsageError(
             f"{flag.name} must be {' or '.join(spec.choices)}, got {value!r}; {hint}".rstrip("; ")
         )
+    kind = spec.metavar.rpartition("|")[2]
+    what = {"INT": "a whole number", "FLOAT": "a number"}.get(kind)
     try:
         spec.instance_from_str([value])
+        if what is not None and not value.isascii():  # Python reads the digits of every script
+            raise ValueError
     except ValueError:
-        what = {"INT": "a whole number", "FLOAT": "a number"}.get(
-            spec.metavar.rpartition("|")[2], spec.metavar
-        )
+        what = what or spec.metavar
         raise UsageError(f"{flag.name} takes {what}, got {value!r}") from None
 
 

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from heedful.attention.registry import ATTENTIONS, SCORES
 from heedful.cli.errors import UsageError
-from heedful.cli.parsing import flag, flag_fields, form_options, parse, peek, split, task_options
+from heedful.cli.parsing import flag, flag_fields, form_options, parse, peek, split, task_options, whole
 from heedful.cli.train import given_trainer_options
 from heedful.comparison.matching import Match
 from heedful.comparison.settings import CompareSettings
@@ -85,7 +85,7 @@ def run(arguments: Sequence[str]) -> int:
         "attention": split("--attention", values["attention"], str),
         "score": split("--score", values["score"], str),
         "lr_sweep": split("--lr-sweep", values["lr_sweep"], float),
-        "baseline_steps": split("--baseline-steps", values["baseline_steps"], int),
+        "baseline_steps": split("--baseline-steps", values["baseline_steps"], whole),
     }
     try:
         settings = CompareSettings.of(**{**values, **chosen, "trainer": trainer})

@@ -64,7 +64,12 @@ def run(arguments: Sequence[str]) -> int:
                 None,
                 "subtract votes from the logits, else they only say who goes; if left out where head 0 casts them",
             ),
-            flag("kv_budget", str, "", "tokens that each layer holds by default: 256, 256,128,..., or full"),
+            flag(
+                "kv_budget",
+                str | None,
+                None,
+                "tokens each layer holds by default: 256, 256,128,..., or full",
+            ),
             flag("kv_policy", str | None, None, "which token is evicted by default: " + ", ".join(POLICIES)),
             flag("kv_grace", int | None, None, "newest tokens that are never evicted by default"),
             flag("kv_first", int | None, None, "first tokens that are never evicted by default"),

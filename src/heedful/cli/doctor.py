@@ -41,10 +41,10 @@ def run(arguments: Sequence[str]) -> int:
         if engine:
             from heedful.cli.doctor_engine import examine_engine
 
-            return examine_engine(folder, values.get("--kv-budget", ""), values.get("--kv-policy"), as_json)
+            return examine_engine(folder, values.get("--kv-budget"), values.get("--kv-policy"), as_json)
         from heedful.cli.doctor_run import examine_run
 
-        return examine_run(folder, values.get("--kv-budget", ""), values.get("--kv-policy"), as_json)
+        return examine_run(folder, values.get("--kv-budget"), values.get("--kv-policy"), as_json)
     for name in values:
         raise UsageError(f"{name} needs the folder of a model: heedful doctor RUN {name} ...")
     report = examine()

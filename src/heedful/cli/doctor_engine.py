@@ -11,7 +11,7 @@ from heedful.cli.wrapping import print_report
 from heedful.screen import spinner
 
 
-def examine_engine(folder: str, kv_budget: str, kv_policy: str | None, as_json: bool) -> int:
+def examine_engine(folder: str, kv_budget: str | None, kv_policy: str | None, as_json: bool) -> int:
     """Start the engine, and print the proof.
 
     Raises:

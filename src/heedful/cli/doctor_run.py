@@ -12,7 +12,7 @@ from heedful.cli.wrapping import print_report
 from heedful.screen import progress_bar, spinner
 
 
-def examine_run(folder: str, kv_budget: str, kv_policy: str | None, as_json: bool) -> int:
+def examine_run(folder: str, kv_budget: str | None, kv_policy: str | None, as_json: bool) -> int:
     """Print what is saved with the model in `folder`, prove that its budget is active, and print the proof.
 
     Raises:
@@ -45,7 +45,7 @@ def examine_run(folder: str, kv_budget: str, kv_policy: str | None, as_json: boo
     return 0
 
 
-def checked_budget(kv_budget: str, kv_policy: str | None) -> Any:
+def checked_budget(kv_budget: str | None, kv_policy: str | None) -> Any:
     """The budget that is meant, None where none is given.
 
     Raises:

@@ -11,7 +11,7 @@ from rich.console import Console
 from heedful.attention.eviction import POLICIES, get_policy
 from heedful.cli.errors import UsageError
 from heedful.cli.eval_tasks import run_tasks
-from heedful.cli.parsing import flag, parse, positional, split
+from heedful.cli.parsing import flag, parse, positional, split, whole
 from heedful.errors import Interrupted
 from heedful.files import write_text
 from heedful.screen import Column, progress_bar, spinner, table, text
@@ -148,7 +148,7 @@ def _budgets(text: str, grace: int, first: int) -> list[int | str]:
 
     try:
         budgets: list[int | str] = [
-            word if word == "full" else int(word) for word in split("--kv-budget", text, str)
+            word if word == "full" else whole(word) for word in split("--kv-budget", text, str)
         ]
     except ValueError:
         raise UsageError(

@@ -34,7 +34,9 @@ def run(arguments: Sequence[str]) -> int:
             flag("temperature", float, 0.8, "0 takes the most likely token; higher is more varied"),
             flag("top_k", int, 50, "draw from the k most likely tokens; 0 draws from all"),
             flag("seed", int, 0, "seed of the draws"),
-            flag("kv_budget", str, "", "tokens the cache of each layer holds: 64, 64,32,..., or full"),
+            flag(
+                "kv_budget", str | None, None, "tokens the cache of each layer holds: 64, 64,32,..., or full"
+            ),
             flag("kv_policy", str | None, None, "which token is evicted: " + ", ".join(POLICIES)),
             flag("kv_evict_every", int | None, None, "evict at every so many tokens only"),
             flag("kv_threshold", float | None, None, "votes above which a token is forgotten at once, > 0"),
@@ -44,6 +46,10 @@ def run(arguments: Sequence[str]) -> int:
         ],
         arguments,
     )
+    try:
+        values["prompt"].encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"PROMPT must be UTF-8 text, got {values['prompt']!r}; convert it first") from None
     if values["max_new_tokens"] < 1:
         raise UsageError(f"--max-new-tokens must be 1 or more, got {values['max_new_tokens']}")
     if not 0 <= values["temperature"] < math.inf:

@@ -100,6 +100,13 @@ def peek(arguments: Sequence[str], name: str, default: str) -> str:
     return value
 
 
+def whole(text: str) -> int:
+    """The number; only digits that a keyboard has, where `int` reads those of every script."""
+    if not text.isascii():
+        raise ValueError(f"expected a whole number, got {text!r}")
+    return int(text)
+
+
 def split(flag_name: str, value: str, convert: Callable[[str], T]) -> tuple[T, ...]:
     """`a,b` -> `(convert("a"), convert("b"))`."""
     try:
@@ -160,12 +167,12 @@ def _changed(section: Any) -> dict[str, Any]:
     }
 
 
-def kv_budget_of(text: str) -> int | list[int] | str | None:
-    """`64`, `64,32`, `full`, or nothing: what the model's config says."""
-    if text in ("", "full"):
-        return text or None
+def kv_budget_of(text: str | None) -> int | list[int] | str | None:
+    """`64`, `64,32`, `full`, or None: what the model's config says."""
+    if text is None or text == "full":
+        return text
     try:
-        budgets = [int(part) for part in text.split(",")]
+        budgets = [whole(part) for part in text.split(",")]
     except ValueError:
         raise UsageError(f"--kv-budget takes a number, one per layer, or full; got {text!r}") from None
     return budgets[0] if len(budgets) == 1 else budgets

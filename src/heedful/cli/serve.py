@@ -52,7 +52,10 @@ def run(arguments: Sequence[str]) -> int:
         [
             positional("run", str, MISSING, "folder of a trained or converted model"),
             flag(
-                "kv_budget", str, "", "tokens that each layer holds of a request: 512, 512,256,..., or full"
+                "kv_budget",
+                str | None,
+                None,
+                "tokens each layer holds of a request: 512, 512,256,..., or full",
             ),
             flag("kv_policy", str | None, None, "which token is evicted: " + ", ".join(POLICIES)),
             flag("kv_grace", int | None, None, "newest tokens that are never evicted"),

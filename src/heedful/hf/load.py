@@ -151,6 +151,9 @@ def load_tokenizer(folder: str | Path) -> Any:
             f"{folder} holds no tokenizer (no tokenizer.json): its model was not trained on text"
         )
     try:
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            if (folder / name).exists():
+                read_json(folder / name, "a part of the tokenizer")
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exception for a damaged file
         reason = (str(error) or type(error).__name__).strip().split("\n")[0]

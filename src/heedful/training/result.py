@@ -48,6 +48,13 @@ class RunResult:
 
     @classmethod
     def load(cls, path: Path) -> "RunResult":
-        """Read what `save` wrote."""
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        return cls(**{**fields, "curve": [tuple(point) for point in fields["curve"]]})
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: if the file is damaged.
+        """
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            return cls(**{**fields, "curve": [tuple(point) for point in fields["curve"]]})
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path} is damaged ({error}); delete it and resume, or train again") from None

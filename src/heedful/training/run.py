@@ -25,10 +25,12 @@ from heedful.data.dataset import SYNTHETIC_VALIDATION_SEED
 from heedful.decoder import DecoderConfig
 from heedful.errors import Interrupted
 from heedful.evaluation import Evaluation, evaluate
+from heedful.files import folder_locked
 from heedful.hf.modeling import HeedfulForCausalLM, HeedfulOutput
 from heedful.hf.saved import write_beside
 from heedful.machine import memory_bytes
 from heedful.screen import spinner
+from heedful.training.checkpoint import check_checksums, last_checkpoint, write_checksums
 from heedful.training.divergence import advice_for, diverged, lost_terms
 from heedful.training.progress import LogFile, ProgressCallback, StepTimer, StopOnCtrlC
 from heedful.training.result import RunResult
@@ -38,19 +40,13 @@ RESULT, CHECKPOINTS, LOG = "result.json", "checkpoints", "log.jsonl"
 LENGTHS = (2, 4)
 """Held-out lengths of a synthetic task, in lengths of training."""
 LONGER_EXAMPLES = 256
-CHECKPOINT_PARTS = (
-    "config.json",
-    "model.safetensors",
-    "optimizer.pt",
-    "scheduler.pt",
-    "rng_state*.pth",
-    "trainer_state.json",
-)
 
 
 class LanguageModelTrainer(Trainer):
     """`Trainer` with heedful's weight decay rule, its evaluation over tokens, and a log of the memory loss."""
 
+    resumed = False
+    """Whether it goes on from a checkpoint."""
     _last: HeedfulOutput | None = None
     _mask: torch.Tensor | None = None
 
@@ -77,6 +73,8 @@ class LanguageModelTrainer(Trainer):
         """Adds the memory loss of the last batch, and the tokens kept per layer in it."""
         if "loss" in logs and self._last is not None:
             logs.update(memory_logs(self._last, self._mask))
+        if self.resumed:  # Trainer's is the mean since then, and its name says otherwise
+            logs.pop("train_loss", None)
         super().log(logs, *args, **kwargs)
 
     def advice(self, memory_loss: torch.Tensor | None = None) -> str:
@@ -92,6 +90,9 @@ class LanguageModelTrainer(Trainer):
         if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
             raise diverged(f"at step {self.state.global_step}", "weights are not finite", self.advice())
         super()._save_checkpoint(*args, **kwargs)
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        if self.is_world_process_zero() and folder.is_dir():
+            write_checksums(folder)
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """No decay on norms, biases and SAS's identity part."""
@@ -168,10 +169,10 @@ def train(
         ValueError: if the settings, the data or a checkpoint are unsound.
         FileExistsError: if `out` holds a run and `resume` is False, or holds other files.
         Interrupted: after Ctrl-C; `resume=True` goes on.
+        Locked: if another process trains in `out`.
         OSError: if `out` cannot be written.
     """
-    # Under a launcher such as torchrun every process trains, the first one talks and writes.
-    processes, first = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
+    _, first = _processes()
     out, console = Path(out), console or Console(stderr=True, quiet=not first)
     if resume and (out / RESULT).exists():
         check_same_settings(settings, out)
@@ -185,8 +186,23 @@ def train(
     arguments = _arguments(settings, out)
     if first:
         _prepare_folder(settings, out, resume)
-    checkpoint = last_checkpoint(out / CHECKPOINTS) if resume else None
+    with folder_locked(out) if first else contextlib.nullcontext():
+        return _run(settings, out, resume, data, arguments, console, title, callbacks)
 
+
+def _run(
+    settings: TrainSettings,
+    out: Path,
+    resume: bool,
+    data: Data,
+    arguments: TrainingArguments,
+    console: Console,
+    title: str | None,
+    callbacks: Sequence[TrainerCallback],
+) -> RunResult:
+    """`train`, once all is there and nobody else works in `out`."""
+    processes, first = _processes()
+    checkpoint = last_checkpoint(out / CHECKPOINTS) if resume else None
     set_seed(settings.seed)
     config = settings.to_config(data.vocab_size, data.context, data.bos_token_id)
     decoder = config.to_decoder_config()
@@ -211,6 +227,9 @@ def train(
         trainer.remove_callback(TqdmCallback)
         try:
             with stop:
+                if checkpoint is not None:
+                    check_checksums(Path(checkpoint))
+                trainer.resumed = checkpoint is not None
                 trainer.train(resume_from_checkpoint=checkpoint)
         except Exception as error:
             if shutil.disk_usage(out).free < 2**20:  # torch.save has other words for it
@@ -263,6 +282,11 @@ def train(
         result.save(out / RESULT)
         shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)  # a finished run needs none
     return result
+
+
+def _processes() -> tuple[int, bool]:
+    """How many train under a launcher such as torchrun, and whether this is the first, which talks and writes."""
+    return int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
 
 
 def _accuracy_at(
@@ -358,15 +382,6 @@ def _prepare_folder(settings: TrainSettings, out: Path, resume: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if not (out / SETTINGS).exists():
         settings.save(out / SETTINGS)
-
-
-def last_checkpoint(place: Path, parts: Sequence[str] = CHECKPOINT_PARTS) -> str | None:
-    """The newest checkpoint that was written to its end; Trainer would go on without what is missing."""
-    folders = [p for p in place.glob("checkpoint-*") if p.name.partition("-")[2].isdigit()]
-    for folder in sorted(folders, key=lambda p: int(p.name.partition("-")[2]), reverse=True):
-        if all(any(folder.glob(part)) for part in parts):
-            return str(folder)
-    return None
 
 
 def _arguments(settings: TrainSettings, out: Path) -> TrainingArguments:
