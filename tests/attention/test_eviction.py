@@ -598,3 +598,37 @@ def test_another_precision_is_refused():
             layer.double()(x.double(), cache=memory)
         with pytest.raises(TypeError, match=r"the cache holds k in torch.float32"):
             layer(x[:, :1].double(), cache=memory)
+
+
+@pytest.mark.parametrize("policy", ["selective", "h2o", "tova", "snapkv", "keydiff"])
+def test_nan_is_named(policy):
+    """A weight that is not a number: nobody is found to go."""
+    layer = layer_of("mha", "selective", qk_norm=False)
+    with torch.no_grad():
+        layer.k_proj.weight[0, 0] = float("nan")
+        with pytest.raises(ValueError, match=rf"policy '{policy}' are not numbers, .* infinities in k of"):
+            layer(torch.randn(1, 37, 16, dtype=torch.float64), cache=EvictingCache(5, policy))
+
+
+@pytest.mark.parametrize("policy", ["h2o", "tova", "snapkv", "keydiff"])
+def test_scores_are_as_wide_as_the_layer(policy):
+    layer = layer_of("mha", "selective")
+    x = torch.randn(1, 40, 16, dtype=torch.float64)
+    with torch.no_grad():
+        for pieces in (40, 1):
+            memory = EvictingCache(9, policy)
+            for start in range(0, 40, pieces):
+                layer(x[:, start : start + pieces], cache=memory)
+            assert memory.scores.dtype == torch.float64
+        memory = EvictingCache(9, policy)
+        layer.float()(x.float(), cache=memory)
+        assert memory.scores.dtype == torch.float32
+
+
+def test_a_tie_in_float32_is_none_in_float64():
+    """What two tokens were paid differs by less than float32 can tell from what they had before."""
+    policy, weights = POLICIES["h2o"](), torch.tensor([[[0.5, 0.5, 1e-9, 0.0]]], dtype=torch.float64)
+    scores = policy.start(torch.arange(4)[None]).double() - 1
+    scores = policy.update(scores, weights, torch.tensor([[3]]))
+    assert scores[0, 2] < scores[0, 3]
+    assert scores.float()[0, 2] == scores.float()[0, 3]

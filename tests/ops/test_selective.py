@@ -835,3 +835,48 @@ def test_blocked_takes_several_rows_of_shared_key_heads_together(length: int):
         results.append((out, *torch.autograd.grad(out.square().sum(), [leaves.q, leaves.k, leaves.v])))
     for expected, got in zip(*results, strict=True):
         close(got, expected, 1e-9)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(("length", "n_keys"), [(9, 9), (5, 9), (1, 9)])
+def test_whatever_padding_holds(impl, bad, length, n_keys):
+    """Values, F and gradients are those with zeros in its place."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.ones(2, n_keys, dtype=torch.bool)
+    mask[0, :3] = mask[1, 4:6] = mask[1, -1] = False
+    sizes = {"q": (4, length, 6), "k": (2, n_keys, 6), "v": (2, n_keys, 5)}
+    sizes |= {"select_q": (2, length, 3), "select_k": (2, n_keys, 3)}
+
+    def results(filled):
+        generator.manual_seed(0)
+        tensors = {}
+        for name, (heads, tokens, size) in sizes.items():
+            x = torch.randn(2, heads, tokens, size, generator=generator, dtype=torch.float64)
+            tensors[name] = x.masked_fill_(~mask[:, None, n_keys - tokens :, None], filled).requires_grad_()
+        out, after = selective_attention(**tensors, key_mask=mask, impl=impl)
+        (out.square().sum() + after.sum()).backward()
+        return out, after, *(x.grad for x in tensors.values())
+
+    for found, expected in zip(results(bad), results(0.0), strict=True):
+        assert found.isfinite().all()
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("impl", ["blocked", "auto", "reference", "sdpa"])
+def test_transforms_of_torch_func(impl):
+    q, k, v = (torch.randn(2, 2, 7, 4, dtype=torch.float64) for _ in range(3))
+
+    def loss(q):
+        return selective_attention(q, k, v, impl=impl)[0].square().sum()
+
+    if impl == "blocked":
+        for transform in (torch.func.grad, torch.func.jacrev, torch.func.jacfwd):
+            with pytest.raises(
+                NotImplementedError, match=r"has no torch\.func transforms.*use impl='reference'"
+            ):
+                transform(loss)(q)
+        return
+    leaf = q.clone().requires_grad_()
+    selective_attention(leaf, k, v, impl="reference")[0].square().sum().backward()
+    torch.testing.assert_close(torch.func.grad(loss)(q), leaf.grad)

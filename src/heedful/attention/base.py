@@ -120,6 +120,9 @@ class Attention(nn.Module):
                 positions = rank_in_segment(length, *given, x.device)
             else:
                 positions = cache.next_positions(*given, batch, length, x.device)
+        if key_mask is not None:
+            # whatever padding holds, NaN too: 0 times it would be NaN
+            x = x.masked_fill(~key_mask[..., None], 0.0)
         q, memory = self.project(x, positions)
         tokens = Tokens.of(self, x, q, memory, key_mask, segment_ids)
         return self.aggregate(self.attend(tokens, cache, losses))

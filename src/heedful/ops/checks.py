@@ -96,10 +96,22 @@ def check_choice(what: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{what} must be {' or '.join(map(repr, choices))}, got {value!r}")
 
 
+def transformed(*tensors: Tensor | None) -> bool:
+    """Whether one of them is what a transform of torch.func hands to a function."""
+    return any(t is not None and torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)
+
+
 def check_no_tangent(what: str, *tensors: Tensor | None) -> None:
-    """Raise NotImplementedError under forward-mode differentiation: an operator without it would give zeros."""
+    """Raise NotImplementedError under forward-mode differentiation, where an operator without it would give zeros.
+
+    Under torch.func's transforms, too, for which an operator says that a `setup_context` is missing.
+    """
     if torch.compiler.is_compiling():
         return
+    if transformed(*tensors):
+        raise NotImplementedError(
+            f"{what} has no torch.func transforms (grad, vmap, jvp); use impl='reference' or 'sdpa', or backward()"
+        )
     for tensor in tensors:
         if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
             raise NotImplementedError(

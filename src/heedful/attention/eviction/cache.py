@@ -290,7 +290,7 @@ class EvictingCache(KVCache):
         length, memory = tokens.length, tokens.memory
         newest = self._positions_of(real)
         policy, rule = self.policy, self.rule
-        own_scores = policy.start(newest) if policy.ranks_by is None else None
+        own_scores = self._start(newest, tokens.q)
         positions, everything, rated = newest, memory, own_scores
         state: dict[str, Tensor] = {}
         if self.slots.filled:
@@ -380,6 +380,12 @@ class EvictingCache(KVCache):
             k, _ = layer.keys_values(self.slots.held())
             self.scores.copy_(self.policy.rate(k, self.positions >= 0))
 
+    def _start(self, positions: Tensor, like: Tensor) -> Tensor | None:
+        """A policy's own scores of new tokens, as wide as the attention that they add up; None: it has none."""
+        if self.policy.ranks_by is not None:
+            return None
+        return self.policy.start(positions).to(wide_dtype(like))
+
     def _positions_of(self, real: Tensor) -> Tensor:
         """(B, T) position of each new token in its row, -1 for padding; real is (B, T) bool."""
         count = real.long().cumsum(-1)
@@ -409,7 +415,7 @@ class EvictingCache(KVCache):
             priority = self.policy.priority(self.scores, self.positions, arrived, self.rule.budget)
             slot = least_needed_slot(priority, self.positions, arrived, self.rule.grace, self.rule.first)
         self._next_slot = None
-        scores = self.policy.start(arrived) if self.policy.ranks_by is None else None
+        scores = self._start(arrived, tokens.q)
         self.slots.overwrite(tokens.memory, slot, scores, tokens.own_votes)
         self.seen += 1
         return slot
@@ -428,7 +434,7 @@ class EvictingCache(KVCache):
             self._bound = self._bound.evicted(before & ~alive & ~hidden, self.scores)
         self.positions.masked_fill_(~alive, -1)
         slot = (~alive).int().argmax(-1, keepdim=True)
-        scores = self.policy.start(positions) if self.policy.ranks_by is None else None
+        scores = self._start(positions, tokens.q)
         own = tokens.own_votes
         state = None if own is None else {name: own for name in self.slots.state}
         self.slots.write(tokens.memory, positions, slot, real, state, scores)
@@ -445,9 +451,12 @@ class EvictingCache(KVCache):
     ) -> None:
         """Write what survived a piece of several tokens, as `Slots.pack`, in as many slots as that takes."""
         self._next_slot = None
-        stays = int(alive.sum(-1).max()) if self._grows else 0
+        several = positions.shape[1] > 1  # then the device is asked in any case
+        stays = int(alive.sum(-1).max()) if self._grows or several else 0
+        bound = self.rule.n_slots
+        if bound is not None and stays > bound:
+            raise self._not_numbers(memory, stays, bound)
         if not self.slots.filled:
-            bound = self.rule.n_slots
             n = self._in_blocks(stays) if bound is None else min(bound, max(AT_ONCE, self._in_blocks(stays)))
             self.slots.allocate(memory, state, n, scores)
             if self.rule.threshold is not None:
@@ -458,6 +467,15 @@ class EvictingCache(KVCache):
         self.slots.pack(memory, positions, state, alive, scores)
         self.seen += positions.shape[1]
         self._room = 0
+
+    def _not_numbers(self, memory: dict[str, Tensor], stays: int, bound: int) -> ValueError:
+        """Why nobody was found to go: what is compared with NaN is never the largest."""
+        where = ", ".join(_not_finite(memory)) or "what it ranks by"
+        return ValueError(
+            f"{stays} tokens are left where {bound} fit: the scores of policy {self.policy.name!r} are not "
+            f"numbers, as there are NaN or infinities in {where} of the tokens read; look for them in the weights "
+            f"of the model, and in what it is given"
+        )
 
     def _make_room(self) -> None:
         """A free slot in every row, while slots grow; asks the device only once in many tokens."""
@@ -515,6 +533,11 @@ class EvictingCache(KVCache):
     def _clear(self) -> None:
         self.seen, self._padded, self._room, self._next_slot, self._bound = 0, False, 0, None, None
         self.slots.clear()
+
+
+def _not_finite(memory: dict[str, Tensor]) -> list[str]:
+    """The names of tensors that hold NaN or infinities."""
+    return [name for name, t in memory.items() if t.is_floating_point() and not t.isfinite().all()]
 
 
 def _with_own(state: dict[str, Tensor], own: Tensor, names: list[str]) -> dict[str, Tensor]:

@@ -25,4 +25,4 @@ class KeyDiffPolicy(Policy):
         size = keys.norm(dim=-1).clamp_min(1e-12)  # (B, G, S)
         mean = (held[:, None] / size)[:, :, None] @ keys  # (B, G, 1, D), its length does not matter
         mean = mean / mean.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-        return ((keys @ mean.mT)[..., 0] / size).mean(1).float()
+        return ((keys @ mean.mT)[..., 0] / size).mean(1)

@@ -34,7 +34,8 @@ class Policy:
             positions: (B, T) position of each token in its row.
 
         Returns:
-            (B, T) float32; or (B, N, T), for a policy that remembers N numbers of a token.
+            (B, T) float32, or (B, N, T), for a policy that remembers N numbers of a token; the cache of a float64
+            layer keeps them in float64.
         """
         return positions.new_zeros(positions.shape).float()
 
@@ -59,7 +60,7 @@ class Policy:
             held: (B, S) bool; what is not held does not matter.
 
         Returns:
-            (B, S) float32.
+            (B, S) float32, or float64 for keys of it.
         """
         raise NotImplementedError
 

@@ -15,6 +15,7 @@ from heedful.ops.checks import (
     check_tensor,
     did_you_mean,
     show,
+    transformed,
 )
 from heedful.ops.masks import rank_in_segment, visible_keys, voted_keys
 from heedful.ops.native.library import preferred as native_is_preferred
@@ -129,11 +130,19 @@ def selective_attention(
         select = (select_q, select_k, select_q.shape[-1] ** -0.5 if scale is None else scale)
     _check_masks(q, batch, selectors, length, n_keys, soft_mask, key_mask, segment_ids)
     scale = size**-0.5 if scale is None else scale
+    if (
+        impl == "auto"
+        and not torch.compiler.is_compiling()
+        and transformed(q, k, v, select_q, select_k, soft_mask)
+    ):
+        impl = "sdpa"  # plain operations
     one = impl == "auto" and length == 1
     if impl == "auto" and not one and native_is_preferred(q.device.type, q.dtype):
         impl = "native"
     if impl == "auto" and not one:
         impl = choose(q.device.type, length, n_keys)
+    if key_mask is not None:
+        q, k, v, select = _without_padding(q, k, v, select, key_mask)
     with no_autocast(q.device):
         if impl in BLOCKED:
             check_no_tangent(f"impl={impl!r}", q, k, v, select_q, select_k, soft_mask)
@@ -235,8 +244,22 @@ def unmasked_count(
     _check_masks(select_q, batch, selectors, length, n_keys, soft_mask, key_mask, segment_ids)
     scale = size**-0.5 if scale is None else scale
     check_no_tangent("unmasked_count", select_q, select_k, soft_mask)
+    if key_mask is not None:
+        select_q = select_q.masked_fill(~key_mask[:, None, n_keys - length :, None], 0.0)
+        select_k = select_k.masked_fill(~key_mask[:, None, :, None], 0.0)
     with no_autocast(select_q.device):
         return blocked_count(select_q, select_k, soft_mask, key_mask, segment_ids, tau, scale)
+
+
+def _without_padding(
+    q: Tensor, k: Tensor, v: Tensor, select: tuple[Tensor, Tensor, float] | None, key_mask: Tensor
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, float] | None]:
+    """Zeros where padding is: a weight of 0 times NaN would be NaN, in the gradients too."""
+    padded = ~key_mask[:, None, :, None]
+    mine = padded[:, :, k.shape[2] - q.shape[2] :]
+    if select is not None:
+        select = select[0].masked_fill(mine, 0.0), select[1].masked_fill(padded, 0.0), select[2]
+    return q.masked_fill(mine, 0.0), k.masked_fill(padded, 0.0), v.masked_fill(padded, 0.0), select
 
 
 def _check_impl(impl: str) -> None:
