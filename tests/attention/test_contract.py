@@ -21,11 +21,13 @@ from heedful.attention import (
     ScoreConfig,
     SelectiveScore,
     SoftmaxScore,
+    build,
     configure,
     option,
     register_attention,
     register_score,
 )
+from heedful.attention.eviction import EvictingCache
 from heedful.attention.registry import ATTENTIONS, SCORES
 from heedful.testing import CHECKS, check_form
 
@@ -516,3 +518,38 @@ def test_a_strangers_form(
     register_attention("shared_kv")(SharedKeyValue)
     register_score("temperature")(Temperature)
     check_form(attention, score, **options)
+
+
+PADDED = [f"{attention}-softmax" for attention in available()["attention"]]
+PADDED += [f"mha-{score}" for score in available()["score"] if score != "softmax"] + ["sas-selective"]
+
+
+@pytest.mark.parametrize("name", PADDED)
+@pytest.mark.parametrize("cached", [None, "all", "evicting"])
+def test_whatever_padding_holds(name: str, cached: str | None):
+    """NaN in padding gives what zeros give, forward and backward, and leaves nothing behind in a cache."""
+    attention, score, options = FORMS[name]
+    torch.manual_seed(0)
+    layer = build(attention, score, d_model=32, n_heads=4, **options).double().eval()
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    mask[0, :3] = mask[1, 5:7] = mask[1, 9] = False
+    plain = torch.randn(2, 12, 32, dtype=torch.float64).masked_fill(~mask[..., None], 0.0)
+
+    def results(x: Tensor) -> list[Tensor]:
+        if cached is None:
+            x = x.clone().requires_grad_()
+            out = layer(x, key_mask=mask)
+            out[mask].square().sum().backward()
+            assert x.grad is not None
+            return [out, x.grad]
+        cache = LayerCache() if cached == "all" else EvictingCache(5, "streaming")
+        with torch.no_grad():
+            return [
+                layer(x[:, a:b], key_mask=mask[:, a:b], cache=cache)
+                for a, b in ((0, 7), (7, 9), (9, 10), (10, 12))
+            ]
+
+    found = results(plain.masked_fill(~mask[..., None], float("nan")))
+    for one, expected in zip(found, results(plain), strict=True):
+        assert torch.equal(one, expected)
+        assert one.isfinite().all()

@@ -60,7 +60,7 @@ WRONG: dict[str, tuple[str, tuple[str, ...]]] = {
         ("--kv-budget takes a number, one per layer, or full; got ''",),
     ),
     "no budget to prove": ("doctor run --kv-budget=", ("--kv-budget takes a number", "got ''")),
-    "no default budget": ("convert run --out x --kv-budget=", ("--kv-budget takes a number", "got ''")),
+    "no default budget": ("convert run x --kv-budget=", ("--kv-budget takes a number", "got ''")),
     "prompt": ("generate run caf\udce9", ("PROMPT must be UTF-8 text, got 'caf\\udce9'",)),
     "temperature nan": ("generate run --temperature nan", ("0 or more and finite, got nan",)),
     "small budget": ("generate run x --kv-budget 1", ("budget must be a whole number >= 2", "got 1")),
