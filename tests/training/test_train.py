@@ -170,7 +170,7 @@ def test_curve_rows():
 
 MEMORY = {"score": "selective"}
 DIVERGES = {
-    "lr": ({"lr": 1e30, "qk_norm": False}, r"at step \d+: the task loss is nan; try a lower --lr than 1e"),
+    "lr": ({"lr": 1e30, "qk_norm": False}, r"at step \d+: .* is nan; try a lower --lr than 1e"),
     "weight-decay": (
         {"weight_decay": 1e6},
         r"at step \d+: .*; try a lower --weight-decay than 1e\+06: times --lr 0.01 it takes away more",
@@ -178,6 +178,10 @@ DIVERGES = {
     "memory-loss": (
         {**MEMORY, "score_options": {"memory_loss": 1e38}, "n_layers": 4},
         r"at step 1: the memory loss is inf; try a smaller --score.memory-loss than 1e\+38 or a larger",
+    ),
+    "gradients": (
+        {**MEMORY, "score_options": {"memory_loss": 1e30}},
+        r"at step 1: the norm of the gradients is inf; try a smaller --score.memory-loss than 1e\+30 or a larger",
     ),
     "memory-tau": (
         {**MEMORY, "score_options": {"memory_loss": 1.0, "memory_tau": 1e-40}},

@@ -70,7 +70,15 @@ class LanguageModelTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the memory loss of the last batch, and the tokens kept per layer in it."""
+        """Adds the memory loss of the last batch, and the tokens kept per layer in it.
+
+        Raises:
+            ValueError: for gradients whose norm is not finite: they were clipped to nothing, or to NaN.
+        """
+        norm = logs.get("grad_norm")
+        if norm is not None and not math.isfinite(norm):
+            what = f"the norm of the gradients is {norm}"
+            raise diverged(f"at step {self.state.global_step}", what, self.advice())
         if "loss" in logs and self._last is not None:
             logs.update(memory_logs(self._last, self._mask))
         if self.resumed:  # Trainer's is the mean since then, and its name says otherwise
