@@ -14,7 +14,7 @@ from heedful.cli import serve
 from heedful.cli.errors import UsageError
 
 VALUES: dict[str, Any] = {
-    **{"kv_budget": "", "kv_policy": None, "kv_grace": None, "kv_first": None, "max_model_len": None},
+    **{"kv_budget": None, "kv_policy": None, "kv_grace": None, "kv_first": None, "max_model_len": None},
     **{"kv_memory": None, "prefix_caching": True, "dtype": "auto", "name": None},
     **{"host": "127.0.0.1", "port": 8000},
 }
