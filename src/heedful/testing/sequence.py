@@ -74,7 +74,7 @@ def left_padded_equals_unpadded(case: Case, *, padding: Sequence[int] | None = N
 
 @promise
 def padding_content_is_ignored(case: Case) -> None:
-    """What stands at padded places, left, right or between, changes no real output and gets no gradient."""
+    """Padded places, left, right or between, change no real output, whatever stands there, and get no gradient."""
     module, x = case.module(), case.tokens()
     mask = torch.rand(x.shape[:2]).to(x.device) > 0.4
     other = torch.where(mask[..., None], x, 100 * torch.randn_like(x)).requires_grad_()
@@ -82,6 +82,8 @@ def padding_content_is_ignored(case: Case) -> None:
     assert_close("real outputs", out, module(x, key_mask=mask)[mask], tolerance=1e-10)
     (gradient,) = torch.autograd.grad(out.sum(), other)
     assert_close("gradient at padding", gradient[~mask], torch.zeros_like(gradient[~mask]), tolerance=0.0)
+    alone = [module(x[row : row + 1, real])[0] for row, real in enumerate(mask) if real.any()]
+    assert_close("real outputs, without the padding", out, torch.cat(alone), tolerance=1e-10)
 
 
 @promise
