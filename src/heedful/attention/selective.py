@@ -233,6 +233,7 @@ class SelectiveScore(EvictableScore):
             select_k=select_k,
             soft_mask=state.get("soft_mask"),
             scale=scale,
+            padding_is_finite=True,  # the layer sees to it
             impl=self.config.impl,
             **masks,
         )

@@ -63,6 +63,7 @@ def selective_attention(
     segment_ids: Tensor | None = None,
     scale: float | None = None,
     impl: str = "auto",
+    padding_is_finite: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention in which tokens vote on which earlier tokens are no longer needed.
 
@@ -95,6 +96,8 @@ def selective_attention(
             causal to the bit; compiled on first use, see `heedful.ops.selective.native`), "triton" (kernels for
             NVIDIA GPUs: float16, bfloat16 and float32, head sizes up to 128), or "auto": on the CPU "native"
             where it can be had, but for float64; else chosen by the rule in `ops/selective/auto_rule.py`.
+        padding_is_finite: q, k and v hold numbers where key_mask is False, as behind a layer that zeroes its padding;
+            otherwise they are copied without what is there, since 0 times NaN is NaN.
 
     Returns:
         out: (B, H, T, E) in the dtype of v.
@@ -141,7 +144,7 @@ def selective_attention(
         impl = "native"
     if impl == "auto" and not one:
         impl = choose(q.device.type, length, n_keys)
-    if key_mask is not None:
+    if key_mask is not None and not padding_is_finite:
         q, k, v, select = _without_padding(q, k, v, select, key_mask)
     with no_autocast(q.device):
         if impl in BLOCKED:
