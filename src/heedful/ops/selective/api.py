@@ -96,8 +96,8 @@ def selective_attention(
             causal to the bit; compiled on first use, see `heedful.ops.selective.native`), "triton" (kernels for
             NVIDIA GPUs: float16, bfloat16 and float32, head sizes up to 128), or "auto": on the CPU "native"
             where it can be had, but for float64; else chosen by the rule in `ops/selective/auto_rule.py`.
-        padding_is_finite: q, k and v hold numbers where key_mask is False, as behind a layer that zeroes its padding;
-            otherwise they are copied without what is there, since 0 times NaN is NaN.
+        padding_is_finite: q, k and v hold numbers where key_mask is False, as behind a layer that zeroes its
+            padding; otherwise they are copied without what is there, since 0 times NaN is NaN.
 
     Returns:
         out: (B, H, T, E) in the dtype of v.
