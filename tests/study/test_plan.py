@@ -20,7 +20,7 @@ def test_every_study_here_is_sound(path: Path, scale: Any):
         with pytest.raises(ValueError, match=r"no \[scale\.gpu\] in it"):
             load_study(path.stem, scale, path.parent)
         return
-    study = load_study(path.stem, scale, path.parent)
+    study = load_study(path.stem, scale, path.parent, data="large.txt" if scale == "gpu" else None)
     assert study.contrasts and study.limits and study.needed >= 2
     for arm in study.arms.values():
         arm.to_decoder_config(arm.vocab_size, arm.context).parameter_count()
@@ -40,6 +40,15 @@ def test_arms_share_what_is_common(study: Make):
     assert s.arms["sas"].attention_options == {"sim_heads": 4}
     counts = {n: a.to_decoder_config(257, 32).parameter_count() for n, a in s.arms.items()}
     assert abs(counts["equal"] / counts["mha"] - 1) < 0.01 < counts["sas"] / counts["mha"] - 1
+
+
+def test_other_data(written: Callable[..., Path]):
+    path = written(train={"data": "austen", "steps": 5000, "batch_size": 64, "context": 64})
+    with pytest.raises(
+        ValueError, match="reads 20 M tokens, and 'austen' has half a million; name a larger text"
+    ):
+        load_study(str(path))
+    assert {arm.data for arm in load_study(str(path), data="large.txt").arms.values()} == {"large.txt"}
 
 
 def test_another_scale(written: Callable[..., Path]):

@@ -20,7 +20,8 @@ DESCRIPTION = """Try a claim: train what it needs, with seeds enough, and say wh
 
 A study is a file studies/NAME.toml: the claim, the effect looked for, the arms, the contrasts. Its results go to
 results/NAME, its models to runs/NAME. Every run is kept as soon as it ends, and the same command goes on. The sweep
-of learning rates has a seed of its own; seconds of a step are measured in turns before anything is trained."""
+of learning rates has a seed of its own; seconds of a step are measured in turns before anything is trained. Both
+scales use a GPU where there is one; the large one wants a large text, --data my.txt."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -33,6 +34,7 @@ def run(arguments: Sequence[str]) -> int:
             flag("scale", Scale, "cpu", "cpu: some hours on two cores; gpu: an hour of a large one"),
             flag("workers", int, 1, "runs at a time, each with its share of the cores"),
             flag("ray", str | None, None, 'run on a Ray cluster: its address, "auto", or "local"'),
+            flag("data", str | None, None, "train on this instead: a file, a folder or synthetic:TASK"),
             flag("seeds", int | None, None, "another number of seeds than the study's own"),
             flag("out", str | None, None, "folder for the results; results/NAME if left out"),
             flag("models", str | None, None, "folder for the models; runs/NAME if left out"),
@@ -46,7 +48,7 @@ def run(arguments: Sequence[str]) -> int:
     for name, least in (("workers", 1), ("seeds", 2)):
         if values[name] is not None and values[name] < least:
             raise UsageError(f"--{name} must be {least} or more, got {values[name]}")
-    study = load_study(values["name"], values["scale"])
+    study = load_study(values["name"], values["scale"], data=values["data"])
     suffix = "" if values["scale"] == "cpu" else f"-{values['scale']}"
     out = Path(values["out"] or Path("results") / f"{study.name}{suffix}")
     models = Path(values["models"] or Path("runs") / f"{study.name}{suffix}")

@@ -13,6 +13,9 @@ from heedful.forms import load_forms, name_forms
 from heedful.ops.checks import did_you_mean
 from heedful.training.settings import TrainSettings
 
+DEFAULT_DATA = TrainSettings.data
+MOST_OF_DEFAULT_DATA = 10_000_000
+"""Tokens: twenty times through it."""
 FOLDER = Path("studies")
 """Where `heedful study NAME` looks for NAME.toml."""
 Claim = Literal["lower", "higher", "equal"]
@@ -82,13 +85,14 @@ class Study:
         return seeds_needed(self.effect, self.spread)
 
 
-def load_study(name: str, scale: Scale = "cpu", folder: Path = FOLDER) -> Study:
+def load_study(name: str, scale: Scale = "cpu", folder: Path = FOLDER, data: str | None = None) -> Study:
     """Read a study.
 
     Args:
         name: of a file in `folder`, or the path of one.
         scale: which of its sizes.
         folder: where studies are.
+        data: what to train on instead of what the study says.
 
     Raises:
         FileNotFoundError: if there is none of that name.
@@ -103,13 +107,13 @@ def load_study(name: str, scale: Scale = "cpu", folder: Path = FOLDER) -> Study:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
         name_forms([str(path.parent / form) for form in raw.get("forms", [])])
         load_forms()
-        return _study(path.stem, raw, scale)
+        return _study(path.stem, raw, scale, data)
     except (ValueError, TypeError, KeyError, ImportError, FileNotFoundError) as error:
         what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path}: {what}") from None
 
 
-def _study(name: str, raw: dict[str, Any], scale: Scale) -> Study:
+def _study(name: str, raw: dict[str, Any], scale: Scale, data: str | None) -> Study:
     own = {f.name for f in fields(Study)} - {"name", "arms"}
     _check_known("a study", raw, {*own, "train", "scale", "arms", "forms"})
     settings = {**raw.get("train", {}), **_at(raw, scale).get("train", {})}
@@ -117,7 +121,10 @@ def _study(name: str, raw: dict[str, Any], scale: Scale) -> Study:
         **{k: v for k, v in raw.items() if k in own},
         **{k: v for k, v in _at(raw, scale).items() if k in own},
     }
+    if data is not None:
+        settings["data"] = data
     arms = _arms({**raw["arms"], **_at(raw, scale).get("arms", {})}, settings)
+    _check_text(arms)
     contrasts = tuple(_contrast(c, arms) for c in head.pop("contrasts"))
     budgets = _budgets(head.pop("budgets", None))
     if head["metric"] not in get_args(Metric):
@@ -134,11 +141,24 @@ def _study(name: str, raw: dict[str, Any], scale: Scale) -> Study:
     return Study(name=name, arms=arms, contrasts=contrasts, budgets=budgets, **head)
 
 
+def _check_text(arms: Mapping[str, TrainSettings]) -> None:
+    """Raise if a model would read the text that comes with heedful over and over."""
+    for settings in arms.values():
+        read = settings.steps * settings.batch_size * settings.context
+        if settings.data == DEFAULT_DATA and read > MOST_OF_DEFAULT_DATA:
+            raise ValueError(
+                f"a run of it reads {read / 1e6:,.0f} M tokens, and {DEFAULT_DATA!r} has half a million; name a "
+                "larger text with --data"
+            )
+
+
 def _at(raw: dict[str, Any], scale: Scale) -> dict[str, Any]:
     scales = raw.get("scale", {})
     _check_known("scale", scales, set(get_args(Scale)))
     if scale not in scales and scale != "cpu":
-        raise ValueError(f"there is no [scale.{scale}] in it")
+        raise ValueError(
+            f"there is no [scale.{scale}] in it; leave --scale out: that size uses a GPU, too, where there is one"
+        )
     return scales.get(scale, {})
 
 
