@@ -27,7 +27,7 @@ def write_report(study: Study, out: Path) -> list[Verdict]:
     parts = [
         f"# {study.title}",
         f"**Claim** ({study.source}): {study.claim}",
-        _verdict_line(found),
+        _verdict_line(found) + _worth(study, found, rows),
         "![what came out](figure.png)",
         _declared(study, seeds),
         _machines(seeds, measured),
@@ -58,7 +58,7 @@ def _verdict_line(found: Sequence[Verdict]) -> str:
 
 
 def _sentence(v: Verdict) -> str:
-    says = f"{v.contrast.says}: " if v.contrast.says else ""
+    says = f"{v.contrast.says[0].upper()}{v.contrast.says[1:]}: " if v.contrast.says else ""
     what = f"`{v.contrast.arm}` minus `{v.contrast.against}`"
     return f"{says}{what} is {_interval(v.difference)}, {v.seeds} paired seeds."
 
@@ -135,22 +135,38 @@ def _contrasts_table(study: Study, found: Sequence[Verdict]) -> str:
     return "\n".join(lines)
 
 
+def _worth(study: Study, found: Sequence[Verdict], rows: Sequence[Row]) -> str:
+    """The compute multiplier of the arm that the verdict is about."""
+    if not study.lengths or not found or found[0].contrast.against != study.baseline:
+        return ""
+    arm = found[0].contrast.arm
+    own = [_result(row) for row in rows if row["arm"] == arm and row["role"] == "seed"]
+    by_flops = multiplier(own, _baseline(study, rows), training_flops)
+    return f" Its compute, in FLOPs, is worth {written(by_flops)} of that of `{study.baseline}`."
+
+
+def _result(row: Row) -> RunResult:
+    names = RunResult.__dataclass_fields__
+    return RunResult(**{name: value for name, value in row.items() if name in names})
+
+
+def _baseline(study: Study, rows: Sequence[Row]) -> list[RunResult]:
+    """Its runs, of every length."""
+    return [_result(row) for row in rows if row["arm"] == study.baseline]
+
+
 def _multipliers(study: Study, rows: Sequence[Row], times: Mapping[str, float]) -> list[str]:
     """What the baseline would have to spend for the loss of each arm."""
     if not study.lengths:
         return []
 
-    def result(row: Row) -> RunResult:
-        names = RunResult.__dataclass_fields__
-        return RunResult(**{name: value for name, value in row.items() if name in names})
-
     def steps(run: RunResult) -> int:
         return int(run.config["train"]["steps"])
 
-    baseline = [result(row) for row in rows if row["arm"] == study.baseline]
+    baseline = _baseline(study, rows)
     lines = ["| arm | FLOPs | seconds |", "|---|---|---|"]
     for name in study.arms:
-        own = [result(row) for row in rows if row["arm"] == name and row["role"] == "seed"]
+        own = [_result(row) for row in rows if row["arm"] == name and row["role"] == "seed"]
         if name == study.baseline or not own:
             continue
         seconds = {id(run): times.get(name, 0.0) for run in own} | {
