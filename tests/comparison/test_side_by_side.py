@@ -148,6 +148,7 @@ def test_two_nodes_of_a_ray_cluster_and_a_worker_that_is_killed(
     """The rows of the runs one after the other, here."""
     (tmp_path / "cluster.py").write_text(CLUSTER)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    environment["RAY_worker_niceness"] = "0"  # or other tests leave its workers nothing
     command = [sys.executable, str(tmp_path / "cluster.py"), str(text_file), str(tmp_path / "cluster")]
     found = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert found.returncode == 0, found.stderr[-3000:]
