@@ -42,16 +42,28 @@ class Done:
             raise Broken(f"{said}: code {self.code}: {tail}")
         if self.code:
             lines = [line for line in self.err.splitlines() if line.strip()]
-            if not lines or not lines[-1].startswith("heedful") or re.match(r"heedful \w*: \w+Error\b", lines[-1]):
+            if (
+                not lines
+                or not lines[-1].startswith("heedful")
+                or re.match(r"heedful \w*: \w+Error\b", lines[-1])
+            ):
                 raise Broken(f"{said}: code {self.code} without a line that says why: {tail}")
 
 
 def warm() -> None:
     """Import what commands import, once."""
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "COLUMNS": "200", "HEEDFUL_FORMS": ""}
+    os.environ |= {
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "COLUMNS": "200",
+        "HEEDFUL_FORMS": "",
+    }
     os.environ.pop("HEEDFUL_TRACEBACK", None)
+    import torch
+
     import heedful
 
+    torch.set_num_threads(1)  # a fork has no threads but its own
     for module in pkgutil.walk_packages(heedful.__path__, "heedful."):
         if not re.search(r"triton|__main__|on_ray|lm_eval|vllm", module.name):
             importlib.import_module(module.name)
@@ -78,6 +90,8 @@ def forked(
     files = [folder.parent / f"{folder.name}.{name}" for name in ("out", "err")]
     sys.stdout.flush()
     sys.stderr.flush()
+    for file in files:
+        file.touch()
     begun = time.monotonic()
     pid = os.fork()
     if not pid:
@@ -109,7 +123,7 @@ def _child(function: Callable[[], int], folder: Path, files: Sequence[Path]) -> 
         os.chdir(folder)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for number, file in enumerate(files, 1):
-            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            os.dup2(os.open(file, os.O_WRONLY), number)
         sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
         sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)
         most = 3 * MEMORY  # beyond, allocating fails: the machine is spared

@@ -21,14 +21,44 @@ COMMANDS: dict[str, list[list[str]]] = {
     ],
     "converted": [
         ["generate", "run", "the cat", "--max-new-tokens", "8"],
-        ["eval", "run", "--data", "words.txt", "--context", "32", "--rows", "2", "--kv-budget", "8", "--out", "new"],
+        [
+            "eval",
+            "run",
+            "--data",
+            "words.txt",
+            "--context",
+            "32",
+            "--rows",
+            "2",
+            "--kv-budget",
+            "8",
+            "--out",
+            "new",
+        ],
         ["doctor", "run"],
         ["convert", "run", "new", "--back"],
     ],
     "stock": [["convert", "run", "new"]],
     "stopped": [["train", "--resume", "--out", "run"]],
 }
-ODD: list[Any] = [None, True, -1, 0, 1.5, 2**31, 10**30, 1e308, float("nan"), float("inf"), "", "x", [], [None], {}, {"a": 1}]
+ODD: list[Any] = [
+    None,
+    True,
+    -1,
+    0,
+    1.5,
+    2**31,
+    10**30,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    [],
+    [None],
+    {},
+    {"a": 1},
+]
 
 
 def start(folder: Path) -> Case:
@@ -36,7 +66,6 @@ def start(folder: Path) -> Case:
     made.text(folder)
     for kind in COMMANDS:
         getattr(made, kind)(folder)
-    sharded(folder / "converted")
     whole = folder / "whole"
     shutil.copytree(folder / "stopped", whole / "run")
     made.text(whole)
@@ -48,17 +77,6 @@ def start(folder: Path) -> Case:
         return damaged(draw, place, folder, result)
 
     return case
-
-
-def sharded(folder: Path) -> None:
-    """The weights in a file that an index names."""
-    from safetensors import safe_open
-
-    with safe_open(folder / "model.safetensors", "pt") as weights:
-        names = dict.fromkeys(weights.keys(), "model-1.safetensors")
-    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
-    index = {"metadata": {"total_size": 1}, "weight_map": names}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
 def damaged(draw: random.Random, place: Path, folder: Path, result: dict[str, Any]) -> str:
@@ -78,7 +96,13 @@ def damaged(draw: random.Random, place: Path, folder: Path, result: dict[str, An
         raise Broken(f"{what}: took longer than {done.seconds:.0f} seconds")
     if done.code:
         if contents(place) != before:
-            changed = sorted({n for n, x in {**before, **contents(place)}.items() if before.get(n) != contents(place).get(n)})
+            changed = sorted(
+                {
+                    n
+                    for n, x in {**before, **contents(place)}.items()
+                    if before.get(n) != contents(place).get(n)
+                }
+            )
             raise Broken(f"{what}: failed, and left {changed}")
         last = done.err.strip().splitlines()[-1]
         if "run" not in last:
@@ -93,7 +117,9 @@ def result_of(run: Path) -> dict[str, Any]:
     """The figures of a run, and its weights."""
     figures = json.loads((run / "result.json").read_text(encoding="utf-8"))
     timing = ("seconds_per_step", "tokens_per_second")
-    return {n: x for n, x in figures.items() if n not in timing} | {"w": (run / "model.safetensors").read_bytes()}
+    return {n: x for n, x in figures.items() if n not in timing} | {
+        "w": (run / "model.safetensors").read_bytes()
+    }
 
 
 def truncated(draw: random.Random, file: Path) -> str:
@@ -117,7 +143,9 @@ def flipped(draw: random.Random, file: Path) -> str:
 
 
 def garbage(draw: random.Random, file: Path) -> str:
-    kind = draw.choice([b"\x00\xff" * 50, b"[]", b"null", b"{}", b"3", b'"x"', b"{", b"[" * 5000, b"\xef\xbb\xbf{}", b"NaN"])
+    kind = draw.choice(
+        [b"\x00\xff" * 50, b"[]", b"null", b"{}", b"3", b'"x"', b"{", b"[" * 5000, b"\xef\xbb\xbf{}", b"NaN"]
+    )
     file.write_bytes(kind)
     return repr(kind[:20])
 
@@ -158,7 +186,9 @@ def changed(draw: random.Random, file: Path) -> str:
 def walk(value: Any) -> list[tuple[Any, Any]]:
     """Every place in a JSON value; of a long list or table the first ones."""
     found = []
-    entries = list(value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else [])
+    entries = list(
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else []
+    )
     for key, inner in entries[:40]:
         found += [(value, key), *walk(inner)]
     return found

@@ -7,9 +7,23 @@ from pathlib import Path
 
 from tests.adversary.commands import forked, heedful
 
-TRAIN = "--tokenizer bytes --d-model 16 --n-layers 1 --n-heads 2 --context 32 --batch-size 4".split()
+TRAIN = ["--tokenizer", "bytes", "--d-model", "16", "--n-layers", "1", "--n-heads", "2", "--context", "32", "--batch-size", "4"]
 """Flags of a run that takes a fraction of a second."""
 STEPS = ["--steps", "12", "--checkpoints", "4", "--evaluations", "2"]
+
+STUDY = """title = "Votes"
+claim = "votes help"
+source = "nobody"
+metric = "loss"
+effect = 0.1
+spread = 0.1
+seeds = 2
+rates = [1e-3, 1e-2]
+train = {data = "words.txt", tokenizer = "bytes", d_model = 16, n_layers = 1, n_heads = 2, context = 32, \
+batch_size = 4, steps = 4, evaluations = 2, checkpoints = 1}
+arms = {mha = {}, selective = {score = "selective"}}
+contrasts = [{arm = "selective", against = "mha", claims = "lower", says = "votes help"}]
+"""
 
 
 def text(folder: Path, name: str = "words.txt") -> Path:
@@ -17,7 +31,9 @@ def text(folder: Path, name: str = "words.txt") -> Path:
     draw = random.Random(0)
     words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "dog", "run"]
     path = folder / name
-    path.write_text("\n\n".join(" ".join(draw.choices(words, k=60)) + "." for _ in range(12)), encoding="utf-8")
+    path.write_text(
+        "\n\n".join(" ".join(draw.choices(words, k=60)) + "." for _ in range(12)), encoding="utf-8"
+    )
     return path
 
 
@@ -64,6 +80,11 @@ def stock(folder: Path, name: str = "stock") -> Path:
 def converted(folder: Path, name: str = "converted") -> Path:
     """The same, converted."""
     return _made(folder, name, ["convert", stock(folder), folder / name, "--kv-budget", "8"], out=False)
+
+
+def study(folder: Path) -> None:
+    """The file of a study of a few steps."""
+    (folder / "small.toml").write_text(STUDY, encoding="utf-8")
 
 
 def _made(folder: Path, name: str, words: list[object], out: bool = True) -> Path:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests.adversary.attack import Attack, Broken, Case
 from torch import Tensor
 
 from heedful import Decoder
@@ -12,12 +13,16 @@ from heedful.attention import EvictableScore, EvictingCache
 from heedful.attention.eviction import POLICIES
 from heedful.attention.registry import ATTENTIONS, SCORES
 from heedful.hf import HeedfulConfig, HeedfulForCausalLM
-from tests.adversary.attack import Attack, Broken, Case
 
 TOLERANCE, GENERATED = 1e-9, 1e-6
 """Of a logit, of the largest; everything is float64, but generate hands its logits out in float32."""
 OPTIONS: dict[str, dict[str, list[Any]]] = {
-    "sas": {"sim_heads": [4, 8, 12], "sim_head_dim": [8, 16], "kernel_size": [1, 3, 5], "cache": ["expanded", "compact"]},
+    "sas": {
+        "sim_heads": [4, 8, 12],
+        "sim_head_dim": [8, 16],
+        "kernel_size": [1, 3, 5],
+        "cache": ["expanded", "compact"],
+    },
     "sas_linear": {"sim_heads": [4, 8, 12], "kernel_size": [1, 3]},
     "mla": {"kv_lora_rank": [4, 12], "q_lora_rank": [None, 6], "rope_head_dim": [2, 4]},
     "tpa": {"q_rank": [1, 3], "k_rank": [1, 2], "v_rank": [1, 2]},
@@ -146,7 +151,9 @@ def piecewise(
     return torch.cat([model(part, key_mask=real, caches=caches) for part, real in pieces], 1)
 
 
-def generates(draw: random.Random, model: Decoder, fields: dict[str, Any], how: dict[str, Any] | None) -> None:
+def generates(
+    draw: random.Random, model: Decoder, fields: dict[str, Any], how: dict[str, Any] | None
+) -> None:
     """transformers' generate takes the token that the decoder, fed all tokens so far, says is next."""
     names = {"d_model": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads"}
     names |= {"n_kv_heads": "num_key_value_heads", "max_positions": "max_position_embeddings"}
@@ -162,7 +169,12 @@ def generates(draw: random.Random, model: Decoder, fields: dict[str, Any], how: 
     theirs.tie_weights()
     kv = {f"kv_{n}": x for n, x in (how or {}).items()}
     prompt = torch.randperm(fields["vocab_size"])[None, : draw.randint(1, 12)]
-    more: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 8, "pad_token_id": 0, "no_repeat_ngram_size": 1}
+    more: dict[str, Any] = {
+        "max_new_tokens": 8,
+        "min_new_tokens": 8,
+        "pad_token_id": 0,
+        "no_repeat_ngram_size": 1,
+    }
     more |= {"attention_mask": torch.ones_like(prompt), "do_sample": False}
     out = theirs.generate(prompt, output_logits=True, return_dict_in_generate=True, **more, **kv)
     ids = out.sequences[:, :-1]

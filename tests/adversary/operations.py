@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from tests.adversary.attack import Attack, Broken, Case
+from tests.adversary.oracle import Call, loop
 from torch import Tensor
 
 from heedful.ops import selective_attention, unmasked_count
-from tests.adversary.attack import Attack, Broken, Case
-from tests.adversary.oracle import Call, loop
 
 IMPLS = ("reference", "sdpa", "blocked", "native", "auto")
 TOLERANCE = {torch.float64: (1e-9, 1e-8), torch.float32: (1e-5, 1e-4)}
@@ -49,10 +49,18 @@ def case(draw: random.Random, place: Path) -> str:
 def random_call(draw: random.Random, dtype: torch.dtype) -> tuple[Call, str]:
     """Odd shapes, masks and sizes of numbers."""
     generator = torch.Generator().manual_seed(draw.randrange(2**31))
-    batch, groups, repeats, size = (draw.choice(n) for n in ((1, 2, 3), (1, 2, 3), (1, 1, 2, 5), (1, 2, 3, 7, 16)))
+    batch, groups, repeats, size = (
+        draw.choice(n) for n in ((1, 2, 3), (1, 2, 3), (1, 1, 2, 5), (1, 2, 3, 7, 16))
+    )
     queries, earlier = draw.choice([1, 1, 2, 3, 7, 9]), draw.choice([0, 0, 1, 4, 11])
     if draw.random() < 0.1:  # more than one block
-        batch, groups, repeats, queries, earlier = 1, 1, draw.choice([1, 2]), draw.choice([63, 65, 70]), draw.choice([0, 5])
+        batch, groups, repeats, queries, earlier = (
+            1,
+            1,
+            draw.choice([1, 2]),
+            draw.choice([63, 65, 70]),
+            draw.choice([0, 5]),
+        )
     keys, kind = queries + earlier, draw.choice(["usual", "usual", "tiny", "huge", "bad padding", "equal"])
 
     def randn(*shape: int) -> Tensor:
@@ -62,7 +70,10 @@ def random_call(draw: random.Random, dtype: torch.dtype) -> tuple[Call, str]:
     tensors["v"] = randn(batch, groups, keys, draw.choice([1, 2, 5, 8]))
     selectors = 1
     if draw.random() < 0.5:
-        selectors, select_size = draw.choice([n for n in range(1, groups * repeats + 1)]), draw.choice([1, 3, 8])
+        selectors, select_size = (
+            draw.choice([n for n in range(1, groups * repeats + 1)]),
+            draw.choice([1, 3, 8]),
+        )
         tensors["select_q"] = randn(batch, selectors, queries, select_size)
         tensors["select_k"] = randn(batch, selectors, keys, select_size)
     if draw.random() < 0.5:
@@ -74,7 +85,9 @@ def random_call(draw: random.Random, dtype: torch.dtype) -> tuple[Call, str]:
     if kind == "huge":
         tensors["v"] = tensors["v"] * 1e30 if dtype == torch.float64 else tensors["v"] * 1e9
     if kind == "equal":  # every key votes and weighs alike
-        tensors |= {name: x[:, :, :1].expand_as(x).clone() for name, x in tensors.items() if name.endswith("k")}
+        tensors |= {
+            name: x[:, :, :1].expand_as(x).clone() for name, x in tensors.items() if name.endswith("k")
+        }
     key_mask = segment_ids = None
     if kind == "bad padding" or draw.random() < 0.4:
         key_mask = random_mask(draw, batch, keys, generator)
@@ -118,7 +131,9 @@ def gradients(
     for tensors, outs in ((ours, got), (theirs, expected)):
         loss = sum((f * x.double()).sum() for f, x in zip(factors, outs, strict=True))
         grads = torch.autograd.grad(loss, list(tensors.values()), allow_unused=True)
-        found.append([torch.zeros_like(x) if g is None else g for x, g in zip(tensors.values(), grads, strict=True)])
+        found.append(
+            [torch.zeros_like(x) if g is None else g for x, g in zip(tensors.values(), grads, strict=True)]
+        )
     for name, mine, other in zip(ours, *found, strict=True):
         close(f"gradient of {name}: {what}", mine, other, tolerance, usual_gradient(name, theirs))
 

@@ -19,7 +19,9 @@ class Call:
     def related(self, row: int, a: int, b: int) -> bool:
         """Both tokens are real and of one segment."""
         real = self.key_mask is None or bool(self.key_mask[row, a] and self.key_mask[row, b])
-        return real and (self.segment_ids is None or bool(self.segment_ids[row, a] == self.segment_ids[row, b]))
+        return real and (
+            self.segment_ids is None or bool(self.segment_ids[row, a] == self.segment_ids[row, b])
+        )
 
 
 def loop(call: Call, tau: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
