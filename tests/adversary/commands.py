@@ -1,4 +1,4 @@
-"""Runs `heedful` in a process of its own, forked from one that has torch and transformers loaded: no wait for imports."""
+"""Runs `heedful` in a process of its own, forked from one that has torch and transformers loaded: no imports."""
 
 import importlib
 import os
@@ -12,12 +12,21 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from tests.adversary.attack import Broken
 
 MEMORY = 2 * 2**30
 """Bytes that a command on a tiny model may take."""
+CHANGES = (
+    "os.rename",
+    "os.mkdir",
+    "os.remove",
+    "os.rmdir",
+    "os.truncate",
+    "shutil.rmtree",
+    "shutil.copyfile",
+)
 
 
 @dataclass(frozen=True)
@@ -30,9 +39,11 @@ class Done:
     seconds: float
     memory: int
     late: bool
+    changes: int
+    """How often it opened a file to write, made, moved or removed one; 0 where it was ended."""
 
     def check(self, said: str) -> None:
-        """It did what was asked, or says in one line why not; no traceback, and no more memory than there may be."""
+        """It did what was asked, or says in one line why not; without a traceback, and in little memory."""
         tail = (self.out + self.err)[-600:]
         if "Traceback" in self.out + self.err:
             raise Broken(f"{said}: a traceback: {tail}")
@@ -70,9 +81,22 @@ def warm() -> None:
 
 
 def heedful(
-    arguments: Sequence[object], folder: Path, *, limit: float = 60.0, kill_after: float | None = None
+    arguments: Sequence[object],
+    folder: Path,
+    *,
+    limit: float = 60.0,
+    kill_after: float | None = None,
+    kill_at: int | None = None,
 ) -> Done:
-    """Run a command in a folder; with `kill_after`, kill -9 to it and to all that it started, then."""
+    """Run a command in a folder.
+
+    Args:
+        arguments: its words.
+        folder: where it runs.
+        limit: seconds after which it is ended.
+        kill_after: seconds after which it, and all that it started, gets kill -9.
+        kill_at: the change on the disk before which it does.
+    """
     words = [os.fsdecode(os.fsencode(str(word))) for word in arguments]
 
     def command() -> int:
@@ -80,14 +104,19 @@ def heedful(
 
         return main(words)
 
-    return forked(command, folder, limit=limit, kill_after=kill_after)
+    return forked(command, folder, limit=limit, kill_after=kill_after, kill_at=kill_at)
 
 
 def forked(
-    function: Callable[[], int], folder: Path, *, limit: float = 60.0, kill_after: float | None = None
+    function: Callable[[], int],
+    folder: Path,
+    *,
+    limit: float = 60.0,
+    kill_after: float | None = None,
+    kill_at: int | None = None,
 ) -> Done:
     """Run a function in a process group of its own; what it writes to the screen is caught."""
-    files = [folder.parent / f"{folder.name}.{name}" for name in ("out", "err")]
+    files = [folder.parent / f"{folder.name}.{name}" for name in ("out", "err", "changes")]
     sys.stdout.flush()
     sys.stderr.flush()
     for file in files:
@@ -95,7 +124,7 @@ def forked(
     begun = time.monotonic()
     pid = os.fork()
     if not pid:
-        _child(function, folder, files)
+        _child(function, folder, files, kill_at)
     until = begun + (limit if kill_after is None else kill_after)
     late = False
     while True:
@@ -108,24 +137,44 @@ def forked(
         time.sleep(0.002)
     seconds = time.monotonic() - begun
     _kill(pid)  # what it started and did not wait for
-    out, err = (file.read_text(encoding="utf-8", errors="replace") for file in files)
+    out, err, changes = (file.read_text(encoding="utf-8", errors="replace") for file in files)
     for file in files:
         file.unlink()
     here = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     memory = max(0, usage.ru_maxrss - here) * 1024
-    return Done(os.waitstatus_to_exitcode(status), out, err, seconds, memory, late and kill_after is None)
+    return Done(
+        os.waitstatus_to_exitcode(status),
+        out,
+        err,
+        seconds,
+        memory,
+        late and kill_after is None,
+        int(changes or 0),
+    )
 
 
-def _child(function: Callable[[], int], folder: Path, files: Sequence[Path]) -> NoReturn:
-    code = 70
+def _child(function: Callable[[], int], folder: Path, files: Sequence[Path], kill_at: int | None) -> NoReturn:
+    """Never returns: what the parent has to do at its end is not for this one."""
+    code, changes = 70, 0
+
+    def watch(event: str, given: tuple[Any, ...]) -> None:
+        nonlocal changes
+        writes = event == "open" and isinstance(given[2], int) and given[2] & (os.O_WRONLY | os.O_RDWR)
+        if writes or event in CHANGES:
+            changes += 1
+            if changes == kill_at:
+                os.killpg(0, signal.SIGKILL)
+
     try:
         os.setsid()
         os.chdir(folder)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        for number, file in enumerate(files, 1):
+        for number, file in enumerate(files[:2], 1):
             os.dup2(os.open(file, os.O_WRONLY), number)
-        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
-        sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)
+        counted = os.open(files[2], os.O_WRONLY)
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - as long as the process
+        sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)  # noqa: SIM115
+        sys.addaudithook(watch)
         most = 3 * MEMORY  # beyond, allocating fails: the machine is spared
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
         for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -139,6 +188,7 @@ def _child(function: Callable[[], int], folder: Path, files: Sequence[Path]) -> 
             code = 1
         sys.stdout.flush()
         sys.stderr.flush()
+        os.write(counted, str(changes).encode())
     finally:
         os._exit(code)
 

@@ -39,6 +39,7 @@ COMMANDS: dict[str, list[list[str]]] = {
         ["convert", "run", "new", "--back"],
     ],
     "stock": [["convert", "run", "new"]],
+    "compared": [["compare", "--data", "words.txt", *made.TRAIN, *made.COMPARE, "--out", "run"]],
     "stopped": [["train", "--resume", "--out", "run"]],
 }
 ODD: list[Any] = [
@@ -84,7 +85,11 @@ def damaged(draw: random.Random, place: Path, folder: Path, result: dict[str, An
     kind = draw.choice(list(COMMANDS))
     shutil.copytree(folder / kind, place / "run")
     made.text(place)
-    files = [p for p in sorted((place / "run").rglob("*")) if p.is_file() and p.suffix not in (".md", ".py")]
+    files = [
+        p
+        for p in sorted((place / "run").rglob("*"))
+        if p.is_file() and p.suffix not in (".md", ".py", ".png")
+    ]
     file, words = draw.choice(files), draw.choice(COMMANDS[kind])
     how, damage = draw.choice(list(DAMAGES.items()))
     said = damage(draw, file)
@@ -200,7 +205,8 @@ DAMAGES: dict[str, Callable[[random.Random, Path], str]] = {
 
 ATTACK = Attack(
     "files",
-    "damaged files of models, runs and checkpoints; `generate`, `eval`, `doctor`, `convert`, `train --resume`",
+    "damaged files of models, runs and checkpoints; `generate`, `eval`, `doctor`, `convert`, `compare`, "
+    "`train --resume`",
     0.2,
     start,
     limit=90.0,

@@ -1,4 +1,4 @@
-"""kill -9 at a random moment of each command that writes: afterwards it finishes, with the result of a run in peace."""
+"""kill -9 at a random moment of each command that writes: afterwards it finishes, with the result of a whole run."""
 
 import csv
 import functools
@@ -101,15 +101,15 @@ def start(folder: Path) -> Case:
     made.study(place)
 
     @functools.cache
-    def in_peace(name: str) -> tuple[float, dict[str, Any], set[str]]:
-        """Seconds, figures, and what the model says before and after."""
+    def in_peace(name: str) -> tuple[Done, dict[str, Any], set[str]]:
+        """How it went, figures, and what the model says before and after."""
         there = folder / f"peace-{name}"
         shutil.copytree(place, there)
         target = TARGETS[name]
         before = says(there, target)
         done = heedful(target.words, there, limit=120)
         expect(done, target.words)
-        return done.seconds, figures(there / target.out), {before, says(there, target)}
+        return done, figures(there / target.out), {before, says(there, target)}
 
     def case(draw: random.Random, inner: Path) -> str:
         name = draw.choice(list(TARGETS))
@@ -124,7 +124,7 @@ def killed(
     place: Path,
     target: Target,
     name: str,
-    seconds: float,
+    peace: Done,
     expected: dict[str, Any],
     models: set[str],
 ) -> str:
@@ -132,9 +132,15 @@ def killed(
     shutil.copytree(place, here)
     words, kills = target.words, []
     for _ in range(draw.choice([1, 1, 2])):
-        kills.append(round(draw.uniform(0, 1.05 * seconds), 4))
-        heedful(words, here, kill_after=kills[-1])
-        what = f"{name}, killed after {' and '.join(map(str, kills))} of {seconds:.2f} seconds"
+        if draw.random() < 0.5:
+            moment = draw.uniform(0, 1.05 * peace.seconds)
+            kills.append(f"after {moment:.3f} of {peace.seconds:.2f} seconds")
+            heedful(words, here, kill_after=moment)
+        else:
+            change = draw.randint(1, peace.changes)
+            kills.append(f"before change {change} of {peace.changes}")
+            heedful(words, here, kill_at=change)
+        what = f"{name}, killed {' and '.join(kills)}"
         if (said := says(here, target)) not in {"", *models}:
             raise Broken(f"{what}: half a model was read as a whole one, and said {said!r}")
         words = target.again(here)
@@ -193,7 +199,8 @@ def timeless(value: Any) -> Any:
 
 ATTACK = Attack(
     "kills",
-    "kill -9 at random moments of `train`, `compare`, `study`, `convert`, `adapt`, `eval`, then the same command or `--resume`",
+    "kill -9 of `train`, `compare`, `study`, `convert`, `adapt`, `eval`: at random moments, or before a random "
+    "change on the disk; then the same command or `--resume`",
     0.2,
     start,
     limit=200.0,

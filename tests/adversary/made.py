@@ -7,9 +7,11 @@ from pathlib import Path
 
 from tests.adversary.commands import forked, heedful
 
-TRAIN = ["--tokenizer", "bytes", "--d-model", "16", "--n-layers", "1", "--n-heads", "2", "--context", "32", "--batch-size", "4"]
+TRAIN = ["--tokenizer", "bytes", "--d-model", "16", "--n-layers", "1", "--n-heads", "2", "--context", "32"]
+TRAIN += ["--batch-size", "4"]
 """Flags of a run that takes a fraction of a second."""
 STEPS = ["--steps", "12", "--checkpoints", "4", "--evaluations", "2"]
+COMPARE = ["--steps", "3", "--attention", "mha", "--score", "softmax", "--seeds", "2"]
 
 STUDY = """title = "Votes"
 claim = "votes help"
@@ -80,6 +82,11 @@ def stock(folder: Path, name: str = "stock") -> Path:
 def converted(folder: Path, name: str = "converted") -> Path:
     """The same, converted."""
     return _made(folder, name, ["convert", stock(folder), folder / name, "--kv-budget", "8"], out=False)
+
+
+def compared(folder: Path, name: str = "compared") -> Path:
+    """What `heedful compare` left of one form and two seeds."""
+    return _made(folder, name, ["compare", "--data", "words.txt", *TRAIN, *COMPARE])
 
 
 def study(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Random language models of every form and score, run at once, token by token, and in random pieces: the same logits."""
+"""Random language models of every form, run at once, token by token, and in random pieces: the same logits."""
 
 import random
 from pathlib import Path
@@ -193,7 +193,8 @@ def close(what: str, got: Tensor, expected: Tensor, tolerance: float = TOLERANCE
 
 ATTACK = Attack(
     "models",
-    "random decoders of every attention and score: at once, token by token, in pieces, `generate`; full and bounded caches",
+    "random decoders of every attention and score: at once, token by token, in pieces, `generate`; "
+    "full and bounded caches",
     0.2,
     start,
 )

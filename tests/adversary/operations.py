@@ -161,7 +161,8 @@ def close(what: str, got: Tensor, expected: Tensor, tolerance: float, usual: flo
 
 ATTACK = Attack(
     "operations",
-    "`selective_attention` and `unmasked_count`, every `impl` of the CPU, values and gradients, against a Python loop",
+    "`selective_attention` and `unmasked_count`, every `impl` of the CPU, values and gradients, "
+    "against a Python loop",
     0.2,
     start,
 )

@@ -1,4 +1,4 @@
-"""Selective attention as its formula says, one query, head and key at a time; gradients by autograd through the loop."""
+"""Selective attention as its formula says, one query, head and key at a time; autograd through it has gradients."""
 
 from dataclasses import dataclass
 
@@ -25,9 +25,10 @@ class Call:
 
 
 def loop(call: Call, tau: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """S[i,j] = relu(L0[i,j]), F[i,j] = sum_{u<i} S[u,j], out = softmax(L - F) v, M_i = sum_j 1 - min(F[i,j], tau)/tau.
+    """S[i,j] = relu(L0[i,j]), F[i,j] = sum_{u<i} S[u,j], out = softmax(L - F) v.
 
-    S is 0 on the first real token of the query's segment, and on the query itself.
+    S is 0 on the first real token of the query's segment, and on the query itself. What a query still holds is
+    M_i = sum_j 1 - min(F[i,j], tau) / tau.
 
     Returns:
         out (B, H, T, E), F after the last query (B, R, S), and M (B, R, T).

@@ -34,10 +34,10 @@ def write(
 ) -> None:
     """README.md and cases.jsonl."""
     of = {attack.name: [o for o in outcomes if o.attack == attack.name] for attack in attacks}
+    covers = {attack.name: attack.covers for attack in attacks}
     rows = [
-        f"| {a.name} | {len(of[a.name]):,} | {len(failures(of[a.name]))} | {sum(o.seconds for o in of[a.name]):,.0f} "
-        f"| {a.covers} |"
-        for a in attacks
+        f"| {name} | {len(tried):,} | {len(failures(tried))} | {seconds(tried):,.0f} | {covers[name]} |"
+        for name, tried in of.items()
     ]
     page = PAGE.format(rows="\n".join(rows), seed=seed, commit=commit(), cpu=cpu_name(), minutes=minutes)
     if broken := failures(outcomes):
@@ -56,6 +56,10 @@ def write(
 
 def failures(outcomes: Sequence[Outcome]) -> list[Outcome]:
     return [o for o in outcomes if o.failure is not None]
+
+
+def seconds(outcomes: Sequence[Outcome]) -> float:
+    return sum(o.seconds for o in outcomes)
 
 
 def commit() -> str:

@@ -1,4 +1,4 @@
-"""Tries the cases of an attack in a process of its own: what crashes or hangs is a failure, and the next case follows."""
+"""Tries the cases of an attack in a process of its own: what crashes or hangs is a failure, and they go on."""
 
 import itertools
 import multiprocessing
