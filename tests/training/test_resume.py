@@ -101,6 +101,18 @@ def test_finished_run_is_returned(settings: Settings, quiet_train: Train, tmp_pa
     assert (tmp_path / "run" / "model.safetensors").stat().st_mtime_ns == before
 
 
+def test_killed_before_its_checkpoints_were_gone(
+    settings: Settings, quiet_train: Train, stopped: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A finished run needs none, and nobody else would remove them."""
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module.shutil, "rmtree", lambda *args, **kwargs: None)
+        done = quiet_train(settings(), stopped, resume=True)
+    assert (stopped / "checkpoints").exists()
+    assert quiet_train(settings(), stopped, resume=True).val_loss == done.val_loss
+    assert not (stopped / "checkpoints").exists()
+
+
 def test_settings_must_agree(settings: Settings, quiet_train: Train, interrupt: Interrupt, tmp_path: Path):
     interrupt(settings(), tmp_path / "run")
     other = dataclasses.replace(settings(), lr=0.1, score="selective")

@@ -184,7 +184,10 @@ def train(
     out, console = Path(out), console or Console(stderr=True, quiet=not first)
     if resume and (out / RESULT).exists():
         check_same_settings(settings, out)
-        return RunResult.load(out / RESULT)
+        result = RunResult.load(out / RESULT)
+        if first:  # it may have been killed between its result and this
+            shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+        return result
     if resume:
         check_same_settings(settings, out)
     # before any data is read: that of a text may need a smaller vocabulary, but no larger model
