@@ -1,4 +1,4 @@
-"""kill -9 at a random moment of each command that writes: afterwards it finishes, with the result of a whole run."""
+"""kill -9 at a random moment of each command that writes: afterwards it ends, with the result of a whole run."""
 
 import csv
 import functools

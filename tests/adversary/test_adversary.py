@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import time
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def test_a_vote_too_few_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def crash(draw, place):
     if place.name == "case-1":
-        os.abort()
+        os.kill(os.getpid(), signal.SIGKILL)
     if place.name == "case-2":
         time.sleep(60)
     if place.name == "case-3":
@@ -72,7 +73,7 @@ def test_what_crashes_or_hangs_ends_no_attack(tmp_path: Path):
     assert [o.case for o in outcomes] == [0, 1, 2, 3, 4]
     assert [o.failure for o in outcomes] == [
         None,
-        "its process ended with code -6",
+        "its process ended with code -9",
         "took longer than 0.5 seconds",
         "three",
         None,
