@@ -210,11 +210,15 @@ def test_a_damaged_result(settings: Settings, quiet_train: Train, stopped: Path,
 
 
 @pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("instead", ["nothing", "a folder"])
 def test_checkpoint_that_was_not_written_to_its_end(
-    settings: Settings, quiet_train: Train, stopped: Path, tmp_path: Path, part: str
+    settings: Settings, quiet_train: Train, stopped: Path, tmp_path: Path, part: str, instead: str
 ):
     """Killed while saving: the checkpoint before counts, and nothing starts afresh in silence."""
-    (stopped / "checkpoints" / "checkpoint-10" / part).unlink()
+    file = stopped / "checkpoints" / "checkpoint-10" / part
+    file.unlink()
+    if instead == "a folder":
+        file.mkdir()
     resumed = quiet_train(settings(), stopped, resume=True)
     whole = quiet_train(settings(), tmp_path / "whole")
     assert (resumed.val_loss, resumed.curve) == (whole.val_loss, whole.curve)

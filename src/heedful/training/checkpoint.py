@@ -24,7 +24,7 @@ def last_checkpoint(place: Path, parts: Sequence[str] = CHECKPOINT_PARTS) -> str
     steps = {p: p.name.partition("-")[2] for p in place.glob("checkpoint-*")}
     folders = [p for p, step in steps.items() if step.isascii() and step.isdecimal()]
     for folder in sorted(folders, key=lambda p: int(steps[p]), reverse=True):
-        if all(any(folder.glob(part)) for part in parts):
+        if all(any(path.is_file() for path in folder.glob(part)) for part in parts):
             return str(folder)
     return None
 
