@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench gpu test test-slow test-exhaustive test-cov test-matrix test-torch check check-kvpress bench-serve test-vllm lint types layers dist-check format clean
+.PHONY: help setup demo bench gpu test test-slow test-exhaustive test-cov test-matrix test-torch adversary check check-kvpress bench-serve test-vllm lint types layers dist-check format clean
 
 # The first interpreter that is new enough; empty when there is none.
 PYTHON ?= $(shell for python in python3.11 python3; do \
@@ -17,7 +17,7 @@ VLLM := 0.32.0
 # The oldest supported torch.
 OLD_TORCH := 2.11.0
 
-TESTS := test test-slow test-exhaustive test-cov test-matrix test-torch
+TESTS := test test-slow test-exhaustive test-cov test-matrix test-torch adversary
 $(TESTS): export HF_HUB_OFFLINE = 1
 $(TESTS): export TOKENIZERS_PARALLELISM = false
 # Two test processes share the cores, so each gets one thread.
@@ -82,6 +82,12 @@ test-exhaustive: setup ## run the products of cases that CI leaves out, before a
 
 test-cov: setup ## run the tests of `make test` and report which lines they reach
 	$(BIN)/pytest -n 2 --dist worksteal -m "not slow and not exhaustive" --cov --cov-report=term:skip-covered --cov-report=xml:build/coverage.xml
+
+# The same seed tries the same cases; how many depends on the machine. Another: make adversary SEED=1 MINUTES=60
+SEED ?= 0
+MINUTES ?= 10
+adversary: setup ## attack it for 10 minutes: odd calls, flags, files and kills; results in results/adversary
+	$(BIN)/python -m tests.adversary --minutes $(MINUTES) --seed $(SEED) --out results/adversary
 
 test-matrix: $(MATRIX:%=.venv-transformers-%/.installed) ## run tests/hf with each supported transformers
 	@for version in $(MATRIX); do \
