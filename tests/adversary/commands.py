@@ -49,6 +49,8 @@ class Done:
             raise Broken(f"{said}: a traceback: {tail}")
         if self.memory > MEMORY:
             raise Broken(f"{said}: took {self.memory / 2**30:.1f} GB")
+        if self.late:  # it has said nothing yet
+            return
         if self.code not in (0, 1, 2):
             raise Broken(f"{said}: code {self.code}: {tail}")
         if self.code:

@@ -128,11 +128,11 @@ def odd(draw: random.Random, inner: Path, place: Path, flags: dict[str, list[str
         words = change(draw, words, flags[command])
     what = f"heedful {command} " + " ".join(map(ascii, (w[:40] for w in words)))
     done = heedful([*command.split(), *words], here, limit=LIMIT)
+    done.check(what)
     if done.late:
         if command.split()[0] in SLOW or any(much in word for much in MUCH for word in words):
             return f"{command}: long"
         raise Broken(f"{what}: took longer than {LIMIT:g} seconds")
-    done.check(what)
     return f"{command}: code {done.code}"
 
 
@@ -160,7 +160,7 @@ def change(draw: random.Random, words: list[str], flags: list[str]) -> list[str]
 ATTACK = Attack(
     "flags",
     "odd flags and values of every command: codes, one line, time, memory below 2 GB",
-    0.2,
+    0.25,
     start,
     limit=60.0,
 )

@@ -201,7 +201,7 @@ ATTACK = Attack(
     "kills",
     "kill -9 of `train`, `compare`, `study`, `convert`, `adapt`, `eval`: at random moments, or before a random "
     "change on the disk; then the same command or `--resume`",
-    0.2,
+    0.25,
     start,
     limit=200.0,
 )

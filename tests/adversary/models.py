@@ -195,6 +195,6 @@ ATTACK = Attack(
     "models",
     "random decoders of every attention and score: at once, token by token, in pieces, `generate`; "
     "full and bounded caches",
-    0.2,
+    0.15,
     start,
 )

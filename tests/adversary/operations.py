@@ -163,6 +163,6 @@ ATTACK = Attack(
     "operations",
     "`selective_attention` and `unmasked_count`, every `impl` of the CPU, values and gradients, "
     "against a Python loop",
-    0.2,
+    0.15,
     start,
 )
