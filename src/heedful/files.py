@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,11 @@ def write_bytes(path: str | Path, content: bytes) -> None:
     except BaseException:
         new.unlink(missing_ok=True)
         raise
+
+
+def holds_something(folder: Path) -> bool:
+    """Whether a folder is not empty; what `write_bytes` had not finished when it was killed is nothing."""
+    return any(not re.search(r"\.\d+\.new$", path.name) for path in folder.iterdir())
 
 
 @contextlib.contextmanager

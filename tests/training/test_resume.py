@@ -93,6 +93,17 @@ def test_killed_before_the_first_checkpoint(settings: Settings, quiet_train: Tra
     assert quiet_train(settings(), tmp_path / "run", resume=True).val_loss == whole.val_loss
 
 
+def test_killed_before_its_settings_were_written(settings: Settings, quiet_train: Train, tmp_path: Path):
+    """What is there of them is no run: the same command begins it."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "train.json.123.new").write_text('{"data"')
+    assert quiet_train(settings(), tmp_path / "run").val_loss > 0
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.new").touch()
+    with pytest.raises(FileExistsError, match="other is not empty"):
+        quiet_train(settings(), tmp_path / "other")
+
+
 def test_finished_run_is_returned(settings: Settings, quiet_train: Train, tmp_path: Path):
     done = quiet_train(settings(), tmp_path / "run")
     before = (tmp_path / "run" / "model.safetensors").stat().st_mtime_ns

@@ -16,7 +16,7 @@ from heedful.comparison.settings import CompareSettings
 from heedful.comparison.table import markdown_table, noise_note, rich_table, summarise
 from heedful.comparison.timetable import Timetable, at_equal_seconds, form_name
 from heedful.data import Data
-from heedful.files import write_text
+from heedful.files import holds_something, write_text
 from heedful.training import RunResult, TrainSettings
 from heedful.training.run import RESULT, check_memory, load_settings_data
 from heedful.training.settings import missing_settings
@@ -246,7 +246,7 @@ def _check_folder(settings: CompareSettings, out: Path) -> None:
             )
         if settings.match != "none" and before["attention"][0] != now["attention"][0]:
             raise ValueError(f"{out} matched its forms to {before['attention'][0]}; keep it first")
-    elif out.exists() and any(out.iterdir()):
+    elif out.exists() and holds_something(out):
         raise FileExistsError(f"{out} is not empty and holds no comparison; use another --out")
 
 

@@ -25,7 +25,7 @@ from heedful.data.dataset import SYNTHETIC_VALIDATION_SEED
 from heedful.decoder import DecoderConfig
 from heedful.errors import Interrupted
 from heedful.evaluation import Evaluation, evaluate
-from heedful.files import folder_locked
+from heedful.files import folder_locked, holds_something
 from heedful.hf.modeling import HeedfulForCausalLM, HeedfulOutput
 from heedful.hf.saved import write_beside
 from heedful.machine import memory_bytes
@@ -387,7 +387,7 @@ def _prepare_folder(settings: TrainSettings, out: Path, resume: bool) -> None:
     """Make `out` and check that it can be written, before minutes of work depend on it."""
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file, expected a folder for the run; use another --out")
-    if out.exists() and any(out.iterdir()) and not resume:
+    if out.exists() and holds_something(out) and not resume:
         what = "already holds a run" if (out / SETTINGS).exists() else "is not empty"
         raise FileExistsError(f"{out} {what}; use --resume to go on with it, or another --out")
     out.mkdir(parents=True, exist_ok=True)
