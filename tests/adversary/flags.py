@@ -10,7 +10,7 @@ from tests.adversary.attack import Attack, Broken, Case
 from tests.adversary.commands import heedful, warm
 
 LIMIT, BRIEF = 15.0, 4.0
-"""Seconds, and those for what takes longer in any case; a command that was asked for much may take longer, and is then ended."""
+"""Seconds, and those for what is slow in any case; what was asked for much may take longer, and is then ended."""
 TRAIN = ["--data", "words.txt", *made.TRAIN, "--steps", "3"]
 COMMANDS: dict[str, list[str]] = {
     "train": [*TRAIN, "--out", "new"],
