@@ -194,6 +194,19 @@ def test_a_stop_at_the_very_end_is_made_good(
     assert (stopped / "README.md").read_text() == (whole / "README.md").read_text()
 
 
+def test_killed_before_its_checkpoints_were_gone(
+    convert: Callable[..., Path], text: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = convert()
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "_clean", lambda place: None)
+        result = adapt(folder, AdaptSettings(data=str(text), **{**QUICK, "local_tokens": 128}))
+    place = folder / "adapt"
+    assert (place / "final.safetensors").exists() and (place / "local").exists()
+    assert adapt(folder, AdaptSettings(), resume=True) == result
+    assert not (place / "final.safetensors").exists() and not (place / "local").exists()
+
+
 def test_a_resumption_meets_other_data_and_damage(convert: Callable[..., Path], text: Path, tmp_path: Path):
     folder, own = convert(), tmp_path / "own.txt"
     own.write_text(text.read_text())

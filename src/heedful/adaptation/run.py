@@ -89,7 +89,9 @@ def adapt(
     place, started = folder / FOLDER, time.perf_counter()
     settings = _settled(place, settings, resume)
     if resume and (place / RESULT).exists():
-        return AdaptResult.load(place / RESULT)
+        result = AdaptResult.load(place / RESULT)
+        _clean(place)  # it may have been killed between its result and this
+        return result
     if resume and (place / PENDING).exists():  # a stop in the middle of the very end
         return _finish(folder)
     with spinner(console, f"loading {folder}"):
@@ -145,10 +147,15 @@ def _finish(folder: Path) -> AdaptResult:
     eviction = Eviction(result.held, result.policy, grace=settings.kv_grace, first=settings.kv_first)
     rewrite(folder, load_file(place / FINAL), eviction, _facts(result))
     os.replace(place / PENDING, place / RESULT)
-    (place / FINAL).unlink()
+    _clean(place)
+    return result
+
+
+def _clean(place: Path) -> None:
+    """Remove what only an adaptation at work needs."""
+    (place / FINAL).unlink(missing_ok=True)
     for stage in STAGES:
         shutil.rmtree(place / stage, ignore_errors=True)
-    return result
 
 
 def _keep_data(place: Path, rows: TokenDataset, resume: bool) -> None:
