@@ -17,6 +17,8 @@ from tests.adversary.commands import Done, heedful, warm
 Words = list[str]
 TIMING = ("second", "tokens_per", "tokens/s", "time", "version", "commit")
 """Parts of the names of figures that no two runs share."""
+UNLIKE = ("log.jsonl", "times.json", "README.md", "modeling_heedful.py")
+"""Files that say how a run went: a log goes on where the last checkpoint was, and may say a step twice."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ def figures(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if path.name in ("log.jsonl", "times.json", "README.md", "modeling_heedful.py") or not path.is_file():
+        if path.name.endswith(UNLIKE) or not path.is_file():
             continue
         if path.suffix == ".safetensors":
             found[name] = hash(path.read_bytes())
