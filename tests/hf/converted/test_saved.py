@@ -29,6 +29,16 @@ def check(folder: Path, model: Any, ids: Tensor) -> None:
         assert torch.equal(again(ids).logits, model(ids).logits)
 
 
+def test_a_config_that_transformers_refuses(save_source: Callable[..., Path], tmp_path: Path):
+    """With an error of its own, and over several lines."""
+    heedful.convert(save_source("llama"), tmp_path / "out")
+    path = tmp_path / "out" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": {"a": 1}}))
+    with pytest.raises(ValueError, match=r"the model in .*out cannot be read \(.*eos_token_id") as error:
+        heedful.load(tmp_path / "out")
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("before", ["converted", "whole", "shards"])
 @pytest.mark.parametrize("shard", ["5GB", "20KB"])
 def test_no_weights_of_another_model_stay(
