@@ -21,6 +21,7 @@ from heedful.adaptation import run as run_module
 from heedful.attention.eviction import Eviction
 from heedful.data.austen import load_austen
 from heedful.errors import Interrupted
+from heedful.files import Locked, folder_locked
 
 QUICK: dict[str, Any] = {
     "context": 128,
@@ -166,6 +167,14 @@ def test_a_stop_loses_nothing(
     with pytest.raises(FileExistsError, match="holds a finished adaptation; delete"):
         adapt(stopped, settings)
     assert adapt(stopped, AdaptSettings(), resume=True) == result
+
+
+def test_one_process_at_a_time(convert: Callable[..., Path], text: Path):
+    folder = convert("held")
+    files = sorted(folder.rglob("*"))
+    with folder_locked(folder), pytest.raises(Locked, match=r"another process works in .*held; wait for it"):
+        adapt(folder, AdaptSettings(data=str(text), **QUICK))
+    assert sorted(folder.rglob("*")) == files
 
 
 @pytest.mark.parametrize("where", ["rewrite", "replace"])

@@ -29,7 +29,7 @@ from heedful.attention.eviction import Eviction
 from heedful.data import Data, TokenDataset, load_data
 from heedful.errors import Interrupted
 from heedful.evaluation.loss import divergence, measuring
-from heedful.files import write_text
+from heedful.files import folder_locked, write_text
 from heedful.hf.converted.rewrite import rewrite
 from heedful.hf.converted.settings import FIELD, Conversion
 from heedful.hf.load import load_model, load_tokenizer
@@ -82,10 +82,24 @@ def adapt(
         FileExistsError: if an adaptation is there already, and `resume` is False.
         ValueError: if it has no selectors to train, or settings or data are unsound.
         Interrupted: after Ctrl-C; `resume=True` goes on.
+        Locked: if another process works in the folder.
         ImportError: for `lora` without PEFT.
     """
     folder, writes = Path(folder), os.environ.get("RANK", "0") == "0"
     console = console or Console(stderr=True, quiet=not writes, highlight=False)
+    with folder_locked(folder) if writes and folder.is_dir() else nullcontext():
+        return _adapt(folder, settings, resume, console, callbacks, writes)
+
+
+def _adapt(
+    folder: Path,
+    settings: AdaptSettings,
+    resume: bool,
+    console: Console,
+    callbacks: Sequence[TrainerCallback],
+    writes: bool,
+) -> AdaptResult:
+    """`adapt`, while nobody else works in the folder."""
     place, started = folder / FOLDER, time.perf_counter()
     settings = _settled(place, settings, resume)
     if resume and (place / RESULT).exists():
