@@ -36,18 +36,26 @@ def write_report(study: Study, out: Path) -> list[Verdict]:
         *_multipliers(study, rows, times),
         *_caches(study, read_rows(out / "budgets.jsonl")),
         f"**What it cannot say.** {study.limits.strip()}" if study.limits else "",
-        "Raw data: [runs.jsonl](runs.jsonl), the sweep of learning rates in [sweep.jsonl](sweep.jsonl), seconds of "
-        "a step in [times.json](times.json), all settings in [study.json](study.json). Again:",
+        f"Raw data: {_raw_data(out)}. Again:",
         f"```bash\nheedful study {study.name} --workers 2\n```",
     ]
-    if not (out / "sweep.jsonl").exists():
-        parts[-2] = parts[-2].replace("the sweep of learning rates in [sweep.jsonl](sweep.jsonl), ", "")
     write_text(out / "README.md", "\n\n".join(part for part in parts if part) + "\n")
     if seeds:
         draw(study, seeds, out / "figure.png")
     if caches := read_rows(out / "budgets.jsonl"):
         draw_caches(study, caches, out / "caches.png")
     return found
+
+
+def _raw_data(out: Path) -> str:
+    """The files that are there, linked."""
+    files = {
+        "runs.jsonl": "",
+        "sweep.jsonl": "the sweep of learning rates in ",
+        "times.json": "seconds of a step in ",
+        "study.json": "all settings in ",
+    }
+    return ", ".join(f"{what}[{name}]({name})" for name, what in files.items() if (out / name).exists())
 
 
 def _verdict_line(found: Sequence[Verdict]) -> str:

@@ -28,9 +28,8 @@ def unavailable(q: Tensor, v: Tensor, select_q: Tensor | None = None) -> str | N
     for name, size in (("D", q), ("E", v), ("D'", select_q)):
         if size is not None and not 1 <= size.shape[-1] <= LARGEST:
             return f"it takes head sizes from 1 to {LARGEST}, got {name} = {size.shape[-1]}; use impl='sdpa'"
-    if little_shared_memory(
-        q.device
-    ):  # one stage there, with which the gradients at 128 never passed a check
+    if little_shared_memory(q.device):
+        # There all kernels have one stage, with which a gradient at a head size of 128 was miscompiled elsewhere.
         largest = max(x.shape[-1] for x in (q, v, select_q) if x is not None)
         if largest > LARGEST // 2:
             return f"on this GPU it takes head sizes up to {LARGEST // 2}, got {largest}; use impl='sdpa'"

@@ -316,7 +316,6 @@ class Job:
             "CODED": code is not None,
             "EXACT": q.dtype == torch.float32,
         }
-
         sizes = size, v.shape[-1], self.select_q.data.shape[-1]
         self.selects_itself = q.dtype == torch.float32 or selects_in_half(q.dtype, code is not None, *sizes)
 
