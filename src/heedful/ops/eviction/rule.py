@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from heedful.ops.checks import check_most
+
 MOST = 2**48
-"""Tokens that a rule may speak of."""
+"""Tokens that a rule may speak of: more than any text has, and sums of them fit the integers of a tensor."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ class Rule:
 def check_budget(budget: object, grace: int = 1, first: int = 1) -> None:
     """Raise unless the budget holds at least the tokens that never go."""
     if isinstance(budget, int) and not isinstance(budget, bool) and budget >= grace + first:
-        check_most("budget", budget)
+        check_most("budget", budget, MOST)
         return
     safe = "the first token and the newest are"
     if (grace, first) != (1, 1):
@@ -140,13 +142,7 @@ def check_count(name: str, value: object) -> None:
     """Raise unless it is a whole number from 1 on."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
-    check_most(name, value)
-
-
-def check_most(name: str, value: int) -> None:
-    """Raise if it does not go into the integers of a tensor with others of its kind."""
-    if value > MOST:
-        raise ValueError(f"{name} must be at most {MOST:,}, more than any text has, got {value}")
+    check_most(name, value, MOST)
 
 
 def check_threshold(threshold: object) -> None:
