@@ -150,6 +150,8 @@ def _worth(study: Study, found: Sequence[Verdict], rows: Sequence[Row]) -> str:
     arm = found[0].contrast.arm
     own = [_result(row) for row in rows if row["arm"] == arm and row["role"] == "seed"]
     by_flops = multiplier(own, _baseline(study, rows), training_flops)
+    if by_flops is None:
+        return ""
     return f" Its compute, in FLOPs, is worth {written(by_flops)} of that of `{study.baseline}`."
 
 
