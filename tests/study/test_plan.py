@@ -16,7 +16,8 @@ Make = Callable[..., Study]
 @pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
 @pytest.mark.parametrize("scale", ["cpu", "gpu"])
 def test_every_study_here_is_sound(path: Path, scale: Any):
-    if scale == "gpu" and "[scale.gpu" not in path.read_text():
+    text = path.read_text()
+    if scale == "gpu" and "[scale.gpu" not in text and "base/text.toml" not in text:
         with pytest.raises(ValueError, match=r"no \[scale\.gpu\] in it"):
             load_study(path.stem, scale, path.parent)
         return
@@ -59,6 +60,59 @@ def test_another_scale(written: Callable[..., Path]):
     assert (small.seeds, large.seeds) == (2, 3)
     assert [a.d_model for a in small.arms.values()] == [16, 16]
     assert {n: a.d_model for n, a in large.arms.items()} == {"mha": 32, "selective": 32, "mqa": 32}
+
+
+def test_a_file_like_another(written: Callable[..., Path]):
+    path = written(train={"d_model": 32, "n_heads": 4})
+    base = path.with_name("base.toml")
+    base.write_text(path.read_text())
+    path.write_text(
+        'like = "base.toml"\nseeds = 7\nclaim = "another"\n[train]\nd_model = 16\n[arms.sas]\nattention="sas"\n'
+    )
+    study = load_study(str(path))
+    assert (study.seeds, study.claim, study.title) == (7, "another", "Votes")
+    assert {n: (a.attention, a.d_model, a.n_heads) for n, a in study.arms.items()} == {
+        "mha": ("mha", 16, 4),
+        "selective": ("mha", 16, 4),
+        "sas": ("sas", 16, 4),
+    }
+    base.unlink()
+    with pytest.raises(ValueError, match=r"it is like 'base\.toml', and there is no .*base\.toml"):
+        load_study(str(path))
+
+
+CACHES = {"kept": [4, 8], "policies": {"selective": ["selective"], "softmax": ["streaming", "h2o"]}}
+
+
+@pytest.mark.parametrize(
+    ("contrast", "changed", "says"),
+    [
+        ({"smaller": 8}, {"budgets": None}, "caches of 'selective', which .budgets. does not measure"),
+        (
+            {"smaller": 8},
+            {"budgets": {**CACHES, "arms": ["mha"]}},
+            "caches of 'selective', which .budgets. does not",
+        ),
+        ({"smaller": 3}, {}, "caches of 'selective' with 10 tokens; kept has 4, 8"),
+        (
+            {"smaller": 8, "against_policy": "tova"},
+            {},
+            "caches of 'mha' under 'tova', which is none of its policies",
+        ),
+        (
+            {"smaller": 8},
+            {"metric": "accuracy at 4x"},
+            "compared by loss or accuracy, and metric is 'accuracy at 4x'",
+        ),
+        ({}, {"budgets": {**CACHES, "arms": ["mhha"]}}, "has no 'mhha'; did you mean 'mha'"),
+    ],
+)
+def test_caches_that_are_not_measured(
+    study: Make, contrast: dict[str, Any], changed: dict[str, Any], says: str
+):
+    one = {"arm": "selective", "against": "mha", "claims": "lower", **contrast}
+    with pytest.raises(ValueError, match=says):
+        study(**{"contrasts": [one], "budgets": CACHES, **changed})
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {

@@ -165,3 +165,33 @@ def test_a_damaged_row_is_named(study: Make, tmp_path: Path):
     path.write_text(path.read_text()[:-40])
     with pytest.raises(ValueError, match=r"runs\.jsonl, line 4, is damaged .*delete that line"):
         go(s, tmp_path)
+
+
+def test_what_another_study_has_trained_is_taken_over(study: Make, tmp_path: Path):
+    s = study(rates=[1e-3])
+    go(s, tmp_path)
+    quiet = Console(file=io.StringIO())
+    beside = tmp_path / "other"
+    (tmp_path / "results").rename(tmp_path / "first")
+    more = {"again": s.arms["selective"], "mqa": dataclasses.replace(s.arms["mha"], attention="mqa")}
+    run_study(dataclasses.replace(s, arms={**s.arms, **more}), beside, tmp_path / "models-2", console=quiet)
+    rows = {row["run"]: row for row in read_rows(beside / "runs.jsonl")}
+    taken = {name for name, row in rows.items() if row.get("study") == "first"}
+    assert taken == {f"{arm}-seed{seed}" for arm in ("mha", "selective", "again") for seed in (0, 1)}
+    assert {p.name for p in (tmp_path / "models-2").iterdir()} == {"mqa-seed0", "mqa-seed1"}
+    assert rows["again-seed1"]["val_loss"] == rows["selective-seed1"]["val_loss"]
+    assert "; 6 of 8 runs are those of `first`" in (beside / "README.md").read_text()
+
+
+def test_what_is_measured_further_is_trained(study: Make, tmp_path: Path):
+    go(study(rates=[1e-3]), tmp_path)
+    (tmp_path / "results").rename(tmp_path / "first")
+    budgets = {
+        "kept": [4],
+        "policies": {"selective": ["selective"], "softmax": ["streaming"]},
+        "arms": ["mha"],
+    }
+    go(study(rates=[1e-3], budgets=budgets), tmp_path)
+    rows = read_rows(tmp_path / "results" / "runs.jsonl")
+    assert {row["arm"] for row in rows if "study" in row} == {"selective"}
+    assert {row["arm"] for row in read_rows(tmp_path / "results" / "budgets.jsonl")} == {"mha"}

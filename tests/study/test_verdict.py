@@ -1,12 +1,13 @@
 """What an interval says of a claim."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from heedful.comparison.statistics import Interval
-from heedful.study.plan import Contrast
-from heedful.study.verdict import FAILS, HOLDS, OPEN, judge, value_of
+from heedful.study.plan import Contrast, Study
+from heedful.study.verdict import FAILS, HOLDS, OPEN, judge, value_of, verdicts
 
 
 @pytest.mark.parametrize(
@@ -37,3 +38,29 @@ def test_values():
     row = {"val_loss": 2.0, "accuracy_at": {"1": 0.9, "2": 0.8, "4": 0.7}}
     metrics = ("loss", "accuracy", "accuracy at 2x", "accuracy at 4x")
     assert [value_of(row, metric) for metric in metrics] == [2.0, 0.9, 0.8, 0.7]
+
+
+def test_of_caches(study: Callable[..., Study]):
+    """Of an arm that names no policy the one that is best on average counts, for all seeds."""
+    contrasts = [
+        {"arm": "selective", "smaller": 4, "against": "mha", "claims": "lower"},
+        {"arm": "selective", "smaller": 4, "against": "mha", "against_smaller": 4, "claims": "lower"},
+        {"arm": "mha", "against_smaller": 4, "against": "mha", "against_policy": "h2o", "claims": "equal"},
+    ]
+    policies = {"selective": ["selective"], "softmax": ["streaming", "h2o"]}
+    s = study(contrasts=contrasts, budgets={"kept": [8], "policies": policies})
+    losses = {  # arm, policy, kept: seed 0, seed 1
+        ("mha", None, "full"): (4.0, 5.0),
+        ("mha", "streaming", 8): (4.1, 5.9),
+        ("mha", "h2o", 8): (4.5, 5.3),
+        ("selective", None, "full"): (3.0, 4.0),
+        ("selective", "selective", 8): (3.5, 4.3),
+    }
+    rows = [
+        {"arm": arm, "policy": policy, "kv_budget": kept, "seed": seed, "loss": loss}
+        for (arm, policy, kept), values in losses.items()
+        for seed, loss in enumerate(values)
+    ]
+    assert [v.difference.estimate for v in verdicts(s, [], rows)] == pytest.approx([-0.6, -1.0, -0.4])
+    assert [v.seeds for v in verdicts(s, [], rows)] == [2, 2, 2]
+    assert verdicts(s, []) == []

@@ -10,6 +10,7 @@ from heedful.comparison.statistics import Interval, paired
 from heedful.plotting import colors, label_ends, new_figure, save, titled
 from heedful.study.plan import Study
 from heedful.study.verdict import value_of
+from heedful.training.settings import TrainSettings
 
 Row = Mapping[str, Any]
 
@@ -56,14 +57,13 @@ def _intervals(study: Study, rows: Sequence[Row], path: Path) -> None:
 
 
 def _against(study: Study, rows: Sequence[Row], path: Path) -> None:
-    """The metric against a setting; a line for each attention x score."""
+    """The metric against a setting; a line for each form."""
     figure, axes = new_figure()
     groups: dict[str, dict[float, list[float]]] = {}
     for name, settings in study.arms.items():
         values = list(_values(study, rows, name).values())
         if values:
-            group = f"{settings.attention} x {settings.score}"
-            groups.setdefault(group, {})[float(getattr(settings, study.x))] = values
+            groups.setdefault(_form(settings), {})[float(getattr(settings, study.x))] = values
     ends = []
     for color, (group, points) in zip(colors(list(groups)), groups.items(), strict=True):
         places = sorted(points)
@@ -91,27 +91,27 @@ def _against(study: Study, rows: Sequence[Row], path: Path) -> None:
     save(figure, path)
 
 
-def draw_caches(study: Study, rows: Sequence[Row], path: Path) -> None:
-    """Loss against the bytes of the cache of a row: every arm under its best policy, and who leads at each size."""
+def _form(settings: TrainSettings) -> str:
+    """Attention x score, with what was said of them."""
+    options = {**settings.attention_options, **settings.score_options}
+    said = "".join(f", {name.replace('_', ' ')} {value}" for name, value in options.items())
+    return f"{settings.attention} x {settings.score}{said}"
+
+
+def draw_caches(study: Study, rows: Sequence[Row], runs: Sequence[Row], path: Path) -> None:
+    """Loss against the bytes of the cache of a row: every arm under its best policy, and who leads at each size.
+
+    A full cache has the loss of all held-out rows; a budget adds what it adds on the rows it was measured on.
+    """
     figure, axes = new_figure()
-    arms = [name for name in study.arms if any(row["arm"] == name for row in rows)]
+    arms = [name for name in study.arms if any(row["arm"] == name for row in runs)]
     ends, everyone = [], list[tuple[float, float]]()
     for color, name in zip(colors(arms), arms, strict=True):
-        by_size: dict[Any, dict[str, list[Row]]] = {}
-        for row in rows:
-            if row["arm"] == name:
-                by_size.setdefault(str(row["kv_budget"]), {}).setdefault(str(row["policy"]), []).append(row)
-        points = []
-        for policies in by_size.values():
-            best = min(policies.values(), key=lambda found: mean(row["loss"] for row in found))
-            points.append(
-                (mean(row["cache_bytes"] for row in best) / 1024, mean(row["loss"] for row in best))
-            )
-        points.sort()
+        points = [_full_cache(study, runs, name), *_small_caches(rows, runs, name)]
+        axes.plot(*points[0], color=color, marker="s", markersize=7)
+        axes.plot(*zip(*sorted(points), strict=True), color=color, linewidth=1.6, marker="o", markersize=4)
         everyone += points
-        axes.plot(*zip(*points, strict=True), color=color, linewidth=1.6, marker="o", markersize=4)
-        axes.plot(*points[-1], color=color, marker="s", markersize=7)
-        ends.append((points[-1][1], name, color))
+        ends.append((points[0][1], name, color))
     leading = list[tuple[float, float]]()
     for size, loss in sorted(everyone):
         if not leading or loss < leading[-1][1]:
@@ -128,3 +128,26 @@ def draw_caches(study: Study, rows: Sequence[Row], path: Path) -> None:
         "squares: full caches; dots: budgets, under the arm's best policy; dashed: the least loss",
     )
     save(figure, path)
+
+
+def _full_cache(study: Study, runs: Sequence[Row], arm: str) -> tuple[float, float]:
+    """KiB of a full row, and the loss."""
+    own = [row for row in runs if row["arm"] == arm]
+    kib = own[0]["cache_bytes_per_token"] * study.arms[arm].context / 1024
+    return kib, mean(row["val_loss"] for row in own)
+
+
+def _small_caches(rows: Sequence[Row], runs: Sequence[Row], arm: str) -> list[tuple[float, float]]:
+    """The same for each budget, under the policy that is best there."""
+    loss = {row["run"]: row["val_loss"] for row in runs}
+    full = {row["run"]: row["loss"] for row in rows if row["policy"] is None}
+    by_size: dict[Any, dict[str, list[Row]]] = {}
+    for row in rows:
+        if row["arm"] == arm and row["policy"] is not None:
+            by_size.setdefault(row["kv_budget"], {}).setdefault(row["policy"], []).append(row)
+    points = []
+    for policies in by_size.values():
+        best = min(policies.values(), key=lambda found: mean(row["loss"] for row in found))
+        added = mean(loss[row["run"]] + row["loss"] - full[row["run"]] for row in best)
+        points.append((mean(row["cache_bytes"] for row in best) / 1024, added))
+    return points

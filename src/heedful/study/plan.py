@@ -33,6 +33,17 @@ class Contrast:
     """What the metric of `arm` is, beside that of `against`; equal: within the effect."""
     says: str = ""
     """In words."""
+    smaller: int = 1
+    """How many times fewer tokens than its context `arm` holds; 1: all of them."""
+    policy: str | None = None
+    """Who goes from its cache; None: whichever policy is best there."""
+    against_smaller: int = 1
+    against_policy: str | None = None
+
+    @property
+    def of_caches(self) -> bool:
+        """Whether small caches are compared."""
+        return self.smaller > 1 or self.against_smaller > 1
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,12 @@ class Budgets:
     """Tokens a layer holds."""
     policies: Mapping[str, tuple[str, ...]]
     """By score: who goes."""
+    arms: tuple[str, ...] | None = None
+    """Whose caches; None: of all arms with such a score."""
+
+    def has(self, arm: str, score: str) -> bool:
+        """Whether the caches of an arm are measured."""
+        return score in self.policies and (self.arms is None or arm in self.arms)
 
 
 @dataclass(frozen=True)
@@ -73,6 +90,10 @@ class Study:
     """What the study cannot say."""
     x: str = ""
     """A field of the settings to draw the metric against; empty: an interval for each arm."""
+    scale: Scale = "cpu"
+    """Which of its sizes this is."""
+    data: str | None = None
+    """What it is trained on instead of what its file says."""
 
     @property
     def baseline(self) -> str:
@@ -104,7 +125,7 @@ def load_study(name: str, scale: Scale = "cpu", folder: Path = FOLDER, data: str
         have = f"studies there: {', '.join(known)}" if known else f"there is no {folder}/*.toml here"
         raise FileNotFoundError(f"there is no study {path}; {did_you_mean(name, known)}{have}")
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        raw = _read(path)
         name_forms([str(path.parent / form) for form in raw.get("forms", [])])
         load_forms()
         return _study(path.stem, raw, scale, data)
@@ -113,8 +134,27 @@ def load_study(name: str, scale: Scale = "cpu", folder: Path = FOLDER, data: str
         raise ValueError(f"{path}: {what}") from None
 
 
+def _read(path: Path) -> dict[str, Any]:
+    """A file as it is; over the one that it says it is `like`, table by table."""
+    raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    if (like := raw.pop("like", None)) is None:
+        return raw
+    base = path.parent / like
+    if not base.is_file():
+        raise FileNotFoundError(f"it is like {like!r}, and there is no {base}")
+    return _over(tomllib.loads(base.read_text(encoding="utf-8")), raw)
+
+
+def _over(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Two tables; what both say is said by `own`, and tables in them are joined likewise."""
+    joined = {
+        k: _over(base[k], v) for k, v in own.items() if isinstance(v, dict) and isinstance(base.get(k), dict)
+    }
+    return {**base, **own, **joined}
+
+
 def _study(name: str, raw: dict[str, Any], scale: Scale, data: str | None) -> Study:
-    own = {f.name for f in fields(Study)} - {"name", "arms"}
+    own = {f.name for f in fields(Study)} - {"name", "arms", "scale", "data"}
     _check_known("a study", raw, {*own, "train", "scale", "arms", "forms"})
     settings = {**raw.get("train", {}), **_at(raw, scale).get("train", {})}
     head = {
@@ -125,8 +165,8 @@ def _study(name: str, raw: dict[str, Any], scale: Scale, data: str | None) -> St
         settings["data"] = data
     arms = _arms({**raw["arms"], **_at(raw, scale).get("arms", {})}, settings)
     _check_text(arms)
-    contrasts = tuple(_contrast(c, arms) for c in head.pop("contrasts"))
-    budgets = _budgets(head.pop("budgets", None))
+    budgets = _budgets(head.pop("budgets", None), arms)
+    contrasts = tuple(_contrast(c, arms, budgets, head["metric"]) for c in head.pop("contrasts"))
     if head["metric"] not in get_args(Metric):
         raise ValueError(f"metric must be one of {', '.join(get_args(Metric))}, got {head['metric']!r}")
     for number in ("effect", "spread"):
@@ -138,7 +178,7 @@ def _study(name: str, raw: dict[str, Any], scale: Scale, data: str | None) -> St
         head[many] = tuple(head.get(many, ()))
     if not head["rates"]:
         raise ValueError("rates must name a learning rate at least")
-    return Study(name=name, arms=arms, contrasts=contrasts, budgets=budgets, **head)
+    return Study(name=name, arms=arms, contrasts=contrasts, budgets=budgets, scale=scale, data=data, **head)
 
 
 def _check_text(arms: Mapping[str, TrainSettings]) -> None:
@@ -195,7 +235,9 @@ def _matched(settings: TrainSettings, target: TrainSettings, by: Any) -> TrainSe
     return dataclasses.replace(settings, d_ff=match_d_ff(own, other, by, settings.context))
 
 
-def _contrast(raw: dict[str, Any], arms: Mapping[str, TrainSettings]) -> Contrast:
+def _contrast(
+    raw: dict[str, Any], arms: Mapping[str, TrainSettings], budgets: Budgets | None, metric: str
+) -> Contrast:
     _check_known("a contrast", raw, {f.name for f in fields(Contrast)})
     contrast = Contrast(**raw)
     for arm in (contrast.arm, contrast.against):
@@ -203,14 +245,40 @@ def _contrast(raw: dict[str, Any], arms: Mapping[str, TrainSettings]) -> Contras
             raise ValueError(f"a contrast names {arm!r}; {did_you_mean(arm, arms)}arms: {', '.join(arms)}")
     if contrast.claims not in get_args(Claim):
         raise ValueError(f"claims must be one of {', '.join(get_args(Claim))}, got {contrast.claims!r}")
+    if contrast.of_caches:
+        _check_caches(contrast, arms, budgets, metric)
     return contrast
 
 
-def _budgets(raw: dict[str, Any] | None) -> Budgets | None:
+def _check_caches(
+    contrast: Contrast, arms: Mapping[str, TrainSettings], budgets: Budgets | None, metric: str
+) -> None:
+    """Raise if the caches that a contrast compares are not measured."""
+    if metric not in ("loss", "accuracy"):
+        raise ValueError(f"caches are compared by loss or accuracy, and metric is {metric!r}")
+    for arm, smaller, policy in (
+        (contrast.arm, contrast.smaller, contrast.policy),
+        (contrast.against, contrast.against_smaller, contrast.against_policy),
+    ):
+        what = f"a contrast compares caches of {arm!r}"
+        if budgets is None or not budgets.has(arm, arms[arm].score):
+            raise ValueError(f"{what}, which [budgets] does not measure")
+        kept = arms[arm].context // smaller
+        if smaller > 1 and kept not in budgets.kept:
+            raise ValueError(f"{what} with {kept} tokens; kept has {', '.join(map(str, budgets.kept))}")
+        if policy is not None and policy not in budgets.policies[arms[arm].score]:
+            raise ValueError(f"{what} under {policy!r}, which is none of its policies")
+
+
+def _budgets(raw: dict[str, Any] | None, arms: Mapping[str, TrainSettings]) -> Budgets | None:
     if raw is None:
         return None
-    _check_known("budgets", raw, {"kept", "policies"})
-    return Budgets(tuple(raw["kept"]), {score: tuple(names) for score, names in raw["policies"].items()})
+    _check_known("budgets", raw, {f.name for f in fields(Budgets)})
+    policies = {score: tuple(names) for score, names in raw["policies"].items()}
+    if "arms" not in raw:
+        return Budgets(tuple(raw["kept"]), policies)
+    _check_known("a study", dict.fromkeys(raw["arms"]), set(arms))
+    return Budgets(tuple(raw["kept"]), policies, tuple(raw["arms"]))
 
 
 def _check_known(what: str, given: Mapping[str, Any], known: set[str]) -> None:

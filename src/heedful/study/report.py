@@ -1,6 +1,7 @@
 """README.md and the figure of a study, from its raw data."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -10,7 +11,7 @@ from heedful.comparison.multiplier import multiplier, training_flops, written
 from heedful.comparison.statistics import Interval, paired
 from heedful.files import write_text
 from heedful.study.figure import draw, draw_caches
-from heedful.study.plan import Study
+from heedful.study.plan import Contrast, Study
 from heedful.study.rows import read_rows
 from heedful.study.verdict import Verdict, value_of, verdicts
 from heedful.training import RunResult
@@ -22,8 +23,8 @@ def write_report(study: Study, out: Path) -> list[Verdict]:
     """Write `README.md` and `figure.png` of what is there; the verdicts."""
     rows, measured = read_rows(out / "runs.jsonl"), _json(out / "times.json")
     times: Mapping[str, float] = measured.get("seconds", {})
-    seeds = [row for row in rows if row["role"] == "seed"]
-    found = verdicts(study, seeds)
+    seeds, caches = [row for row in rows if row["role"] == "seed"], read_rows(out / "budgets.jsonl")
+    found = verdicts(study, seeds, caches)
     parts = [
         f"# {study.title}",
         f"**Claim** ({study.source}): {study.claim}",
@@ -34,17 +35,23 @@ def write_report(study: Study, out: Path) -> list[Verdict]:
         _arms_table(study, seeds, times),
         _contrasts_table(study, found),
         *_multipliers(study, rows, times),
-        *_caches(study, read_rows(out / "budgets.jsonl")),
+        *_caches(study, caches),
         f"**What it cannot say.** {study.limits.strip()}" if study.limits else "",
         f"Raw data: {_raw_data(out)}. Again:",
-        f"```bash\nheedful study {study.name} --workers 2\n```",
+        f"```bash\nheedful study {study.name}{_how(study)} --workers 2\n```",
     ]
     write_text(out / "README.md", "\n\n".join(part for part in parts if part) + "\n")
     if seeds:
         draw(study, seeds, out / "figure.png")
-    if caches := read_rows(out / "budgets.jsonl"):
-        draw_caches(study, caches, out / "caches.png")
+    if caches:
+        draw_caches(study, caches, seeds, out / "caches.png")
     return found
+
+
+def _how(study: Study) -> str:
+    """What else the command must say; of a file of one's own its name will do."""
+    scale = "" if study.scale == "cpu" else f" --scale {study.scale}"
+    return scale + ("" if study.data is None else f" --data {Path(study.data).name}")
 
 
 def _raw_data(out: Path) -> str:
@@ -67,8 +74,22 @@ def _verdict_line(found: Sequence[Verdict]) -> str:
 
 def _sentence(v: Verdict) -> str:
     says = f"{v.contrast.says[0].upper()}{v.contrast.says[1:]}: " if v.contrast.says else ""
-    what = f"`{v.contrast.arm}` minus `{v.contrast.against}`"
+    what = " minus ".join(_sides(v.contrast))
     return f"{says}{what} is {_interval(v.difference)}, {v.seeds} paired seeds."
+
+
+def _sides(c: Contrast) -> tuple[str, str]:
+    """The two sides of a contrast, and with what caches."""
+    one, other = f"`{c.arm}`", f"`{c.against}`"
+    if not c.of_caches:
+        return one, other
+    return one + _held(c.smaller, c.policy), other + _held(c.against_smaller, c.against_policy)
+
+
+def _held(smaller: int, policy: str | None) -> str:
+    if smaller == 1:
+        return " with a full cache"
+    return f" with 1/{smaller} of it" + ("" if policy is None else f" ({policy})")
 
 
 def _interval(d: Interval) -> str:
@@ -100,28 +121,34 @@ def _machines(seeds: Sequence[Row], measured: Mapping[str, Any]) -> str:
     if not devices:
         return ""
     said = f"**Trained on** {' and '.join(devices)}"
+    taken = Counter(row["study"] for row in seeds if "study" in row)
+    said += "".join(f"; {n} of {len(seeds)} runs are those of `{study}`" for study, n in taken.items())
     return said + (f"; steps timed on {measured['device']}." if measured else ".")
 
 
 def _arms_table(study: Study, rows: Sequence[Row], times: Mapping[str, float]) -> str:
     task = any(row["accuracy_at"] for row in rows)
-    base = {row["seed"]: value_of(row, study.metric) for row in rows if row["arm"] == study.baseline}
+    base = {(row["arm"], row["seed"]): value_of(row, study.metric) for row in rows}
+    there = [name for name in study.arms if any(row["arm"] == name for row in rows)]
+    one_context = len({settings.context for settings in study.arms.values()}) == 1
     head = ["arm", "seeds", "parameters", "MFLOPs/token", "ms/step", "cache B/token", "lr", "loss"]
     head += ["right", "at 2x", "at 4x"] if task else []
-    head.append(f"{study.metric} vs {study.baseline}")
+    head.append(f"{study.metric} vs {study.baseline if one_context else 'the first of its context'}")
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for name in study.arms:
-        own = [row for row in rows if row["arm"] == name]
-        if not own:
-            continue
+    for name in there:
+        own, beside = [row for row in rows if row["arm"] == name], _beside(study, name, there)
         first, losses = own[0], [row["val_loss"] for row in own]
         cells = [f"`{name}`", str(len(own)), f"{first['params']:,}", f"{first['flops_per_token'] / 1e6:.2f}"]
         cells += [f"{1000 * times[name]:.0f}" if name in times else "", f"{first['cache_bytes_per_token']:,}"]
         cells += [f"{first['lr']:g}", f"{mean(losses):.4f}"]
         if task:
             cells += [_mean_right(own, key) for key in ("1", "2", "4")]
-        pairs = [value_of(row, study.metric) - base[row["seed"]] for row in own if row["seed"] in base]
-        cells.append("" if name == study.baseline or len(pairs) < 2 else _interval(paired(pairs)))
+        pairs = [
+            value_of(row, study.metric) - base[beside, row["seed"]]
+            for row in own
+            if (beside, row["seed"]) in base
+        ]
+        cells.append("" if name == beside or len(pairs) < 2 else _interval(paired(pairs)))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -138,7 +165,7 @@ def _contrasts_table(study: Study, found: Sequence[Verdict]) -> str:
     ]
     for v in found:
         c = v.contrast
-        what = f"`{c.arm}` vs `{c.against}`" + (f": {c.says}" if c.says else "")
+        what = " vs ".join(_sides(c)) + (f": {c.says}" if c.says else "")
         lines.append(f"| {what} | {c.claims} | {_interval(v.difference)} | {v.seeds} | **{v.says}** |")
     return "\n".join(lines)
 
@@ -196,29 +223,46 @@ def _multipliers(study: Study, rows: Sequence[Row], times: Mapping[str, float]) 
 
 
 def _caches(study: Study, rows: Sequence[Row]) -> list[str]:
-    """Loss with small caches, by arm and policy."""
+    """Loss with small caches, by arm and policy, and the smallest that is as good as another's full one."""
     if not rows:
         return []
     kept = sorted({row["kv_budget"] for row in rows if row["policy"] is not None})
     lines = [
-        "| arm | who goes | " + " | ".join(map(str, kept)) + " | full |",
-        "|---|---|" + "---|" * (len(kept) + 1),
+        "| arm | who goes | " + " | ".join(map(str, kept)) + " | full | as good as full |",
+        "|---|---|" + "---|" * (len(kept) + 2),
     ]
-    for name in study.arms:
-        own = [row for row in rows if row["arm"] == name]
-        full = [row["loss"] for row in own if row["policy"] is None]
-        for policy in dict.fromkeys(row["policy"] for row in own if row["policy"] is not None):
-            cells = []
-            for budget in kept:
-                values = [r["loss"] for r in own if r["policy"] == policy and r["kv_budget"] == budget]
-                cells.append(f"{mean(values):.4f}" if values else "")
-            end = f"{mean(full):.4f}" if full else ""
-            lines.append(f"| `{name}` | {policy} | " + " | ".join(cells) + f" | {end} |")
+    full = {
+        name: mean(row["loss"] for row in rows if row["arm"] == name and row["policy"] is None)
+        for name in study.arms
+        if any(row["arm"] == name for row in rows)
+    }
+    for name in full:
+        own = [row for row in rows if row["arm"] == name and row["policy"] is not None]
+        other = _beside(study, name, list(full))
+        for policy in dict.fromkeys(row["policy"] for row in own):
+            losses = {
+                budget: mean(found)
+                for budget in kept
+                if (found := [r["loss"] for r in own if (r["policy"], r["kv_budget"]) == (policy, budget)])
+            }
+            cells = [f"{losses[budget]:.4f}" if budget in losses else "" for budget in kept]
+            enough = next((budget for budget, loss in losses.items() if loss <= full[other]), None)
+            context = study.arms[name].context
+            told = "none" if enough is None else f"{enough} ({context / enough:.3g}x)"
+            lines.append(f"| `{name}` | {policy} | {' | '.join(cells)} | {full[name]:.4f} | {told} |")
+    others = ", ".join(f"`{name}`" for name in dict.fromkeys(_beside(study, n, list(full)) for n in full))
     return [
-        "**Loss with small caches** (tokens held per layer, mean over seeds; [budgets.jsonl](budgets.jsonl)):",
+        "**Loss with small caches** (tokens held per layer, mean over seeds; [budgets.jsonl](budgets.jsonl)). "
+        f"As good as full: the smallest of these caches whose loss is not above that of a full one of {others}"
+        f"{' of the same context' if ',' in others else ''}, and how many times smaller it is.",
         "![loss against the bytes of a cache](caches.png)",
         "\n".join(lines),
     ]
+
+
+def _beside(study: Study, arm: str, measured: Sequence[str]) -> str:
+    """The first arm that reads as much at a time: whose full cache others are held against."""
+    return next(name for name in measured if study.arms[name].context == study.arms[arm].context)
 
 
 def _json(path: Path) -> dict[str, Any]:

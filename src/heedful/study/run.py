@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from heedful.machine import device_name
 from heedful.screen import spinner
 from heedful.study.plan import Budgets, Study
 from heedful.study.report import write_report
-from heedful.study.rows import append_row, read_rows
+from heedful.study.rows import OtherStudies, append_row, read_rows
 from heedful.training import RunResult, TrainSettings, held_out
 from heedful.training.run import load_settings_data
 from heedful.training.workers import side_by_side
@@ -45,7 +45,8 @@ def run_study(
 
     `out` gets `times.json` (seconds of a step, measured in turns, and on what), `sweep.jsonl`, `runs.jsonl` (a row
     per run), `budgets.jsonl` where caches are measured, `README.md` and its figure. Every run is kept as soon as it
-    ends; the same call goes on.
+    ends; the same call goes on. A run that a study beside `out` has, with the very same settings, is taken over
+    from there, unless its model is needed.
 
     Args:
         study: what to run.
@@ -82,9 +83,14 @@ def run_study(
         for steps in study.lengths if study.baseline in arms else ():
             longer = dataclasses.replace(arms[study.baseline], seed=seed, steps=steps)
             wanted[f"{study.baseline}-steps{steps}-seed{seed}"] = (study.baseline, "length", longer)
-    runner.run(wanted, "runs.jsonl")
+    measured = {
+        run: what
+        for run, what in wanted.items()
+        if study.budgets is not None and what[1] == "seed" and study.budgets.has(what[0], what[2].score)
+    }
+    runner.run(wanted, "runs.jsonl", models=measured)
     if study.budgets is not None:
-        _measure(study.budgets, {k: v for k, v in wanted.items() if v[1] == "seed"}, runner)
+        _measure(study.budgets, measured, runner)
     write_report(study, out)
     if runner.failures:
         raise RuntimeError(
@@ -99,12 +105,22 @@ class _Runner:
         self.out, self.models, self.console = out, models, console
         self.workers, self.ray = workers, ray
         self.failures: list[str] = []
+        self.others = OtherStudies(out)
         self.device = "a Ray cluster" if ray is not None else device_name()
 
-    def run(self, wanted: Mapping[str, tuple[str, str, TrainSettings]], file: str) -> list[dict[str, Any]]:
-        """Train those that have no row in `file` yet; all their rows."""
+    def run(
+        self, wanted: Mapping[str, tuple[str, str, TrainSettings]], file: str, models: Collection[str] = ()
+    ) -> list[dict[str, Any]]:
+        """Train those that have no row in `file` yet; all their rows. Of `models` a row alone will not do."""
         path = self.out / file
         rows = {row["run"]: row for row in read_rows(path)}
+        for name, (arm, role, settings) in wanted.items():
+            if name in rows or name in models or (found := self.others.find(settings)) is None:
+                continue
+            rows[name] = {**found[1], "run": name, "arm": arm, "role": role, "study": found[0]}
+            append_row(path, rows[name])
+            loss = f"loss {found[1]['val_loss']:.3f}"
+            self.console.print(f"{name}: {loss}, as trained for {found[0]}", highlight=False)
         missing = {name: what for name, what in wanted.items() if name not in rows}
         runs = [
             Run(
@@ -169,9 +185,7 @@ def _measure(budgets: Budgets, wanted: Mapping[str, tuple[str, str, TrainSetting
     jobs = [
         _Caches(name, arm, s, runner.models / name, budgets.kept, budgets.policies[s.score])
         for name, (arm, _, s) in wanted.items()
-        if name not in there
-        and s.score in budgets.policies
-        and (runner.models / name / "result.json").exists()
+        if name not in there and (runner.models / name / "result.json").exists()
     ]
 
     def done(number: int, rows: list[dict[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
 from heedful.comparison.statistics import Interval, paired
@@ -30,20 +31,47 @@ def value_of(row: Mapping[str, Any], metric: str) -> float:
     return float(row["accuracy_at"][times])
 
 
-def verdicts(study: Study, rows: Sequence[Mapping[str, Any]]) -> list[Verdict]:
-    """One for each contrast of which two seeds are there."""
+def verdicts(
+    study: Study, rows: Sequence[Mapping[str, Any]], caches: Sequence[Mapping[str, Any]] = ()
+) -> list[Verdict]:
+    """One for each contrast of which two seeds are there; `caches` are the rows of small caches."""
     found = []
     for contrast in study.contrasts:
-        one, other = (
-            {row["seed"]: value_of(row, study.metric) for row in rows if row["arm"] == arm}
-            for arm in (contrast.arm, contrast.against)
-        )
+        if contrast.of_caches:
+            one = _of_cache(study, caches, contrast.arm, contrast.smaller, contrast.policy)
+            other = _of_cache(
+                study, caches, contrast.against, contrast.against_smaller, contrast.against_policy
+            )
+        else:
+            one, other = (
+                {row["seed"]: value_of(row, study.metric) for row in rows if row["arm"] == arm}
+                for arm in (contrast.arm, contrast.against)
+            )
         seeds = sorted(one.keys() & other.keys())
         if len(seeds) < 2:
             continue
         difference = paired([one[seed] - other[seed] for seed in seeds])
         found.append(Verdict(contrast, difference, len(seeds), judge(contrast, difference, study.effect)))
     return found
+
+
+def _of_cache(
+    study: Study, rows: Sequence[Mapping[str, Any]], arm: str, smaller: int, policy: str | None
+) -> dict[int, float]:
+    """The metric of an arm with a small cache, by seed: under a policy, or the one that is best on average."""
+    kept = "full" if smaller == 1 else study.arms[arm].context // smaller
+    by_policy: dict[str | None, dict[int, float]] = {}
+    for row in rows:
+        if (
+            row["arm"] == arm
+            and row["kv_budget"] == kept
+            and (smaller == 1 or policy in (None, row["policy"]))
+        ):
+            by_policy.setdefault(row["policy"], {})[row["seed"]] = row[study.metric]
+    if not by_policy:
+        return {}
+    best = min if study.metric == "loss" else max
+    return best(by_policy.values(), key=lambda found: mean(found.values()))
 
 
 def judge(contrast: Contrast, difference: Interval, effect: float) -> str:

@@ -39,7 +39,8 @@ from heedful.training.settings import SETTINGS, TrainSettings
 RESULT, CHECKPOINTS, LOG = "result.json", "checkpoints", "log.jsonl"
 LENGTHS = (2, 4)
 """Held-out lengths of a synthetic task, in lengths of training."""
-LONGER_EXAMPLES = 256
+LONGER_EXAMPLES, LONGER_TOKENS, LEAST_EXAMPLES = 256, 2**19, 32
+"""Sequences of those lengths, fewer of so many tokens, but some in any case."""
 
 
 class LanguageModelTrainer(Trainer):
@@ -311,7 +312,8 @@ def _accuracy_at(
         task = data.task.times(times)
         if model.config.positions == "learned" and task.length > model.config.max_position_embeddings:
             continue
-        rows = TokenDataset(task.draw(LONGER_EXAMPLES, SYNTHETIC_VALIDATION_SEED + times))
+        examples = max(LEAST_EXAMPLES, min(LONGER_EXAMPLES, LONGER_TOKENS // task.length))
+        rows = TokenDataset(task.draw(examples, SYNTHETIC_VALIDATION_SEED + times))
         found[str(times)] = evaluate(model, rows, batch_size=max(1, batch_size // times)).accuracy
     return found
 
