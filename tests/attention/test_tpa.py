@@ -42,13 +42,7 @@ def by_hand(layer: TensorProductAttention, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("options", [{}, {"q_rank": 1, "k_rank": 3, "v_rank": 2}, {"rope": False}], ids=str)
 def test_equals_the_formula(options: dict):
-    """Outputs and gradients.
-
-    The authors' own layer (github.com/tensorgi/TPA, model/T6.py), with its weights copied, was run beside this
-    once: it agrees to 1e-14 of the largest value in float64, outputs and gradients, at three sizes; with tables of
-    the rotation in float64, where it has bfloat16 (2e-3 to 2e-2 apart), and the halves of the features exchanged,
-    since it turns the other way.
-    """
+    """Outputs and gradients; beside the authors' own layer: benchmarks/agreement.py."""
     torch.manual_seed(0)
     layer = build("tpa", d_model=12, n_heads=3, head_dim=4, init_logit_std=2.0, **options).double()
     x = torch.randn(1, 6, 12, dtype=torch.float64)
