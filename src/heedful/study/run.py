@@ -72,8 +72,7 @@ def run_study(
         highlight=False,
     )
     times = _times(study, out, console)
-    _say_how_long(study, times, seeds, workers, console)
-    runner = _Runner(out, models, console, workers, ray)
+    runner = _Runner(out, models, console, workers, ray, times)
     rates = _sweep(study, runner)
     arms = {name: dataclasses.replace(s, lr=rates[name]) for name, s in study.arms.items() if name in rates}
     wanted: dict[str, tuple[str, str, TrainSettings]] = {}
@@ -101,9 +100,17 @@ def run_study(
 class _Runner:
     """Runs with names, and the rows that they leave."""
 
-    def __init__(self, out: Path, models: Path, console: Console, workers: int, ray: str | None) -> None:
+    def __init__(
+        self,
+        out: Path,
+        models: Path,
+        console: Console,
+        workers: int,
+        ray: str | None,
+        times: Mapping[str, float],
+    ) -> None:
         self.out, self.models, self.console = out, models, console
-        self.workers, self.ray = workers, ray
+        self.workers, self.ray, self.times = workers, ray, times
         self.failures: list[str] = []
         self.others = OtherStudies(out)
         self.device = "a Ray cluster" if ray is not None else device_name()
@@ -122,6 +129,14 @@ class _Runner:
             loss = f"loss {found[1]['val_loss']:.3f}"
             self.console.print(f"{name}: {loss}, as trained for {found[0]}", highlight=False)
         missing = {name: what for name, what in wanted.items() if name not in rows}
+        if missing:
+            seconds = sum(self.times[arm] * settings.steps for arm, _, settings in missing.values())
+            at_a_time = f", {self.workers} at a time" if self.workers > 1 else ""
+            self.console.print(
+                f"{len(missing)} of {len(wanted)} runs to train{at_a_time}: about "
+                f"{duration(seconds / self.workers)}",
+                highlight=False,
+            )
         runs = [
             Run(
                 s,
@@ -237,17 +252,6 @@ def _times(study: Study, out: Path, console: Console) -> dict[str, float]:
     times = {name: min(seconds) for name, seconds in found.items()}
     write_text(path, json.dumps({"device": device_name(), "seconds": times}, indent=2) + "\n")
     return times
-
-
-def _say_how_long(
-    study: Study, times: Mapping[str, float], seeds: int, workers: int, console: Console
-) -> None:
-    each = seeds + (len(study.rates) if len(study.rates) > 1 else 0)
-    total = sum(times[name] * s.steps * each for name, s in study.arms.items())
-    total += times[study.baseline] * sum(study.lengths) * seeds
-    runs = len(study.arms) * each + len(study.lengths) * seeds
-    at_a_time = f", {workers} at a time" if workers > 1 else ""
-    console.print(f"{runs} runs in all{at_a_time}: about {duration(total / workers)}", highlight=False)
 
 
 def _said(result: RunResult) -> str:
