@@ -22,7 +22,7 @@ from heedful.study.plan import Budgets, Study
 from heedful.study.report import write_report
 from heedful.study.rows import OtherStudies, append_row, read_rows
 from heedful.training import RunResult, TrainSettings, held_out
-from heedful.training.run import load_settings_data
+from heedful.training.run import RESULT, load_settings_data
 from heedful.training.workers import side_by_side
 
 SWEEP_SEED = 1000
@@ -197,11 +197,17 @@ class _Caches:
 def _measure(budgets: Budgets, wanted: Mapping[str, tuple[str, str, TrainSettings]], runner: _Runner) -> None:
     path = runner.out / "budgets.jsonl"
     there = {row["run"] for row in read_rows(path)}
-    jobs = [
-        _Caches(name, arm, s, runner.models / name, budgets.kept, budgets.policies[s.score])
-        for name, (arm, _, s) in wanted.items()
-        if name not in there and (runner.models / name / "result.json").exists()
-    ]
+    jobs = []
+    for name, (arm, _, settings) in wanted.items():
+        if name in there:
+            continue
+        folder = runner.models / name
+        if (folder / RESULT).exists():
+            jobs.append(_Caches(name, arm, settings, folder, budgets.kept, budgets.policies[settings.score]))
+        else:
+            runner.console.print(
+                f"the caches of {name} are not measured: its model is not in {folder}", highlight=False
+            )
 
     def done(number: int, rows: list[dict[str, Any]]) -> None:
         for row in rows:
