@@ -86,15 +86,22 @@ def test_it_goes_on(study: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(jobs, "train", spy)
     s = study(rates=[1e-3])
+    measured = {"device": "a clock", "seconds": {"mha": 1.0, "selective": 1.5}}
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "times.json").write_text(json.dumps(measured))
     with pytest.raises(RuntimeError, match="1 runs failed: selective-seed1: no room; the others are kept"):
         go(s, tmp_path)
-    assert trained == ["mha-seed0", "selective-seed0", "mha-seed1", "selective-seed1"]
+    assert trained == [
+        "selective-seed0",
+        "mha-seed0",
+        "selective-seed1",
+        "mha-seed1",
+    ]  # seed by seed, the longest first
     assert not (tmp_path / "results" / "sweep.jsonl").exists()
-    times = (tmp_path / "results" / "times.json").read_text()
     trained[:] = ["selective-seed1"]
     go(s, tmp_path, seeds=3)
-    assert trained[1:] == ["selective-seed1", "mha-seed2", "selective-seed2"]
-    assert (tmp_path / "results" / "times.json").read_text() == times
+    assert trained[1:] == ["selective-seed1", "selective-seed2", "mha-seed2"]
+    assert json.loads((tmp_path / "results" / "times.json").read_text()) == measured
     assert "3 paired seeds" in (tmp_path / "results" / "README.md").read_text()
 
 

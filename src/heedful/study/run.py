@@ -144,7 +144,7 @@ class _Runner:
                 f"{i}/{len(missing)} {name}",
                 dataclasses.replace(s, seed=0, steps=1, lr=1e-3),
             )
-            for i, (name, (_, _, s)) in enumerate(missing.items(), 1)
+            for i, (name, (_, _, s)) in enumerate(self._longest_first(missing), 1)
         ]
 
         def done(run: Run, outcome: Outcome) -> None:
@@ -163,6 +163,14 @@ class _Runner:
 
         run_all(runs, self.console, done, workers=self.workers, ray=self.ray)
         return [rows[name] for name in wanted if name in rows]
+
+    def _longest_first(
+        self, runs: Mapping[str, tuple[str, str, TrainSettings]]
+    ) -> list[tuple[str, tuple[str, str, TrainSettings]]]:
+        """Seed by seed, so that a stop leaves whole seeds; of a seed the longest first, so that none ends alone."""
+        return sorted(
+            runs.items(), key=lambda run: (run[1][2].seed, -self.times[run[1][0]] * run[1][2].steps)
+        )
 
 
 @dataclass(frozen=True)
