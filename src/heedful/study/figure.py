@@ -13,6 +13,8 @@ from heedful.study.verdict import value_of
 from heedful.training.settings import TrainSettings
 
 Row = Mapping[str, Any]
+MARKERS = {"s": "■", "o": "●", "^": "▲", "D": "◆", "v": "▼"}
+"""Of points, and as text."""
 
 
 def draw(study: Study, rows: Sequence[Row], path: Path) -> None:
@@ -106,12 +108,12 @@ def draw_caches(study: Study, rows: Sequence[Row], runs: Sequence[Row], path: Pa
     figure, axes = new_figure()
     arms = [name for name in study.arms if any(row["arm"] == name for row in runs)]
     ends, everyone = [], list[tuple[float, float]]()
-    for color, name in zip(colors(arms), arms, strict=True):
+    for name, (color, marker) in zip(arms, _looks([study.arms[name] for name in arms]), strict=True):
         points = [_full_cache(study, runs, name), *_small_caches(rows, runs, name)]
-        axes.plot(*points[0], color=color, marker="s", markersize=7)
-        axes.plot(*zip(*sorted(points), strict=True), color=color, linewidth=1.6, marker="o", markersize=4)
+        axes.plot(*points[0], color=color, marker=marker, markersize=8)
+        axes.plot(*zip(*sorted(points), strict=True), color=color, linewidth=1.6, marker=marker, markersize=4)
         everyone += points
-        ends.append((points[0][1], name, color))
+        ends.append((points[0][1], f"{MARKERS[marker]} {name}", color))
     leading = list[tuple[float, float]]()
     for size, loss in sorted(everyone):
         if not leading or loss < leading[-1][1]:
@@ -125,9 +127,22 @@ def draw_caches(study: Study, rows: Sequence[Row], runs: Sequence[Row], path: Pa
     titled(
         axes,
         "Loss against memory",
-        "squares: full caches; dots: budgets, under the arm's best policy; dashed: the least loss",
+        "large: full caches; small: budgets, under the arm's best policy; dashed: the least loss",
     )
     save(figure, path)
+
+
+def _looks(arms: Sequence[TrainSettings]) -> list[tuple[str, str]]:
+    """Colour and marker of each arm: attention and score, or form and context where there is one attention."""
+    several = len({arm.attention for arm in arms}) > 1
+    hues = [arm.attention if several else _form(arm) for arm in arms]
+    shapes = [arm.score if several else str(arm.context) for arm in arms]
+    kinds, markers = list(dict.fromkeys(hues)), list(dict.fromkeys(shapes))
+    color_of = dict(zip(kinds, colors(kinds), strict=True))
+    return [
+        (color_of[hue], list(MARKERS)[markers.index(shape) % len(MARKERS)])
+        for hue, shape in zip(hues, shapes, strict=True)
+    ]
 
 
 def _full_cache(study: Study, runs: Sequence[Row], arm: str) -> tuple[float, float]:
