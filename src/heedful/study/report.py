@@ -9,12 +9,14 @@ from typing import Any
 
 from heedful.comparison.multiplier import multiplier, training_flops, written
 from heedful.comparison.statistics import Interval, paired
+from heedful.data.tasks import task_of
 from heedful.files import write_text
 from heedful.study.figure import draw, draw_caches
 from heedful.study.plan import Contrast, Study
 from heedful.study.rows import read_rows
 from heedful.study.verdict import Verdict, value_of, verdicts
 from heedful.training import RunResult
+from heedful.training.settings import TrainSettings
 
 Row = Mapping[str, Any]
 
@@ -109,10 +111,15 @@ def _declared(study: Study, seeds: Sequence[Row]) -> str:
         f"**Declared before the runs**: an effect of {study.effect:g} in {study.metric}; with an expected spread "
         f"of {study.spread:g} (standard deviation of paired differences) {study.needed} seeds find it in four of "
         f"five cases; {study.seeds} planned, {there} there. Unless an arm says otherwise: {baseline.data}, width "
-        f"{baseline.d_model}, {baseline.n_layers} layers, {baseline.n_heads} heads, context {baseline.context}, "
+        f"{baseline.d_model}, {baseline.n_layers} layers, {baseline.n_heads} heads, {_read_at_a_time(baseline)}, "
         f"{baseline.steps} steps of {baseline.batch_size} rows; {swept}; all arms start from the same logit scale "
         f"({baseline.init_logit_std:g}) and see the same rows in the same order."
     )
+
+
+def _read_at_a_time(settings: TrainSettings) -> str:
+    task = task_of(settings.data, settings.task_options)
+    return f"context {settings.context}" if task is None else f"{task.fit(settings.context).length} tokens"
 
 
 def _machines(seeds: Sequence[Row], measured: Mapping[str, Any]) -> str:
