@@ -40,7 +40,7 @@ class OtherStudies:
             if path.parent == out or path.name not in ("runs.jsonl", "sweep.jsonl"):
                 continue
             for row in read_rows(path):
-                if "config" in row and "device" in row:
+                if "config" in row and "device" in row and "study" not in row:
                     self._rows.setdefault(_key(row["config"]["train"]), (path.parent.name, row))
 
     def find(self, settings: TrainSettings) -> tuple[str, dict[str, Any]] | None:
