@@ -93,6 +93,8 @@ CACHES = {"kept": [4, 8], "policies": {"selective": ["selective"], "softmax": ["
             {"budgets": {**CACHES, "arms": ["mha"]}},
             "caches of 'selective', which .budgets. does not",
         ),
+        ({"smaller": 0}, {}, "smaller must be a whole number of 1 or more, got 0"),
+        ({"against_smaller": 2.0}, {}, "against_smaller must be a whole number of 1 or more, got 2.0"),
         ({"smaller": 3}, {}, "caches of 'selective' with 10 tokens; kept has 4, 8"),
         (
             {"smaller": 8, "against_policy": "tova"},

@@ -245,6 +245,10 @@ def _contrast(
             raise ValueError(f"a contrast names {arm!r}; {did_you_mean(arm, arms)}arms: {', '.join(arms)}")
     if contrast.claims not in get_args(Claim):
         raise ValueError(f"claims must be one of {', '.join(get_args(Claim))}, got {contrast.claims!r}")
+    for name in ("smaller", "against_smaller"):
+        value = getattr(contrast, name)
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} must be a whole number of 1 or more, got {value!r}")
     if contrast.of_caches:
         _check_caches(contrast, arms, budgets, metric)
     return contrast
