@@ -67,8 +67,9 @@ def _against(study: Study, rows: Sequence[Row], path: Path) -> None:
         if values:
             groups.setdefault(_form(settings), {})[float(getattr(settings, study.x))] = values
     ends = []
-    for color, (group, points) in zip(colors(list(groups)), groups.items(), strict=True):
+    for number, (color, (group, points)) in enumerate(zip(colors(list(groups)), groups.items(), strict=True)):
         places = sorted(points)
+        beside = [x * 1.02 ** (number - (len(groups) - 1) / 2) for x in places]  # bars would hide each other
         middle = [mean(points[x]) for x in places]
         spread = [
             paired(points[x]) if len(points[x]) > 1 else Interval(middle[0], math.nan, math.nan)
@@ -78,7 +79,7 @@ def _against(study: Study, rows: Sequence[Row], path: Path) -> None:
             [m - s.low for m, s in zip(middle, spread, strict=True)],
             [s.high - m for m, s in zip(middle, spread, strict=True)],
         ]
-        axes.errorbar(places, middle, yerr=errors, color=color, linewidth=2, marker="o", capsize=3)
+        axes.errorbar(beside, middle, yerr=errors, color=color, linewidth=2, marker="o", capsize=3)
         ends.append((middle[-1], group, color))
     axes.set_xscale("log", base=2)
     ticks = sorted({x for points in groups.values() for x in points})
