@@ -167,7 +167,8 @@ def test_without_ray(
 
 
 @pytest.mark.slow
-def test_ctrl_c_and_the_same_command(text_file: Path, tmp_path: Path):
+@pytest.mark.parametrize("reached", ["all processes, as from a terminal", "the first alone, as from kill"])
+def test_ctrl_c_and_the_same_command(text_file: Path, tmp_path: Path, reached: str):
     """Two at a time: every run that trains saves a checkpoint, and goes on."""
     small = "--d-model 16 --n-layers 1 --n-heads 2 --batch-size 4 --context 32 --tokenizer bytes"
     out, every = tmp_path / "out", 50
@@ -191,7 +192,7 @@ def test_ctrl_c_and_the_same_command(text_file: Path, tmp_path: Path):
     while len(saved()) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
     before = saved()
-    os.killpg(process.pid, signal.SIGINT)
+    (os.killpg if reached.startswith("all") else os.kill)(process.pid, signal.SIGINT)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 130, stderr
     assert "the same command goes on" in stderr

@@ -106,7 +106,7 @@ class Report(TrainerCallback):
 
     def __init__(self, number: int, messages: Any, stop: Any) -> None:
         self.number, self.messages, self.stop = number, messages, stop
-        self.alone = False
+        self.stopping = self.pressed = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -118,9 +118,12 @@ class Report(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.messages.put((self.number, state.global_step, ""))
-        if os.getppid() != _parent and not self.alone:  # it was killed, and nobody waits: save and stop
-            self.alone = True
+        orphaned = os.getppid() != _parent  # it was killed, and nobody waits: save and stop
+        if (orphaned or self.stopping) and not self.pressed:
+            self.pressed = True
             os.kill(os.getpid(), signal.SIGINT)
+        # A Ctrl-C in a terminal has reached this process, too, and ends it with this step: a second would at once.
+        self.stopping = self.stop.is_set()
 
     def on_evaluate(
         self,
