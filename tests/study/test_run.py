@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
@@ -29,7 +30,9 @@ def go(study: Study, place: Path, **how: Any) -> str:
 
 def test_the_whole_way(study: Make, tmp_path: Path):
     budgets = {"kept": [4, 8, 64], "policies": {"selective": ["selective"], "softmax": ["streaming"]}}
-    s = study(lengths=[2, 8], budgets=budgets)
+    both = {"arm": "selective", "against": "mha"}
+    contrasts = [{**both, "claims": claims} for claims in ("lower", "higher", "equal")]
+    s = study(lengths=[2, 8], budgets=budgets, contrasts=contrasts)
     said = go(s, tmp_path)
     assert (
         "effect looked for: 0.1 in loss, 10 seeds find it" in said and "8 of 8 runs to train: about" in said
@@ -60,6 +63,8 @@ def test_the_whole_way(study: Make, tmp_path: Path):
     loss = {(r["arm"], r["seed"]): r["val_loss"] for r in rows if r["role"] == "seed"}
     difference = mean(loss["selective", seed] - loss["mha", seed] for seed in (0, 1))
     assert f"`selective` minus `mha` is {difference:+.4f} (95 %: " in page
+    counted = re.search(r"paired seeds\. Of the other contrasts (.*)\.", page)
+    assert counted is not None and sum(map(int, re.findall(r"\d+", counted[1]))) == 2
     assert "**Verdict: " in page and "2 planned, 2 there" in page and "from 2, 4, 8 steps of `mha`" in page
     assert "| `selective` | selective | " in page and "| `mha` | streaming | " in page
     kept = {(r["run"], r["policy"], r["kv_budget"]) for r in read_rows(out / "budgets.jsonl")}

@@ -14,11 +14,13 @@ from heedful.files import write_text
 from heedful.study.figure import draw, draw_caches
 from heedful.study.plan import Contrast, Study
 from heedful.study.rows import read_rows
-from heedful.study.verdict import Verdict, value_of, verdicts
+from heedful.study.verdict import FAILS, HOLDS, OPEN, Verdict, value_of, verdicts
 from heedful.training import RunResult
 from heedful.training.settings import TrainSettings
 
 Row = Mapping[str, Any]
+VERDICTS = {HOLDS: "hold", FAILS: "do not", OPEN: "are not resolved"}
+"""How several are counted."""
 
 
 def write_report(study: Study, out: Path) -> list[Verdict]:
@@ -70,8 +72,10 @@ def _raw_data(out: Path) -> str:
 def _verdict_line(found: Sequence[Verdict]) -> str:
     if not found:
         return "**Verdict: none yet**, no contrast has two seeds."
-    first = found[0]
-    return f"**Verdict: {first.says}.** {_sentence(first)}"
+    first, others = found[0], Counter(v.says.partition(",")[0] for v in found[1:])
+    counted = [f"{others[says]} {does}" for says, does in VERDICTS.items() if others[says]]
+    rest = f" Of the other contrasts {', '.join(counted)}." if counted else ""
+    return f"**Verdict: {first.says}.** {_sentence(first)}{rest}"
 
 
 def _sentence(v: Verdict) -> str:
