@@ -63,7 +63,7 @@ def test_the_whole_way(study: Make, tmp_path: Path):
     loss = {(r["arm"], r["seed"]): r["val_loss"] for r in rows if r["role"] == "seed"}
     difference = mean(loss["selective", seed] - loss["mha", seed] for seed in (0, 1))
     assert f"`selective` minus `mha` is {difference:+.4f} (95 %: " in page
-    counted = re.search(r"paired seeds\. Of the other contrasts (.*)\.", page)
+    counted = re.search(r"\. Of the other contrasts (.*)\.\n", page)
     assert counted is not None and sum(map(int, re.findall(r"\d+", counted[1]))) == 2
     assert "**Verdict: " in page and "2 planned, 2 there" in page and "from 2, 4, 8 steps of `mha`" in page
     assert "| `selective` | selective | " in page and "| `mha` | streaming | " in page

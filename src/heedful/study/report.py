@@ -32,7 +32,7 @@ def write_report(study: Study, out: Path) -> list[Verdict]:
     parts = [
         f"# {study.title}",
         f"**Claim** ({study.source}): {study.claim}",
-        _verdict_line(found) + _worth(study, found, rows),
+        _verdict_line(found) + _worth(study, found, rows) + _others(found),
         "![what came out](figure.png)",
         _declared(study, seeds),
         _machines(seeds, measured),
@@ -72,10 +72,15 @@ def _raw_data(out: Path) -> str:
 def _verdict_line(found: Sequence[Verdict]) -> str:
     if not found:
         return "**Verdict: none yet**, no contrast has two seeds."
-    first, others = found[0], Counter(v.says.partition(",")[0] for v in found[1:])
+    first = found[0]
+    return f"**Verdict: {first.says}.** {_sentence(first)}"
+
+
+def _others(found: Sequence[Verdict]) -> str:
+    """How many of the other contrasts hold."""
+    others = Counter(v.says.partition(",")[0] for v in found[1:])
     counted = [f"{others[says]} {does}" for says, does in VERDICTS.items() if others[says]]
-    rest = f" Of the other contrasts {', '.join(counted)}." if counted else ""
-    return f"**Verdict: {first.says}.** {_sentence(first)}{rest}"
+    return f" Of the other contrasts {', '.join(counted)}." if counted else ""
 
 
 def _sentence(v: Verdict) -> str:
