@@ -20,16 +20,21 @@ COLORS = {
     "keydiff": "#1F9BCF",
     "random": "#8A8A8A",
 }
-"""One colour per form and per policy, in every figure. A score alone is that score in standard attention."""
+"""One colour per form and per policy, in every figure. A score alone is in standard attention, an attention alone
+has softmax."""
 OTHERS = ("#5B8C2A", "#2F7FC1", "#444444", "#A14D00", "#9A8FC4", "#B0A030")
 """For what has no colour of its own: other forms, baselines."""
 
 
 def colors(names: Sequence[str]) -> list[str]:
     """A colour for each name: its own, or else one of `OTHERS`, in order of appearance."""
-    own = [COLORS.get(name.removeprefix("mha x ")) for name in names]
+    own = [_own(name) or _own(f"{name} x softmax") for name in names]
     others = [name for name, color in zip(names, own, strict=True) if color is None]
     return [color or OTHERS[others.index(n) % len(OTHERS)] for n, color in zip(names, own, strict=True)]
+
+
+def _own(name: str) -> str | None:
+    return COLORS.get(name.removeprefix("mha x "))
 
 
 def new_figure(panels: int = 1, size: tuple[float, float] = (8.0, 4.6), **layout: Any) -> tuple[Any, Any]:
