@@ -38,7 +38,9 @@ class Contrast:
     policy: str | None = None
     """Who goes from its cache; None: whichever policy is best there."""
     against_smaller: int = 1
+    """`smaller`, of `against`."""
     against_policy: str | None = None
+    """`policy`, of `against`."""
 
     @property
     def of_caches(self) -> bool:
