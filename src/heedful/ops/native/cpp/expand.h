@@ -34,8 +34,8 @@ struct Expand {
   void *d_conv1, *d_bias1, *d_conv2, *d_bias2, *d_lin1, *d_lin1_bias, *d_lin2, *d_lin2_bias, *d_norm;  // null likewise
 };
 
-// C[m, n] = start[n] + (add ? C[m, n] : 0) + sum over k1, k2 of A[m, k] B[k, n]; A's element at
-// a[m * am + k1 * a1 + k2 * a2], B's row at b + k1 * b1 + k2 * b2. Whole vectors of C and B are read and written.
+// C[m, n] = start[n] + base[m, n] + sum over k1, k2 of A[m, k] B[k, n]; A's element at a[m * am + k1 * a1 + k2 * a2],
+// B's row at b + k1 * b1 + k2 * b2, base's where C's is. Columns are read and written in whole grains.
 template <class T> struct Product {
   long k1, k2;
   const T* a;
@@ -45,61 +45,89 @@ template <class T> struct Product {
   T* c;
   long cs;
   const T* start = nullptr;
-  bool add = false;
+  const T* base = nullptr;  // may be C
 
-  template <int R, int W> __attribute__((noinline)) void tile(long m, long n) const {
+  // R rows of W vectors and, with HALF, half a vector more.
+  template <int R, int W, int HALF> __attribute__((noinline)) void tile(long m, long n) const {
     constexpr int L = LANES<T>;
-    Vec<T> sums[R][W];
+    Vec<T> sums[R][W + 1];
+    HalfVec<T> ends[R];
 #pragma GCC unroll 16
-    for (int i = 0; i < R; ++i)
+    for (int i = 0; i < R; ++i) {
+      const T* from = base + (m + i) * cs + n;
 #pragma GCC unroll 3
       for (int j = 0; j < W; ++j) {
         sums[i][j] = start ? load<T>(start + n + j * L) : Vec<T>{};
-        if (add) sums[i][j] += load<T>(c + (m + i) * cs + n + j * L);
+        if (base) sums[i][j] += load<T>(from + j * L);
       }
+      if constexpr (HALF) {
+        ends[i] = start ? load_half<T>(start + n + W * L) : HalfVec<T>{};
+        if (base) ends[i] += load_half<T>(from + W * L);
+      }
+    }
     for (long i1 = 0; i1 < k1; ++i1) {
       const T *left = a + m * am + i1 * a1, *right = b + i1 * b1 + n;
       for (long i2 = 0; i2 < k2; ++i2, left += a2, right += b2) {
-        Vec<T> row[W];
+        Vec<T> row[W + 1];
+        HalfVec<T> end;
 #pragma GCC unroll 3
         for (int j = 0; j < W; ++j) in_register(row[j] = load<T>(right + j * L));
+        if constexpr (HALF) in_register(end = load_half<T>(right + W * L));
 #pragma GCC unroll 16
         for (int i = 0; i < R; ++i) {
           const T x = left[i * am];
 #pragma GCC unroll 3
           for (int j = 0; j < W; ++j) sums[i][j] += x * row[j];
+          if constexpr (HALF) ends[i] += x * end;
         }
       }
     }
 #pragma GCC unroll 16
-    for (int i = 0; i < R; ++i)
+    for (int i = 0; i < R; ++i) {
+      T* to = c + (m + i) * cs + n;
 #pragma GCC unroll 3
-      for (int j = 0; j < W; ++j) store<T>(c + (m + i) * cs + n + j * L, sums[i][j]);
+      for (int j = 0; j < W; ++j) store<T>(to + j * L, sums[i][j]);
+      if constexpr (HALF) store_half<T>(to + W * L, ends[i]);
+    }
   }
 
-  template <int R, int W> void rest(long m, long rows, long n) const {
+  template <int R, int W, int HALF> void rest(long m, long rows, long n) const {
     if (rows == R)
-      tile<R, W>(m, n);
+      tile<R, W, HALF>(m, n);
     else if constexpr (R > 1)
-      rest<R - 1, W>(m, rows, n);
+      rest<R - 1, W, HALF>(m, rows, n);
   }
 
-  template <int R, int W> void column(long rows, long n) const {
+  template <int R, int W, int HALF> void column(long rows, long n) const {
     long m = 0;
-    for (; m + R <= rows; m += R) tile<R, W>(m, n);
-    if (m < rows) rest<R, W>(m, rows - m, n);
+    for (; m + R <= rows; m += R) tile<R, W, HALF>(m, n);
+    if (m < rows) rest<R, W, HALF>(m, rows - m, n);
   }
 
   void run(long rows, long columns) const {
     constexpr int L = LANES<T>;
-    for (long n = 0, left = (columns + L - 1) / L; left > 0;) {
+    const long grains = (columns + GRAIN<T> - 1) / GRAIN<T>;
+    long left = grains * GRAIN<T> / L, n = 0;
+    if constexpr (GRAIN<T> < L)
+      if (grains % 2) {
+        const int w = left == 0 ? 0 : left % 2 ? 1 : 2;
+        if (w == 2)
+          column<2 * MR / 3, 2, 1>(rows, n);
+        else if (w == 1)
+          column<MR, 1, 1>(rows, n);
+        else
+          column<MR, 0, 1>(rows, n);
+        n += w * L + GRAIN<T>;
+        left -= w;
+      }
+    while (left > 0) {
       const int w = left == 4 ? 2 : left >= 3 && (left % 2 || left % 3 == 0) ? 3 : left >= 2 ? 2 : 1;
       if (w == 3)
-        column<2 * MR / 3, 3>(rows, n);
+        column<2 * MR / 3, 3, 0>(rows, n);
       else if (w == 2)
-        column<MR, 2>(rows, n);
+        column<MR, 2, 0>(rows, n);
       else
-        column<MR, 1>(rows, n);
+        column<MR, 1, 0>(rows, n);
       n += w * L;
       left -= w;
     }
@@ -142,10 +170,10 @@ template <class T> class Expansion {
         D(job.size),
         E(job.sim_size),
         W(job.width),
-        HP(up<T>(H)),
-        NP(up<T>(N)),
-        DP(up<T>(D)),
-        EP(up<T>(E)),
+        HP(grains(H)),
+        NP(grains(N)),
+        DP(grains(D)),
+        EP(grains(E)),
         rows((D + W - 1)) {
     const T* c1 = static_cast<const T*>(job.conv1);
     const T* c2 = static_cast<const T*>(job.conv2);
@@ -160,6 +188,7 @@ template <class T> class Expansion {
       pack(lin2, E, EP, [&](long k, long n) { return n < E ? l2[n * E + k] : T(0); });
       bias(lin1_bias, job.lin1_bias, E, EP);
       bias(lin2_bias, job.lin2_bias, E, EP);
+      bias(gain, job.norm, E, EP);
     }
     block = most<long>(1, 8192 / (N * most(DP, EP)));
   }
@@ -172,21 +201,17 @@ template <class T> class Expansion {
       s.grow(*this);
       const long first = item * block, n = least(block, tokens - first);
       widen(s, first, n);
-      for (long i = 0; i < n; ++i) {
-        T* to = static_cast<T*>(job.out) + place(first + i, job.length);
-        const long stride = job.length * (E ? E : D);
-        if (!E) {
-          transpose(s.wide + i * D * NP, D, N, NP, to, stride);
-          continue;
-        }
-        for (long h = 0; h < N; ++h) {
-          const T* x = s.refined + (i * N + h) * EP;
-          if (job.norm && job.norm_first) x = normed(x, s.line);
-          if (job.cos) x = rotated(x, first + i, s.turned, 1);
-          if (job.norm && !job.norm_first) x = normed(x, s.line);
-          std::memcpy(to + h * stride, x, E * sizeof(T));
-        }
+      const long stride = job.length * (E ? E : D);
+      T* out = static_cast<T*>(job.out);
+      if (!E) {
+        for (long i = 0; i < n; ++i) transpose(s.wide + i * D * NP, D, N, NP, out + place(first + i, job.length), stride);
+        return;
       }
+      for (long i = 0; i < n; ++i) placed(s, first + i, s.refined + i * N * EP);
+      // A head at a time: its tokens lie side by side, and heads may lie where they push each other out of the cache.
+      for (long h = 0; h < N; ++h)
+        for (long i = 0; i < n; ++i)
+          copy_line(s.refined + (i * N + h) * EP, out + place(first + i, job.length) + h * stride);
     });
   }
 
@@ -227,10 +252,10 @@ template <class T> class Expansion {
   static constexpr long PARTS = 32;
   const Expand& job;
   const long H, N, D, E, W;
-  const long HP, NP, DP, EP;  // in whole vectors
+  const long HP, NP, DP, EP;  // in whole grains
   const long rows;            // of a token with its padding
   long block;                 // tokens that go together
-  Buffer<T> conv1, conv2, bias1, bias2, lin1, lin2, lin1_bias, lin2_bias;
+  Buffer<T> conv1, conv2, bias1, bias2, lin1, lin2, lin1_bias, lin2_bias, gain;
   Buffer<T> conv1_back, conv2_back, lin1_back, lin2_back;
 
   static T* zeros(Buffer<T>& buffer, long n) {
@@ -240,7 +265,7 @@ template <class T> class Expansion {
   }
 
   struct Scratch {
-    Buffer<T> x, wide, active, hidden, acted, refined, line, turned;
+    Buffer<T> x, wide, active, hidden, acted, refined, turned, cos, sin, factors;
     Buffer<T> grad, d_hidden, d_flat, d_wide, d_active, d_x;
     bool ready = false, ready_backward = false;
 
@@ -254,8 +279,10 @@ template <class T> class Expansion {
       zeros(hidden, e.block * e.N * e.EP);
       zeros(acted, e.block * e.N * e.EP);
       zeros(refined, e.block * e.N * e.EP);
-      zeros(line, e.EP);
-      zeros(turned, e.EP);
+      zeros(turned, e.N * e.EP);
+      zeros(cos, e.EP);
+      zeros(sin, e.EP);
+      zeros(factors, e.N);
     }
 
     void grow_backward(const Expansion& e) {
@@ -290,6 +317,8 @@ template <class T> class Expansion {
     }
   };
 
+  static long grains(long n) { return (n + GRAIN<T> - 1) / GRAIN<T> * GRAIN<T>; }
+
   long threads() const { return most<long>(1, job.threads); }
 
   template <class F> void pack(Buffer<T>& to, long many, long width, F&& value) {
@@ -319,86 +348,145 @@ template <class T> class Expansion {
       transpose(x, H, D, job.xs[2], in + pad * HP, HP);
       Product<T>{W, H, in, HP, HP, 1, conv1, H * NP, NP, wide, NP, bias1}.run(D, N);
       relu(wide, active + pad * NP, D * NP);
-      Product<T>{W, N, active, NP, NP, 1, conv2, N * NP, NP, wide, NP, bias2, true}.run(D, N);
+      Product<T>{W, N, active, NP, NP, 1, conv2, N * NP, NP, wide, NP, bias2, wide}.run(D, N);
       if (E) Product<T>{1, D, wide, 1, 0, NP, lin1, 0, EP, s.hidden + i * N * EP, EP, lin1_bias}.run(N, E);
     }
     if (!E) return;
     relu<T>(s.hidden, s.acted, n * N * EP);
-    std::memcpy(s.refined, s.hidden, n * N * EP * sizeof(T));
-    Product<T>{1, E, s.acted, EP, 0, 1, lin2, 0, EP, s.refined, EP, lin2_bias, true}.run(n * N, E);
+    Product<T>{1, E, s.acted, EP, 0, 1, lin2, 0, EP, s.refined, EP, lin2_bias, s.hidden}.run(n * N, E);
+  }
+
+  struct Whole {
+    static Vec<T> load(const T* p) { return heedful::load<T>(p); }
+    static void store(T* p, Vec<T> x) { heedful::store<T>(p, x); }
+    static Vec<T> cut(Vec<T> x) { return x; }
+  };
+  struct Half {
+    static HalfVec<T> load(const T* p) { return load_half<T>(p); }
+    static void store(T* p, HalfVec<T> x) { store_half<T>(p, x); }
+    static HalfVec<T> cut(const Vec<T>& x) { return load_half<T>(reinterpret_cast<const T*>(&x)); }
+  };
+
+  // Calls body(width, i) for each vector of a line, and for the half at its end.
+  template <class F> void over_line(F&& body) const {
+    long i = 0;
+    for (; i + LANES<T> <= EP; i += LANES<T>) body(Whole{}, i);
+    if (i < EP) body(Half{}, i);
+  }
+
+  void copy_line(const T* x, T* to) const {
+    if (E == EP)
+      over_line([&](auto width, long i) { width.store(to + i, width.load(x + i)); });
+    else
+      std::memcpy(to, x, E * sizeof(T));
   }
 
   T dot(const T* x, const T* y) const {
     Vec<T> sums{};
-    for (long i = 0; i < EP; i += LANES<T>) sums += load<T>(x + i) * load<T>(y + i);
+    long i = 0;
+    for (; i + LANES<T> <= EP; i += LANES<T>) sums += load<T>(x + i) * load<T>(y + i);
+    if (i < EP) return sum_of<T>(sums, load_half<T>(x + i) * load_half<T>(y + i));
     return sum_of<T>(sums);
   }
 
-  // What the norm multiplies a line by; lines end in zeros up to EP.
-  T shrink(const T* x) const { return 1 / std::sqrt(dot(x, x) / T(E) + T(job.eps)); }
+  // From here to placed_backward: the N lines of a token at a time, EP apart, each with zeros at its end.
 
-  const T* normed(const T* x, T* to) const {
-    const T factor = shrink(x), *gain = static_cast<const T*>(job.norm);
-    for (long i = 0; i < E; ++i) to[i] = x[i] * factor * gain[i];
-    return to;
+  // What the norm multiplies each line by.
+  void shrink(const T* x, T* factors) const {
+    const T mean = 1 / T(E), eps = T(job.eps);
+    for (long h = 0; h < N; ++h) factors[h] = dot(x + h * EP, x + h * EP);
+    for (long h = 0; h < N; ++h) factors[h] = 1 / std::sqrt(factors[h] * mean + eps);
   }
 
-  const T* rotated(const T* x, long token, T* to, int direction) const {
-    const long half = E / 2, b = token / job.length, t = token % job.length;
-    const T* cos = static_cast<const T*>(job.cos) + b * job.rotation_stride + t * half;
-    const T* sin = static_cast<const T*>(job.sin) + b * job.rotation_stride + t * half;
-    const T sign = T(direction);
-    for (long i = 0; i < half; ++i) {
-      const T first = x[i], second = x[half + i];
-      to[i] = first * cos[i] - sign * (second * sin[i]);
-      to[half + i] = second * cos[i] + sign * (first * sin[i]);
+  void normed(Scratch& s, T* lines) const {
+    shrink(lines, s.factors);
+    for (long h = 0; h < N; ++h, lines += EP) {
+      const Vec<T> factor = all<T>(s.factors[h]);
+      over_line([&](auto width, long i) {
+        width.store(lines + i, width.load(lines + i) * width.cut(factor) * width.load(gain + i));
+      });
     }
-    return to;
   }
 
-  // grad of the normed line -> grad of `x`, in place; the gradient of the gains is added.
-  void norm_backward(const T* x, T* grad, T* d_norm) const {
-    const T factor = shrink(x), *gain = static_cast<const T*>(job.norm);
-    if (d_norm)
-      for (long i = 0; i < E; ++i) d_norm[i] += grad[i] * x[i] * factor;
-    for (long i = 0; i < E; ++i) grad[i] *= gain[i];
-    const T mean = dot(grad, x) * factor * factor / T(E);
-    for (long i = 0; i < E; ++i) grad[i] = (grad[i] - x[i] * mean) * factor;
+  // Writes less than a vector beyond the last line.
+  void rotated(Scratch& s, const T* x, long token, T* to, int direction) const {
+    constexpr int L = LANES<T>;
+    const long half = E / 2, b = token / job.length, t = token % job.length, from = b * job.rotation_stride + t * half;
+    T *cos = s.cos, *sin = s.sin;
+    std::memcpy(cos, static_cast<const T*>(job.cos) + from, half * sizeof(T));
+    std::memcpy(sin, static_cast<const T*>(job.sin) + from, half * sizeof(T));
+    if (direction < 0)
+      for (long i = 0; i < half; ++i) sin[i] = -sin[i];
+    for (long h = 0; h < N; ++h, x += EP, to += EP) {
+      for (long i = 0; i < half; i += L)
+        store<T>(to + i, load<T>(x + i) * load<T>(cos + i) - load<T>(x + half + i) * load<T>(sin + i));
+      for (long i = 0; i < half; i += L)
+        store<T>(to + half + i, load<T>(x + half + i) * load<T>(cos + i) + load<T>(x + i) * load<T>(sin + i));
+      for (long i = E; i < EP; ++i) to[i] = 0;
+    }
   }
 
-  void place_backward(Scratch& s, Sums* total, long token, const T* x, const T* grad, T* to) const {
-    std::memcpy(to, grad, E * sizeof(T));
+  void turn(Scratch& s, long token, T* lines, int direction) const {
+    rotated(s, lines, token, s.turned, direction);
+    std::memcpy(lines, s.turned, N * EP * sizeof(T));
+  }
+
+  // Norm and rotation of the lines, in place.
+  void placed(Scratch& s, long token, T* lines) const {
+    if (job.norm && job.norm_first) normed(s, lines);
+    if (job.cos) turn(s, token, lines, 1);
+    if (job.norm && !job.norm_first) normed(s, lines);
+  }
+
+  // grad of the normed lines -> grad of `x`, in place; the gradient of the gains is added.
+  void norm_backward(Scratch& s, const T* x, T* grad, T* d_norm) const {
+    shrink(x, s.factors);
+    for (long h = 0; h < N; ++h, x += EP, grad += EP) {
+      const T factor = s.factors[h];
+      const Vec<T> by = all<T>(factor);
+      if (d_norm)
+        over_line([&](auto width, long i) {
+          width.store(d_norm + i, width.load(d_norm + i) + width.load(grad + i) * width.load(x + i) * width.cut(by));
+        });
+      over_line([&](auto width, long i) { width.store(grad + i, width.load(grad + i) * width.load(gain + i)); });
+      const Vec<T> mean = all<T>(dot(grad, x) * factor * factor * (1 / T(E)));
+      over_line([&](auto width, long i) {
+        width.store(grad + i, (width.load(grad + i) - width.load(x + i) * width.cut(mean)) * width.cut(by));
+      });
+    }
+  }
+
+  // `x`: the lines before norm and rotation; their gradient takes the place of the one of `to`.
+  void placed_backward(Scratch& s, Sums* total, long token, const T* x, T* to) const {
     T* d_norm = total && job.d_norm ? total->norm.get() : nullptr;
-    if (job.norm && !job.norm_first) norm_backward(job.cos ? rotated(x, token, s.turned, 1) : x, to, d_norm);
-    if (job.cos) {
-      rotated(to, token, s.line, -1);
-      std::memcpy(to, s.line, E * sizeof(T));
+    if (job.norm && !job.norm_first) {
+      if (job.cos) rotated(s, x, token, s.turned, 1);
+      norm_backward(s, job.cos ? s.turned : x, to, d_norm);
     }
-    if (job.norm && job.norm_first) norm_backward(x, to, d_norm);
+    if (job.cos) turn(s, token, to, -1);
+    if (job.norm && job.norm_first) norm_backward(s, x, to, d_norm);
   }
 
   void block_backward(Scratch& s, Sums* total, long first, long n) const {
     const long pad = W / 2, token = rows * NP;
     widen(s, first, n);
-    for (long i = 0; i < n; ++i) {
+    auto grad = [&](long i) {
       const long b = (first + i) / job.length, t = (first + i) % job.length;
-      const T* grad = static_cast<const T*>(job.grad) + b * job.gs[0] + t * job.gs[2];
-      if (!E) {
-        transpose(grad, N, D, job.gs[1], s.d_wide + i * token + pad * NP, NP);
-        continue;
-      }
-      for (long h = 0; h < N; ++h) {
-        const long line = (i * N + h) * EP;
-        place_backward(s, total, first + i, s.refined + line, grad + h * job.gs[1], s.grad + line);
-      }
-    }
+      return static_cast<const T*>(job.grad) + b * job.gs[0] + t * job.gs[2];
+    };
+    if (!E)
+      for (long i = 0; i < n; ++i) transpose(grad(i), N, D, job.gs[1], s.d_wide + i * token + pad * NP, NP);
     if (E) {
+      for (long h = 0; h < N; ++h)
+        for (long i = 0; i < n; ++i) copy_line(grad(i) + h * job.gs[1], s.grad + (i * N + h) * EP);
+      for (long i = 0; i < n; ++i)
+        placed_backward(s, total, first + i, s.refined + i * N * EP, s.grad + i * N * EP);
       Product<T>{1, E, s.grad, EP, 0, 1, lin2_back, 0, EP, s.d_hidden, EP}.run(n * N, E);
       relu_backward<T>(s.d_hidden, s.acted, s.grad, n * N * EP);
       Product<T>{1, E, s.d_hidden, EP, 0, 1, lin1_back, 0, DP, s.d_flat, DP}.run(n * N, D);
       if (total) {
-        Product<T>{1, n * N, s.acted, 1, 0, EP, s.grad, 0, EP, total->lin2, EP, nullptr, true}.run(E, E);
-        Product<T>{n, N, s.wide, NP, D * NP, 1, s.d_hidden, N * EP, EP, total->lin1, EP, nullptr, true}.run(D, E);
+        Product<T>{1, n * N, s.acted, 1, 0, EP, s.grad, 0, EP, total->lin2, EP, nullptr, total->lin2}.run(E, E);
+        Product<T>{n, N, s.wide, NP, D * NP, 1, s.d_hidden, N * EP, EP, total->lin1, EP, nullptr, total->lin1}.run(D, E);
         add_rows<T>(s.grad, n * N, E, EP, total->lin2_bias);
         add_rows<T>(s.d_hidden, n * N, E, EP, total->lin1_bias);
       }
@@ -416,9 +504,9 @@ template <class T> class Expansion {
       transpose<T>(s.d_x, D, H, HP, static_cast<T*>(job.dx) + (first + i) * H * D, D);
     }
     if (!total) return;
-    Product<T>{n, D, s.d_wide + pad * NP, 1, token, NP, s.active, token, NP, total->conv2, W * NP, nullptr, true}.run(
+    Product<T>{n, D, s.d_wide + pad * NP, 1, token, NP, s.active, token, NP, total->conv2, W * NP, nullptr, total->conv2}.run(
         N, W * NP);
-    Product<T>{n, D, s.d_active + pad * NP, 1, token, NP, s.x, rows * HP, HP, total->conv1, W * HP, nullptr, true}.run(
+    Product<T>{n, D, s.d_active + pad * NP, 1, token, NP, s.x, rows * HP, HP, total->conv1, W * HP, nullptr, total->conv1}.run(
         N, W * HP);
   }
 

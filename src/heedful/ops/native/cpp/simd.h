@@ -24,24 +24,35 @@ namespace heedful {
 template <class T> struct Lanes;
 template <> struct Lanes<float> {
   typedef float V __attribute__((vector_size(HEEDFUL_VECTOR_BYTES)));
+  typedef float H __attribute__((vector_size(HEEDFUL_VECTOR_BYTES / 2)));
   typedef float U __attribute__((vector_size(HEEDFUL_VECTOR_BYTES), aligned(4), may_alias));
   typedef int32_t I __attribute__((vector_size(HEEDFUL_VECTOR_BYTES)));
 };
 template <> struct Lanes<double> {
   typedef double V __attribute__((vector_size(HEEDFUL_VECTOR_BYTES)));
+  typedef double H __attribute__((vector_size(HEEDFUL_VECTOR_BYTES / 2)));
   typedef double U __attribute__((vector_size(HEEDFUL_VECTOR_BYTES), aligned(8), may_alias));
   typedef int64_t I __attribute__((vector_size(HEEDFUL_VECTOR_BYTES)));
 };
 template <class T> using Vec = typename Lanes<T>::V;
+template <class T> using HalfVec = typename Lanes<T>::H;
 
 template <class T> constexpr int LANES = HEEDFUL_VECTOR_BYTES / int(sizeof(T));
 template <class T> constexpr int NR = 2 * LANES<T>;  // columns of a panel
 constexpr int MR = HEEDFUL_PANEL_ROWS;               // rows of a panel
+// What widths of small matrices are padded to: half a vector where a whole one is long.
+template <class T> constexpr int GRAIN = HEEDFUL_VECTOR_BYTES == 64 ? LANES<T> / 2 : LANES<T>;
 
 template <class T> constexpr T INF = std::numeric_limits<T>::infinity();
 
 template <class T> inline Vec<T> load(const T* p) { return *reinterpret_cast<const typename Lanes<T>::U*>(p); }
 template <class T> inline void store(T* p, Vec<T> x) { *reinterpret_cast<typename Lanes<T>::U*>(p) = x; }
+template <class T> inline HalfVec<T> load_half(const T* p) {
+  HalfVec<T> x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+template <class T> inline void store_half(T* p, HalfVec<T> x) { std::memcpy(p, &x, sizeof x); }
 template <class T> inline Vec<T> all(T x) { return x - Vec<T>{}; }
 
 // Keeps a vector in its register. GCC would rather load it again with every product that uses it, and loads are scarcer.
@@ -55,10 +66,34 @@ template <class V> inline void in_register(V& x) {
 #endif
 }
 
+// Half onto half until one is left.
+template <class T, int N> inline T sum_of_lanes(const T* x) {
+  if constexpr (N == 1) {
+    return x[0];
+  } else {
+    typedef T Part __attribute__((vector_size(N / 2 * sizeof(T))));
+    Part low, high;
+    std::memcpy(&low, x, sizeof low);
+    std::memcpy(&high, x + N / 2, sizeof high);
+    low += high;
+    T rest[N / 2];
+    std::memcpy(rest, &low, sizeof low);
+    return sum_of_lanes<T, N / 2>(rest);
+  }
+}
 template <class T> inline T sum_of(Vec<T> x) {
-  T total = 0;
-  for (int i = 0; i < LANES<T>; ++i) total += x[i];
-  return total;
+  T lanes[LANES<T>];
+  in_register(x);  // or the sum would live in memory
+  std::memcpy(lanes, &x, sizeof x);
+  return sum_of_lanes<T, LANES<T>>(lanes);
+}
+template <class T> inline T sum_of(Vec<T> x, HalfVec<T> more) {
+  T lanes[LANES<T>];
+  in_register(x);
+  std::memcpy(lanes, &x, sizeof x);
+  more += load_half<T>(lanes) + load_half<T>(lanes + LANES<T> / 2);
+  store_half<T>(lanes, more);
+  return sum_of_lanes<T, LANES<T> / 2>(lanes);
 }
 template <class T> inline T max_of(Vec<T> x) {
   T top = x[0];
