@@ -9,6 +9,7 @@ from heedful.attention.eviction import EvictingCache
 from heedful.attention.tokens import Tokens
 from heedful.bench.kernels import Sizes
 from heedful.bench.models import (
+    COMPILED,
     FORMS,
     MHA,
     SELECTIVE,
@@ -33,6 +34,15 @@ def test_a_training_step_trains():
         assert losses[-1] < losses[0], case.name
     plain, selective, memory, sas, _ = (case.flops for case in workload.cases)
     assert plain == selective == memory < sas
+
+
+@pytest.mark.slow
+def test_a_compiled_step_is_the_same_step():
+    workload = train_workload(12, SMALL, CPU, torch.float32, [MHA], compiled=True)
+    plain, compiled = workload.cases
+    assert compiled.name == plain.name + COMPILED
+    for _ in range(3):
+        torch.testing.assert_close(compiled.run(), plain.run())
 
 
 def test_steps_under_autocast():

@@ -26,10 +26,20 @@ def test_trainer_options_are_recorded_and_kept_on_resume(heedful: Heedful, small
     assert "a resumed run keeps its settings, but trainer was" in message
 
 
-def test_trainer_options_of_a_comparison(heedful: Heedful, small: list[str], tmp_path: Path):
-    flags = ["--attention", "mha", "--score", "softmax", "--seeds", "1", "--trainer.adam-beta2", "0.9"]
+@pytest.mark.parametrize(
+    ("given", "trainer"),
+    [
+        (["--trainer.adam-beta2", "0.9"], {"adam_beta2": 0.9}),
+        pytest.param(["--compile"], {"torch_compile": True}, marks=pytest.mark.slow),
+    ],
+    ids=["handed through", "compiled"],
+)
+def test_trainer_options_of_a_comparison(
+    heedful: Heedful, small: list[str], tmp_path: Path, given: list[str], trainer: dict[str, Any]
+):
+    flags = ["--attention", "mha", "--score", "softmax", "--seeds", "1", *given]
     assert heedful("compare", *small, *flags, "--out", tmp_path / "cmp").code == 0
-    assert saved(tmp_path / "cmp" / "runs" / "mha-softmax-seed0")["trainer"] == {"adam_beta2": 0.9}
+    assert saved(tmp_path / "cmp" / "runs" / "mha-softmax-seed0")["trainer"] == trainer
 
 
 @pytest.mark.parametrize("command", ["train", "compare"])
@@ -54,6 +64,18 @@ def test_wrong_trainer_options(
 def test_help_names_them(heedful: Heedful):
     assert "--trainer.gradient-accumulation-steps" in heedful("train", "--help").out
     assert "--trainer.*" in heedful("compare", "--help").out
+
+
+@pytest.mark.slow
+def test_compiled_training_is_the_same_training(heedful: Heedful, small: list[str], tmp_path: Path):
+    form = ["--attention", "sas", "--score", "selective"]
+    for name, flags in (("plain", []), ("compiled", ["--compile"])):
+        done = heedful("train", *small, *form, *flags, "--out", tmp_path / name)
+        assert done.code == 0, done.err
+    assert saved(tmp_path / "compiled")["trainer"] == {"torch_compile": True}
+    plain, compiled = (json.loads((tmp_path / n / "result.json").read_text()) for n in ("plain", "compiled"))
+    assert compiled["val_loss"] == pytest.approx(plain["val_loss"], abs=1e-5)
+    assert heedful("generate", tmp_path / "compiled", "the", "--max-new-tokens", "3").code == 0
 
 
 def test_json_lines(heedful: Heedful, small: list[str], text_file: Path, tmp_path: Path):

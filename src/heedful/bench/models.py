@@ -28,6 +28,8 @@ FORMS: Mapping[str, dict[str, Any]] = {
 """SAS with its defaults: 3x heads, 1.5x features."""
 
 STEP = "training step"
+COMPILED = ", compiled"
+"""At the end of the name of a case that runs under torch.compile."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ def train_workload(
     device: torch.device,
     dtype: torch.dtype,
     forms: Sequence[str] = tuple(FORMS),
+    *,
+    compiled: bool = False,
 ) -> Workload:
     """Training steps: forward, backward and AdamW.
 
@@ -91,6 +95,7 @@ def train_workload(
         device: where to run.
         dtype: float32, or what autocast computes in; the weights are float32.
         forms: names in `FORMS`; the first one, plain attention, is the baseline.
+        compiled: each form under torch.compile as well; its first run compiles.
     """
     ids = sizes.ids(length, device)
     cases = []
@@ -101,6 +106,10 @@ def train_workload(
         moved = 7.0 * n * torch.float32.itemsize
         flops = 3 * sizes.flops(length, context=-(-length // 2), logits=length, **FORMS[name])
         cases.append(Case(name, _train_step(model, ids, dtype), flops, moved))
+        if compiled:
+            model = sizes.build(length, device, torch.float32, **FORMS[name]).train()
+            run = _train_step(model, ids, dtype, torch.compile(model))
+            cases.append(Case(name + COMPILED, run, flops, moved))
     return Workload(
         name=STEP,
         length=length,
@@ -110,13 +119,19 @@ def train_workload(
     )
 
 
-def _train_step(model: torch.nn.Module, ids: torch.Tensor, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+def _train_step(
+    model: torch.nn.Module,
+    ids: torch.Tensor,
+    dtype: torch.dtype,
+    forward: Callable[..., Any] | None = None,
+) -> Callable[[], torch.Tensor]:
+    forward = model if forward is None else forward
     optimizer = torch.optim.AdamW(param_groups(model, 0.1), lr=1e-4)
     mixed = dtype != torch.float32
 
     def step() -> torch.Tensor:
         with torch.autocast(ids.device.type, dtype) if mixed else nullcontext():
-            loss = model(ids, labels=ids).loss
+            loss = forward(ids, labels=ids).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -8,7 +8,7 @@ from rich.console import Console
 from heedful.attention.registry import ATTENTIONS, SCORES
 from heedful.cli.errors import UsageError
 from heedful.cli.parsing import flag, flag_fields, form_options, parse, peek, split, task_options, whole
-from heedful.cli.train import given_trainer_options
+from heedful.cli.train import compile_flag, compiled, given_trainer_options
 from heedful.comparison.matching import Match
 from heedful.comparison.settings import CompareSettings
 from heedful.errors import Interrupted
@@ -67,6 +67,7 @@ def run(arguments: Sequence[str]) -> int:
             form_options("attention", ATTENTIONS, split("--attention", attention, str)),
             form_options("score", SCORES, split("--score", score, str)),
             task_options(peek(arguments, "data", TrainSettings.data)),
+            compile_flag(),
             flag("out", str, "runs/compare", "folder for the results"),
             flag("workers", int, 1, "runs at a time, each with its share of the cores"),
             flag(
@@ -78,6 +79,7 @@ def run(arguments: Sequence[str]) -> int:
         ],
         arguments,
     )
+    trainer |= compiled(values.pop("compile"))
     out, how = Path(values.pop("out")), {name: values.pop(name) for name in ("workers", "ray")}
     if how["workers"] < 1:
         raise UsageError(f"--workers must be 1 or more, got {how['workers']}")

@@ -51,6 +51,7 @@ def run(arguments: Sequence[str]) -> int:
             form_options("attention", ATTENTIONS, [attention], kept["attention_options"]),
             form_options("score", SCORES, [score], kept["score_options"]),
             task_options(data, kept["task_options"]),
+            compile_flag(),
             flag("out", str, "runs/train", "folder for the model, its settings and figures"),
             flag("resume", bool, False, "go on with the run in --out, with the settings it has"),
         ],
@@ -59,7 +60,8 @@ def run(arguments: Sequence[str]) -> int:
     out, resume = Path(values.pop("out")), values.pop("resume")
     for name, options in kept.items():
         values[name] = {**options, **values.get(name, {})}
-    settings = make_settings({**values, "trainer": {**saved.trainer, **trainer}})
+    trainer = {**saved.trainer, **trainer, **compiled(values.pop("compile"))}
+    settings = make_settings({**values, "trainer": trainer})
     console = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
     with spinner(console, "loading transformers"):
         from heedful.training.run import train
@@ -83,6 +85,18 @@ def given_trainer_options(arguments: Sequence[str]) -> tuple[list[str], dict[str
         return take_trainer_options(arguments)
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+def compile_flag() -> Any:
+    """`--compile`."""
+    return flag(
+        "compile", bool, False, "torch.compile the model (--trainer.torch-compile): a slow first step"
+    )
+
+
+def compiled(wanted: bool) -> dict[str, Any]:
+    """What `--compile` says, in the terms of `--trainer.*`."""
+    return {"torch_compile": True} if wanted else {}
 
 
 def make_settings(values: dict[str, Any]) -> TrainSettings:

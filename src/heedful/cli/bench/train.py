@@ -1,12 +1,13 @@
 """`heedful bench train`."""
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from heedful.bench.workload import Figures
+from heedful.bench.workload import Figures, Workload
 from heedful.cli.bench.common import (
     DTYPES,
     Report,
@@ -24,6 +25,7 @@ from heedful.cli.bench.common import (
 )
 from heedful.cli.errors import UsageError
 from heedful.cli.parsing import flag, parse
+from heedful.screen import spinner
 
 if TYPE_CHECKING:
     from heedful.bench.models import ModelSizes
@@ -51,6 +53,12 @@ def run(arguments: Sequence[str]) -> int:
             flag("vocab_size", int, 8192, "tokens"),
             flag("batch", int, 1, "texts in a step"),
             flag("dtype", Literal["fp32", "bf16"], "fp32", "bf16: autocast; the weights stay fp32"),
+            flag(
+                "compiled",
+                bool,
+                False,
+                "the same models under torch.compile as well, and how long that takes",
+            ),
             threads_flag(),
             seconds_flag(60.0),
             memory_flag(),
@@ -85,11 +93,24 @@ def run(arguments: Sequence[str]) -> int:
             ceilings = run_ceilings(report, dtype, count)
             own: list[Figures] = []
             for length in lengths:
-                workload = train_workload(length, sizes, device, dtype)
+                workload = train_workload(length, sizes, device, dtype, compiled=values["compiled"])
+                _compile(report, workload)
                 own += run_workload(report, workload, ceilings, count, values)
             rows = rows or own
         report.finish(lambda: _plot(report, rows, sizes, counted(threads[0]), values["dtype"]))
     return 0
+
+
+def _compile(report: Report, workload: Workload) -> None:
+    """Run once what compiles at its first run, and say how long each took."""
+    from heedful.bench.models import COMPILED
+
+    for case in workload.cases:
+        if case.name.endswith(COMPILED):
+            started = time.perf_counter()
+            with spinner(report.stderr, f"compiling {case.name.removesuffix(COMPILED)}"):
+                case.run()
+            report.print(f"{case.name}: the first step took {time.perf_counter() - started:.0f} s")
 
 
 def _plot(report: Report, rows: Sequence[Figures], sizes: "ModelSizes", threads: str, dtype: str) -> Path:
