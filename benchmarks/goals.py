@@ -46,6 +46,7 @@ EIGHT_HEADS = {**CPU, "heads": 8, "kv_heads": 8, "head_dim": 64, "batch": 1}
 BF16 = {**EIGHT_HEADS, "dtype": "bf16"}
 GPU = {"device": "cuda", "dtype": "bf16", "heads": 16, "head_dim": (64, 128), "batch": 1}
 SMALL = {**CPU, "d_model": 128, "n_heads": 8}  # heads of 16, as in the demo
+LARGE = {**CPU, "d_model": 512, "n_heads": 8}
 LONG = (1024, 2048, 4096)
 EVERY_KEY, TWIN, PLAIN = "selective, every key", "no-selection twin", "plain SDPA"
 SAS, PUBLISHED = "SAS, heedful", "SAS, published"
@@ -65,7 +66,8 @@ GOALS = (
     Goal("sas", "SAS prefill", (2048,), SAS, PUBLISHED, 0.25, "extra memory", EIGHT_HEADS),
     Goal("sas", "SAS train", (2048,), SAS, PUBLISHED, 0.25, "extra memory", EIGHT_HEADS),
     Goal("train", "training step", (256,), "selective", "MHA softmax", 1.15, where=SMALL),
-    Goal("train", "training step", (256,), "SAS", "MHA softmax", 2.2, where=SMALL),
+    Goal("train", "training step", (256,), "SAS", "MHA softmax", 1.9, where=SMALL),
+    Goal("train", "training step", (1024,), "SAS", "MHA softmax", 1.9, where=LARGE),
     Goal("prefill", "prefill", (8192,), "pruned, budget 512", PLAIN, 0.35, where=EIGHT_HEADS),
     Goal("decode", "decode", (8192,), "selective slots, T/16", "plain SDPA, full cache", 1 / 8, where=CPU),
     Goal("decode", "decode", (8192,), "selective slots, T/4", "plain SDPA, T/4 keys", 1.2, where=CPU),

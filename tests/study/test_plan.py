@@ -134,6 +134,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"contrasts": [{"arm": "selective", "against": "mha", "claims": "better"}]},
         "claims must be one of lower, higher, equal, got 'better'",
     ),
+    "its metric": (
+        {"contrasts": [{"arm": "selective", "against": "mha", "claims": "lower", "metric": "accuracy"}]},
+        "studies of accuracy, and one of accuracy, accuracy at 2x, accuracy at 4x; got 'accuracy'",
+    ),
     "a metric": ({"metric": "speed"}, "metric must be one of loss, accuracy"),
     "no effect": ({"effect": 0}, "effect must be greater than 0"),
     "one seed": ({"seeds": 1}, "seeds must be 2 or more"),

@@ -40,6 +40,14 @@ def test_values():
     assert [value_of(row, metric) for metric in metrics] == [2.0, 0.9, 0.8, 0.7]
 
 
+def test_a_contrast_at_another_length(study: Callable[..., Study]):
+    one = {"arm": "selective", "against": "mha", "claims": "higher"}
+    s = study(metric="accuracy at 4x", contrasts=[one, {**one, "metric": "accuracy"}])
+    right = {"mha": {"1": 0.5, "4": 0.4}, "selective": {"1": 0.8, "4": 0.5}}
+    rows = [{"arm": arm, "seed": seed, "accuracy_at": at} for arm, at in right.items() for seed in (0, 1)]
+    assert [v.difference.estimate for v in verdicts(s, rows)] == pytest.approx([0.1, 0.3])
+
+
 def test_of_caches(study: Callable[..., Study]):
     """Of an arm that names no policy the one that is best on average counts, for all seeds."""
     contrasts = [

@@ -41,6 +41,8 @@ class Contrast:
     """`smaller`, of `against`."""
     against_policy: str | None = None
     """`policy`, of `against`."""
+    metric: Metric | None = None
+    """Accuracy at another length than the study's; None: the study's metric."""
 
     @property
     def of_caches(self) -> bool:
@@ -251,6 +253,13 @@ def _contrast(
         value = getattr(contrast, name)
         if type(value) is not int or value < 1:
             raise ValueError(f"{name} must be a whole number of 1 or more, got {value!r}")
+    if contrast.metric is not None:
+        lengths = [name for name in get_args(Metric) if name != "loss"]
+        if metric == "loss" or contrast.metric not in lengths or contrast.of_caches:
+            raise ValueError(
+                "metric of a contrast is for full caches in studies of accuracy, and one of "
+                f"{', '.join(lengths)}; got {contrast.metric!r}"
+            )
     if contrast.of_caches:
         _check_caches(contrast, arms, budgets, metric)
     return contrast

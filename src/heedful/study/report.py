@@ -85,11 +85,12 @@ def _others(found: Sequence[Verdict]) -> str:
 
 def _sentence(v: Verdict) -> str:
     says = f"{v.contrast.says[0].upper()}{v.contrast.says[1:]}: " if v.contrast.says else ""
-    what = " minus ".join(_sides(v.contrast))
-    return f"{says}{what} is {_interval(v.difference)}, {v.seeds} paired seeds."
+    what = " minus ".join(sides(v.contrast))
+    what += f" in {v.contrast.metric}" if v.contrast.metric else ""
+    return f"{says}{what} is {interval_text(v.difference)}, {v.seeds} paired seeds."
 
 
-def _sides(c: Contrast) -> tuple[str, str]:
+def sides(c: Contrast) -> tuple[str, str]:
     """The two sides of a contrast, and with what caches."""
     one, other = f"`{c.arm}`", f"`{c.against}`"
     if not c.of_caches:
@@ -103,7 +104,8 @@ def _held(smaller: int, policy: str | None) -> str:
     return f" with 1/{smaller} of it" + ("" if policy is None else f" ({policy})")
 
 
-def _interval(d: Interval) -> str:
+def interval_text(d: Interval) -> str:
+    """A difference with its 95 % interval."""
     return f"{d.estimate:+.4f} (95 %: {d.low:+.4f} to {d.high:+.4f})"
 
 
@@ -164,7 +166,7 @@ def _arms_table(study: Study, rows: Sequence[Row], times: Mapping[str, float]) -
             for row in own
             if (beside, row["seed"]) in base
         ]
-        cells.append("" if name == beside or len(pairs) < 2 else _interval(paired(pairs)))
+        cells.append("" if name == beside or len(pairs) < 2 else interval_text(paired(pairs)))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -181,8 +183,12 @@ def _contrasts_table(study: Study, found: Sequence[Verdict]) -> str:
     ]
     for v in found:
         c = v.contrast
-        what = " vs ".join(_sides(c)) + (f": {c.says}" if c.says else "")
-        lines.append(f"| {what} | {c.claims} | {_interval(v.difference)} | {v.seeds} | **{v.says}** |")
+        what = (
+            " vs ".join(sides(c))
+            + (f" in {c.metric}" if c.metric else "")
+            + (f": {c.says}" if c.says else "")
+        )
+        lines.append(f"| {what} | {c.claims} | {interval_text(v.difference)} | {v.seeds} | **{v.says}** |")
     return "\n".join(lines)
 
 

@@ -43,8 +43,9 @@ def verdicts(
                 study, caches, contrast.against, contrast.against_smaller, contrast.against_policy
             )
         else:
+            metric = contrast.metric or study.metric
             one, other = (
-                {row["seed"]: value_of(row, study.metric) for row in rows if row["arm"] == arm}
+                {row["seed"]: value_of(row, metric) for row in rows if row["arm"] == arm}
                 for arm in (contrast.arm, contrast.against)
             )
         seeds = sorted(one.keys() & other.keys())

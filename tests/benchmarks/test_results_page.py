@@ -1,0 +1,27 @@
+"""results/README.md says what the raw data beside it say."""
+
+from pathlib import Path
+
+import pytest
+import results_page
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def test_the_page_is_up_to_date():
+    page = results_page.PAGE.read_text(encoding="utf-8")
+    assert results_page.written(page) == page, "run python benchmarks/results_page.py"
+
+
+def test_every_study_has_a_place():
+    assert {p.stem for p in results_page.FOLDER.glob("*.toml")} == set(results_page.LETTERS)
+
+
+def test_a_table_without_a_place_is_said():
+    with pytest.raises(ValueError, match="one place <!-- tasks -->"):
+        results_page.written("# What came out\n")
