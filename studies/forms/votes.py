@@ -47,20 +47,20 @@ class VotesScore(Score):
         segment_ids: Tensor | None,
         scale: float,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Attend to whole rows.
+        """Attend to whole rows, each segment for itself.
 
         Raises:
-            NotImplementedError: with a cache, padding or segments.
+            NotImplementedError: with a cache or padding.
         """
-        if state or k.shape[2] != q.shape[2] or key_mask is not None or segment_ids is not None:
-            raise NotImplementedError("score 'votes' takes whole rows: no cache, no padding, no segments")
+        if state or k.shape[2] != q.shape[2] or key_mask is not None:
+            raise NotImplementedError("score 'votes' takes whole rows: no cache, no padding")
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
         logits = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * scale
-        earlier = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device)
-        seen = earlier.tril()
+        segments = torch.zeros_like(x[..., 0], dtype=torch.long) if segment_ids is None else segment_ids
+        seen = (segments[:, :, None] == segments[:, None, :]).tril()
         votes = logits[:, self.config.voter].relu() * seen.tril(-1 if self.config.spare_self else 0)
         if self.config.spare_first:
-            votes = votes * (torch.arange(votes.shape[-1], device=q.device) > 0)
+            votes = votes * (seen.sum(-1)[:, None] > 1)  # the first token of a segment sees itself alone
         soft_mask = votes.cumsum(1) - votes
-        weights = (logits - soft_mask[:, None]).masked_fill(~seen, -torch.inf).softmax(-1)
+        weights = (logits - soft_mask[:, None]).masked_fill(~seen[:, None], -torch.inf).softmax(-1)
         return weights.to(v.dtype) @ v, {}

@@ -20,14 +20,18 @@ def votes() -> type[Score]:
     return SCORES["votes"].module_class
 
 
+@pytest.mark.parametrize("segments", [None, [0, 0, 0, 0, 1, 2, 2, 2, 2, 2, 2]])
 @pytest.mark.parametrize("voter", [0, 2])
-def test_votes_are_those_of_selective_attention(votes: type[Score], voter: int):
+def test_votes_are_those_of_selective_attention(votes: type[Score], voter: int, segments: list[int] | None):
     q, k, v = torch.randn(3, 2, 3, 11, 4, dtype=torch.float64)
     score = votes(votes.Config(voter=voter), 3, 12)
-    rest = {"x": torch.zeros(2, 11, 12), "state": {}, "key_mask": None, "segment_ids": None}
+    ids = None if segments is None else torch.tensor([segments, [0] * len(segments)])
+    rest = {"x": torch.zeros(2, 11, 12), "state": {}, "key_mask": None, "segment_ids": ids}
     out, _ = score(q, k, v, scale=0.5, **rest)
     one = slice(voter, voter + 1)
-    expected, _ = heedful.selective_attention(q, k, v, select_q=q[:, one], select_k=k[:, one], scale=0.5)
+    expected, _ = heedful.selective_attention(
+        q, k, v, select_q=q[:, one], select_k=k[:, one], segment_ids=ids, scale=0.5
+    )
     torch.testing.assert_close(out, expected)
 
 
