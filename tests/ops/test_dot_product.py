@@ -64,3 +64,21 @@ def test_one_query_of_shared_keys_copies_none(groups: int, mask_heads: int, monk
     monkeypatch.setattr("heedful.ops.dot_product.repeat_kv", None)
     torch.testing.assert_close(attention_sdpa(q, k, v, 0.3, mask=bias), expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(wide_logits(q, k, 0.3), logits, rtol=1e-12, atol=1e-12)
+
+
+def test_keys_whose_features_lie_apart_take_the_fused_kernel():
+    """It keeps no logits, so that it saves for the gradient less than they take."""
+    torch.manual_seed(0)
+    q, v = torch.randn(2, 1, 2, 128, 8)
+    k = torch.randn(1, 2, 8, 128, requires_grad=True).mT
+    kept = []
+
+    def keep(saved: torch.Tensor) -> torch.Tensor:
+        kept.append(saved.numel())
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+        out = attention_sdpa(q, k, v, 0.3, causal=True)
+    assert max(kept) < 2 * 128 * 128
+    expected = attention_reference(q, k, v, torch.ones(1, 128, 128, dtype=torch.bool).tril(), 0.3)
+    torch.testing.assert_close(out, expected)

@@ -78,7 +78,10 @@ def attention_sdpa(
     else:
         k, v = repeat_kv(k, heads), repeat_kv(v, heads)
     size, wide = v.shape[-1], max(v.shape[-1], q.shape[-1])
-    # Unequal head sizes would drop SDPA to its slow path, which keeps all logits; zeros cost far less.
+    # Unequal head sizes, or features that lie apart, would drop SDPA to its slow path, which keeps all logits; zeros
+    # and copies cost far less.
     q, k, v = (F.pad(x, (0, wide - x.shape[-1])) if x.shape[-1] < wide else x for x in (q, k, v))
+    if length > 1:
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
     return out[..., :size].reshape(q.shape[0], heads, length, size)
