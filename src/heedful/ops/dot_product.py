@@ -78,8 +78,8 @@ def attention_sdpa(
     else:
         k, v = repeat_kv(k, heads), repeat_kv(v, heads)
     size, wide = v.shape[-1], max(v.shape[-1], q.shape[-1])
-    # Unequal head sizes, or features that lie apart, would drop SDPA to its slow path, which keeps all logits; zeros
-    # and copies cost far less.
+    # Unequal head sizes, or features that lie apart, would drop SDPA to its slow path, which keeps all logits;
+    # zeros and copies cost far less.
     q, k, v = (F.pad(x, (0, wide - x.shape[-1])) if x.shape[-1] < wide else x for x in (q, k, v))
     if length > 1:
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
