@@ -7,6 +7,7 @@ from N(0, 0.02 / sqrt(2 L)); heedful starts larger. Nothing else differs from th
 """
 
 import argparse
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -41,12 +42,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     named = parser.parse_args()
     study = load_study("shakespeare", data=named.data)
-    names = [name for name, _ in FromNanoGPT(study.arms["mha"].to_config(65, 64)).named_modules()]
-    assert sum(name.endswith(("o_proj", "down_proj")) for name in names) == 2 * study.arms["mha"].n_layers, (
-        names
-    )
+    arm = dataclasses.replace(study.arms["mha"], lr=study.rates[0])
+    names = [name for name, _ in FromNanoGPT(arm.to_config(65, 64)).named_modules()]
+    assert sum(name.endswith(("o_proj", "down_proj")) for name in names) == 2 * arm.n_layers, names
     training.HeedfulForCausalLM = FromNanoGPT  # type: ignore[misc]
-    print(training.train(study.arms["mha"], named.out).val_loss)
+    print(training.train(arm, named.out).val_loss)
 
 
 if __name__ == "__main__":
