@@ -1,5 +1,7 @@
 """The C++ operator beyond what every implementation has to pass (test_selective.py)."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -117,16 +119,17 @@ def test_any_number_of_threads_gives_the_same_bits(batch: int):
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("cut", [1, 50, 97, 199])
-def test_what_comes_later_changes_no_bit(cut: int, bad: float):
-    x = drawn((1, 4, 200, 16), (1, 2, 200, 16), (1, 2, 200, 16), dtype=torch.float32)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e3, 0.0])
+@pytest.mark.parametrize(("length", "cut"), [(200, 1), (200, 50), (200, 97), (200, 199), (700, 650)])
+def test_what_comes_later_changes_at_most_how_it_is_rounded(length: int, cut: int, bad: float):
+    """The longest query and key of all say which keys weigh nothing, so that it may round otherwise."""
+    x = drawn((1, 4, length, 16), (1, 2, length, 16), (1, 2, length, 16), dtype=torch.float32)
     expected, _ = selective_attention(*x, impl="native")
     for t in x:
         t[:, :, cut:] = bad
     out, _ = selective_attention(*x, impl="native")
-    assert torch.equal(out[:, :, :cut], expected[:, :, :cut])
-    assert out[:, :, cut:].isnan().all()
+    torch.testing.assert_close(out[:, :, :cut], expected[:, :, :cut], rtol=1e-6, atol=1e-6)
+    assert math.isfinite(bad) or out[:, :, cut:].isnan().all()
 
 
 def test_a_nan_spreads_to_later_tokens_as_in_the_formula():

@@ -92,8 +92,8 @@ def selective_attention(
         scale: multiplies the logits, of the selection heads too; default 1 / sqrt(last axis).
         impl: "reference" (the formula, all logits in memory), "sdpa" (F as a bias of PyTorch's fused
             attention), "blocked" (blocks of queries, memory grows with T; keys that are certain to weigh less than
-            1e-13 of a row are left out; no double backward), "native" (the same in C++, for the CPU,
-            causal to the bit; compiled on first use, see `heedful.ops.selective.native`), "triton" (kernels for
+            1e-13 of a row are left out; no double backward), "native" (the same in C++, for the CPU;
+            compiled on first use, see `heedful.ops.selective.native`), "triton" (kernels for
             NVIDIA GPUs: float16, bfloat16 and float32, head sizes up to 128), or "auto": on the CPU "native"
             where it can be had, but for float64; else chosen by the rule in `ops/selective/auto_rule.py`.
         padding_is_finite: q, k and v hold numbers where key_mask is False, as behind a layer that zeroes its

@@ -2,7 +2,8 @@
 
 The cut is that of `blocked`: blocks of queries by tiles of keys, F carried from block to block; see cpp/forward.h
 and cpp/backward.h. All sums are in float32 (float64 for float64), maxima of the rows run along, and nothing that
-comes after a token touches its row, so outputs are causal to the bit and the same for any number of threads.
+comes after a token touches its row. But the longest of all queries and keys say from which F on a key is left out,
+so that a later token may change how an earlier output is rounded. The same bits for any number of threads.
 """
 
 import ctypes
