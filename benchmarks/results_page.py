@@ -65,7 +65,7 @@ def verdict_table() -> str:
         cells = [
             f"{letter}. [{study.title}]({name}/README.md)",
             study.claim,
-            " vs ".join(sides(first.contrast)),
+            sides(first.contrast, "vs"),
             interval_text(first.difference),
             str(first.seeds),
             f"**{first.says}**",

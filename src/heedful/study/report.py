@@ -85,17 +85,16 @@ def _others(found: Sequence[Verdict]) -> str:
 
 def _sentence(v: Verdict) -> str:
     says = f"{v.contrast.says[0].upper()}{v.contrast.says[1:]}: " if v.contrast.says else ""
-    what = " minus ".join(sides(v.contrast))
-    what += f" in {v.contrast.metric}" if v.contrast.metric else ""
-    return f"{says}{what} is {interval_text(v.difference)}, {v.seeds} paired seeds."
+    return f"{says}{sides(v.contrast, 'minus')} is {interval_text(v.difference)}, {v.seeds} paired seeds."
 
 
-def sides(c: Contrast) -> tuple[str, str]:
-    """The two sides of a contrast, and with what caches."""
+def sides(c: Contrast, word: str) -> str:
+    """Two sides with a word between, with what caches, and in what if not in the metric of the study."""
     one, other = f"`{c.arm}`", f"`{c.against}`"
-    if not c.of_caches:
-        return one, other
-    return one + _held(c.smaller, c.policy), other + _held(c.against_smaller, c.against_policy)
+    if c.of_caches:
+        one += _held(c.smaller, c.policy)
+        other += _held(c.against_smaller, c.against_policy)
+    return f"{one} {word} {other}" + (f" in {c.metric}" if c.metric else "")
 
 
 def _held(smaller: int, policy: str | None) -> str:
@@ -183,11 +182,7 @@ def _contrasts_table(study: Study, found: Sequence[Verdict]) -> str:
     ]
     for v in found:
         c = v.contrast
-        what = (
-            " vs ".join(sides(c))
-            + (f" in {c.metric}" if c.metric else "")
-            + (f": {c.says}" if c.says else "")
-        )
+        what = sides(c, "vs") + (f": {c.says}" if c.says else "")
         lines.append(f"| {what} | {c.claims} | {interval_text(v.difference)} | {v.seeds} | **{v.says}** |")
     return "\n".join(lines)
 

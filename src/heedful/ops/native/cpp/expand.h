@@ -474,9 +474,9 @@ template <class T> class Expansion {
       const long b = (first + i) / job.length, t = (first + i) % job.length;
       return static_cast<const T*>(job.grad) + b * job.gs[0] + t * job.gs[2];
     };
-    if (!E)
+    if (!E) {
       for (long i = 0; i < n; ++i) transpose(grad(i), N, D, job.gs[1], s.d_wide + i * token + pad * NP, NP);
-    if (E) {
+    } else {
       for (long h = 0; h < N; ++h)
         for (long i = 0; i < n; ++i) copy_line(grad(i) + h * job.gs[1], s.grad + (i * N + h) * EP);
       for (long i = 0; i < n; ++i)
