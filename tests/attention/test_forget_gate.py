@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from heedful.attention import EvictingCache, LayerCache, build, explicit
+from heedful.attention import EvictingCache, LayerCache, build, forgetting
 from heedful.attention.eviction import POLICIES
 from heedful.attention.eviction.streaming import StreamingPolicy
 from heedful.ops.decay import RunningSums, decay_reference
@@ -70,9 +70,11 @@ def test_a_gate_that_is_open_is_softmax():
 
 
 @pytest.mark.parametrize("segments", [False, True])
-def test_implementations_agree_forward_and_backward(segments, monkeypatch):
+@pytest.mark.parametrize("fused", [False, True])
+def test_implementations_agree_forward_and_backward(segments, fused, monkeypatch):
     """In blocks, with padding, and with segments whose tokens lie among each other."""
-    monkeypatch.setattr(explicit, "BLOCK", 16)
+    monkeypatch.setattr(forgetting, "decay_fuses", lambda device: fused)
+    monkeypatch.setattr(forgetting, "BLOCK", 16)
     x, length = text(67, batch=2), 67
     generator = torch.Generator().manual_seed(5)
     masks = {"key_mask": torch.rand(2, length, generator=generator) > 0.2}
@@ -114,6 +116,25 @@ def test_long_contexts_in_float32(impl, bias):
     naive = steps.float().cumsum(-1)
     lost = (naive[..., -queries:, None] - naive[..., None, :]).double() - exact
     assert bias > 0 or lost[matters].abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("bias", [-2.0, 2.0])
+def test_a_long_text_in_float32_is_that_in_float64(segments, bias):
+    """Outputs and gradients, of 3,000 tokens, of which at gates of -2 a sum over the text reaches 6,000."""
+    x, masks, results = text(3000), {}, []
+    if segments:
+        masks["segment_ids"] = torch.arange(3000)[None] // 700 % 3  # the first comes again at the end
+    for dtype in (torch.float64, torch.float32):
+        layer, given = layer_of().to(dtype), x.to(dtype).requires_grad_()
+        with torch.no_grad():
+            layer.score.gate_proj.bias.fill_(bias)
+        out = layer(given, **masks)
+        wanted = [given, layer.q_proj.weight, layer.k_proj.weight, layer.score.gate_proj.weight]
+        results.append([out, *torch.autograd.grad(out.sin().sum(), wanted)])
+    for exact, found, allowed in zip(*results, [3e-6, 5e-6, 5e-6, 5e-6, 3e-5], strict=True):
+        error = (found.double() - exact).abs().max() / exact.abs().max()
+        assert error < allowed, error
 
 
 def test_the_state_of_thousands_of_tokens_in_float32():

@@ -12,9 +12,8 @@ BLOCK = 256
 """Queries whose weights are in memory together."""
 
 
-def query_blocks(length: int, impl: str = "auto") -> list[tuple[int, int]]:
-    """Where blocks of T queries start and end; the reference has one."""
-    size = length if impl == "reference" else BLOCK
+def query_blocks(length: int, size: int) -> list[tuple[int, int]]:
+    """Where blocks of `size` of T queries start and end."""
     return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
@@ -40,7 +39,7 @@ class ExplicitScore(EvictableScore):
         """The weighted sum; shapes as in `Score.forward`."""
         length, n_keys = q.shape[2], k.shape[2]
         outputs = []
-        for start, end in query_blocks(length, self.config.impl):
+        for start, end in query_blocks(length, length if self.config.impl == "reference" else BLOCK):
             last = n_keys - length + end
             real, ids = (None if mask is None else mask[:, :last] for mask in (key_mask, segment_ids))
             visible = visible_keys(end - start, last, real, ids, q.device)

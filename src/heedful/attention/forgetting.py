@@ -16,6 +16,9 @@ from heedful.ops.dot_product import attention_sdpa, masked_softmax, repeat_kv, w
 from heedful.ops.masks import visible_keys
 from heedful.ops.precision import no_autocast, wide_dtype
 
+BLOCK = 128
+"""Queries that look at the same keys. More would look at keys to come, fewer cost calls."""
+
 
 @register_score("forgetting")
 class ForgettingScore(EvictableScore):
@@ -91,11 +94,14 @@ class ForgettingScore(EvictableScore):
             return self._attend(q, k, v, decay_reference(steps, earlier, counts), visible, scale)
         before, outputs = n_keys - length, []
         sums = RunningSums.of(F.pad(steps, (before, 0)), segment_ids)
-        for start, end in query_blocks(length):  # no bias of all pairs in memory, and none of keys to come
-            decay = sums.decay(earlier, before + start, before + end)
-            keys, values = (t[:, :, : before + end] for t in (k, v))
-            seen = visible[:, start:end, : before + end]
-            outputs.append(self._attend(q[:, :, start:end], keys, values, decay, seen, scale)[0])
+        fused = decay_fuses(q.device)
+        if fused:
+            q, k, scale = self._with_decay(q, k, sums, earlier, scale)
+        for start, end in query_blocks(length, BLOCK):  # never a bias of all pairs in memory
+            last = before + end
+            block = q[:, :, start:end], k[:, :, :last], v[:, :, :last]
+            decay = None if fused else sums.decay(earlier, before + start, last)
+            outputs.append(self._weigh(*block, decay, visible[:, start:end, :last], scale))
         with no_autocast(q.device):
             after = decay_after(steps, earlier, counts)
         return torch.cat(outputs, dim=2), {"decay": after}
@@ -137,20 +143,43 @@ class ForgettingScore(EvictableScore):
         steps = -F.logsigmoid(gates)
         return steps if visible is None else steps.masked_fill(~visible.any(-1)[:, None], 0.0)
 
+    def _with_decay(
+        self, q: Tensor, k: Tensor, sums: RunningSums, earlier: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor, float]:
+        """Queries and keys whose product is L - D up to a number for each row, and its scale."""
+        dtype = wide_dtype(q)
+        queries, keys = sums.features(earlier)
+        q = torch.cat([queries[:, :, -q.shape[2] :], q.to(dtype) * scale], dim=-1)
+        return q, torch.cat([keys, repeat_kv(k, q.shape[1]).to(dtype)], dim=-1), 1.0
+
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, visible: Tensor, scale: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The outputs, and the decay after the last query."""
-        dtype, seen = wide_dtype(q), visible[:, None]
         after = {"decay": decay[:, :, -1].clone()}  # a copy: a view in a cache would keep all rows alive
+        if self.config.impl != "reference":
+            return self._weigh(q, k, v, decay, visible, scale), after
         with no_autocast(q.device):
-            wide_v = v.to(dtype)
-            if self.config.impl == "reference":
-                weights = masked_softmax(wide_logits(q, k, scale) - decay, seen)
-                return (weights @ repeat_kv(wide_v, q.shape[1])).to(v.dtype), after
+            weights = masked_softmax(wide_logits(q, k, scale) - decay, visible[:, None])
+            return (weights @ repeat_kv(v.to(wide_dtype(q)), q.shape[1])).to(v.dtype), after
+
+    def _weigh(
+        self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, visible: Tensor, scale: float
+    ) -> Tensor:
+        """The outputs, by PyTorch's kernels; without a decay, q and k hold it."""
+        dtype, seen = wide_dtype(q), visible[:, None]
+        with no_autocast(q.device):
             # A row without any key would be NaN, in its gradient too: let it see everything, then drop it.
             alive = seen.any(-1, keepdim=True)
-            bias = (-decay).masked_fill(~seen & alive, -torch.inf)
+            mask = seen | ~alive if decay is None else (-decay).masked_fill(~seen & alive, -torch.inf)
             # In 16 bits the bias would be off by whole units where the decay is large.
-            out = attention_sdpa(q.to(dtype), k.to(dtype), wide_v, scale, mask=bias)
-            return out.masked_fill(~alive, 0.0).to(v.dtype), after
+            out = attention_sdpa(q.to(dtype), k.to(dtype), v.to(dtype), scale, mask=mask)
+            return out.masked_fill(~alive, 0.0).to(v.dtype)
+
+
+def decay_fuses(device: torch.device) -> bool:
+    """Whether the decay may be features of queries and keys, which takes no bias with a gradient.
+
+    A CPU adds up a product's features in their order, as `RunningSums.features` needs; a GPU may round them first.
+    """
+    return device.type == "cpu"

@@ -58,6 +58,24 @@ class RunningSums(NamedTuple):
         decay = high + low
         return decay if earlier is None else decay + _padded(earlier, end)[:, :, None]
 
+    def features(self, earlier: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What goes before the features of queries and keys so that their product also holds minus the decay.
+
+        Matrix products on a CPU add features up in their order: so the two large sums come first, whose difference
+        is rounded as in `decay`.
+
+        Returns:
+            Two of (B, H, S, 4), of queries and of keys.
+        """
+        one = torch.ones_like(self.high)
+        query = torch.stack([one, -self.high, one, -self.low], dim=-1)
+        high, low = self
+        if earlier is not None:
+            exact = high.double() + low - _padded(earlier, high.shape[-1])
+            high = exact.to(high.dtype)
+            low = (exact - high).detach().to(high.dtype)
+        return query, torch.stack([high, one, low, one], dim=-1)
+
 
 def decay_after(steps: Tensor, earlier: Tensor | None, counts: Tensor) -> Tensor:
     """The decay of all keys after the last query, (B, H, S): the last row of `decay_reference`."""
