@@ -37,6 +37,7 @@ def test_the_whole_way(study: Make, tmp_path: Path):
     assert (
         "effect looked for: 0.1 in loss, 10 seeds find it" in said and "8 of 8 runs to train: about" in said
     )
+    assert re.search(r"trained for \d+ s\n", said)
     out = tmp_path / "results"
     assert {p.name for p in out.iterdir()} == {
         *(
@@ -165,7 +166,7 @@ def test_a_form_of_its_own_side_by_side(study: Make, tmp_path: Path, monkeypatch
     monkeypatch.setenv("HEEDFUL_FORMS", "")
     form = Path(__file__).parents[2] / "examples" / "shared_kv.py"
     s = study(forms=[str(form)], arms={"mha": {}, "selective": {"attention": "shared_kv"}}, rates=[1e-3])
-    go(s, tmp_path, workers=2)
+    assert re.search(r"trained for \d+ s; 2 workers, \d+% busy\n", go(s, tmp_path, workers=2))
     rows = read_rows(tmp_path / "results" / "runs.jsonl")
     assert sorted((r["attention"], r["seed"]) for r in rows) == [
         (attention, seed) for attention in ("mha", "shared_kv") for seed in (0, 1)

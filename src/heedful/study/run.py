@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,8 +148,11 @@ class _Runner:
             for i, (name, (_, _, s)) in enumerate(self._longest_first(missing), 1)
         ]
 
+        began, trained = time.perf_counter(), [0.0]
+
         def done(run: Run, outcome: Outcome) -> None:
             name = run.folder.name
+            trained[0] += outcome.seconds or 0.0
             if outcome.result is None:
                 self.failures.append(f"{name}: {outcome.reason}")
                 self.console.print(f"[red]failed[/red] {self.failures[-1]}", highlight=False)
@@ -162,6 +166,10 @@ class _Runner:
             self.console.print(f"{run.title}: {_said(outcome.result)}{took}", highlight=False)
 
         run_all(runs, self.console, done, workers=self.workers, ray=self.ray)
+        took, workers = time.perf_counter() - began, min(self.workers, len(runs))
+        if trained[0] and self.ray is None:
+            busy = f"; {workers} workers, {trained[0] / (took * workers):.0%} busy" if workers > 1 else ""
+            self.console.print(f"trained for {duration(took)}{busy}", highlight=False)
         return [rows[name] for name in wanted if name in rows]
 
     def _longest_first(
