@@ -70,7 +70,8 @@ def table(
         left_out.insert(0, optional[-1])
         shown.remove(optional[-1])
     if left_out:
-        made.caption = f"too narrow for: {', '.join(columns[i].name for i in left_out)}"
+        names = ", ".join(columns[i].name.replace("\n", " ") for i in left_out)
+        made.caption = f"too narrow for: {names}"
         made.caption_justify = "left"
     if width is not None:
         _break_cells(made, width)

@@ -62,7 +62,8 @@ def test_markdown(two_forms: list[RunResult]):
     assert row["form"] == "sas x softmax"
     assert row["seeds"] == "3"
     assert row["loss"] == f"{(1.9 + 2.0 + 2.45) / 3:.3f} ± {stdev([1.9, 2.0, 2.45]):.3f}"
-    assert row["vs first"] == "-0.083 (-0.200 to +0.050)"
+    # t of 2 degrees of freedom is 4.303; the deviation of -0.1, -0.2, 0.05 is 0.1258
+    assert row["vs first"] == "-0.083 (-0.396 to +0.229)"
     assert row["parameters"] == "1,000"
     assert row["FLOPs/token"] == "2.50 M"
     assert row["ms/step"] == "20"
@@ -99,7 +100,21 @@ def test_fits_a_terminal(two_forms: list[RunResult]):
     with console.capture() as shown:
         console.print(rich_table(summarise(wide), "title"))
     text = " ".join(shown.get().split())
-    for cell in ("mha x selective", "sas x selective", "2.200", "± 0.200", "-0.083", "(-0.200 to", "+0.050)"):
+    for cell in ("mha x selective", "sas x selective", "2.200", "± 0.200", "-0.083", "(-0.396 to", "+0.229)"):
         assert cell in text, shown.get()
     for cell in ("B/token", "bits/byte", "1,234,567", "13,056", "first", "1.100"):
         assert cell in text, shown.get()
+
+
+def test_a_narrow_terminal_keeps_what_was_held_equal(two_forms: list[RunResult]):
+    """And names the columns that it leaves out."""
+    console = Console(width=60)
+    with console.capture() as shown:
+        console.print(rich_table(summarise(two_forms), "title", 60, keep="FLOPs/token"))
+    assert "2.50 M" in shown.get() and "too narrow for: " in shown.get() and "cache B/token" in shown.get()
+
+
+def test_steps_that_differ_have_a_column(result: Callable[..., RunResult]):
+    some = [result(n, 0, 1.0, config={"train": {"steps": s}}) for n, s in (("mha", 100), ("sas", 57))]
+    assert "| 57 |" in markdown_table(summarise(some))
+    assert "steps" not in markdown_table(summarise(some[:1]))

@@ -59,6 +59,25 @@ def test_a_trial_says_how_long_all_runs_take(settings: Settings, steps_of: dict[
     assert times.titles(forms[1:]) == ["3/6 sas x softmax, seed 0"]
 
 
+def test_the_baseline_at_other_lengths_is_counted(settings: Settings, tmp_path: Path):
+    """In the number of runs, in the time, and by name."""
+    console = screen()
+    s = settings(steps=3, seeds=2, baseline_steps=(2, 31))
+    compare(s, tmp_path, console=console)
+    said = lines(console)
+    assert any(line.startswith("time 8 runs of 2, 3 or 31 steps: about ") for line in said)
+    titles = [line.split(":")[0] for line in said if "/8 " in line]
+    forms = ["mha x softmax", "sas x softmax", "mha x softmax, 2 steps", "mha x softmax, 31 steps"]
+    wanted = [f"{form}, seed {seed}" for seed in (0, 1) for form in forms]
+    assert titles == [f"{i}/8 {name}" for i, name in enumerate(wanted, 1)]
+    assert "compute multiplier" in map(str.strip, said) and any(
+        "Above 1 the form saves compute" in line for line in said
+    )
+    again = screen()
+    compare(s, tmp_path, console=again)
+    assert not [line for line in lines(again) if line.startswith("time")]
+
+
 def test_short_runs_are_not_tried(settings: Settings, steps_of: dict[str, float]):
     s = settings(steps=29)
     console = screen()

@@ -7,10 +7,14 @@ Above 1 the form saves compute, below 1 the same compute is better spent on the 
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from statistics import mean
+
+from rich.table import Table
 
 from heedful.comparison.statistics import Interval, bootstrapped
 from heedful.comparison.table import FormSummary
+from heedful.screen import table, text
 from heedful.training import RunResult
 
 
@@ -72,21 +76,42 @@ def cost_at(loss: float, costs: Sequence[float], losses: Sequence[float]) -> flo
     return math.inf
 
 
-def multiplier_table(summaries: Sequence[FormSummary], longer: Sequence[RunResult]) -> list[str]:
-    """For summary.md: a paragraph and a table; nothing where the baseline has one length only."""
-    if not summaries or not longer:
-        return []
-    baseline = [*summaries[0].runs, *longer]
-    lines = [f"| form | {' | '.join(COSTS)} |", "|---|" + "---|" * len(COSTS)]
-    for s in summaries[1:]:
-        cells = [written(multiplier(s.runs, baseline, cost)) for cost in COSTS.values()]
-        lines.append(f"| {s.name} | {' | '.join(cells)} |")
-    what = (
-        f"**Compute multiplier**: what {summaries[0].name} would have to spend for the loss of a form, over what "
-        f"the form spent; from {len({run.tokens for run in baseline})} lengths of {summaries[0].name}, each with "
-        f"its own schedule; 95 % interval by bootstrap over seeds. Above 1 the form saves compute."
+@dataclass(frozen=True)
+class Multipliers:
+    """Of every form but the first, for people."""
+
+    rows: list[list[str]]
+    """A form's name, and a cell for each of `COSTS`."""
+    note: str
+    """What the numbers are."""
+
+    @property
+    def markdown(self) -> str:
+        """For summary.md."""
+        lines = [f"| form | {' | '.join(COSTS)} |", "|---|" + "---|" * len(COSTS)]
+        return "\n".join(lines + [f"| {' | '.join(row)} |" for row in self.rows])
+
+    def rich(self, width: int) -> Table:
+        """For a terminal of `width` columns."""
+        columns = [text("form"), *(text(cost) for cost in COSTS)]
+        return table(columns, self.rows, title="compute multiplier", width=width)
+
+
+def multipliers(summaries: Sequence[FormSummary], longer: Sequence[RunResult]) -> Multipliers | None:
+    """What each form's compute is worth; None where the baseline has one length only, or there is no other form."""
+    if len(summaries) < 2 or not longer:
+        return None
+    first, baseline = summaries[0].name, [*summaries[0].runs, *longer]
+    rows = [
+        [s.name, *(written(multiplier(s.runs, baseline, cost)) for cost in COSTS.values())]
+        for s in summaries[1:]
+    ]
+    note = (
+        f"what {first} would have to spend for the loss of a form, over what the form spent; from "
+        f"{len({run.tokens for run in baseline})} lengths of {first}, each with its own schedule; 95 % interval by "
+        f"bootstrap over seeds. Above 1 the form saves compute."
     )
-    return [what, "\n".join(lines)]
+    return Multipliers(rows, note)
 
 
 def written(interval: Interval | None) -> str:

@@ -10,11 +10,11 @@ from rich.console import Console
 
 from heedful.comparison.jobs import Outcome, Run, run_all
 from heedful.comparison.matching import HELD_EQUAL
-from heedful.comparison.multiplier import multiplier_table
+from heedful.comparison.multiplier import multipliers
 from heedful.comparison.plot import plot_curves
 from heedful.comparison.settings import CompareSettings
 from heedful.comparison.table import markdown_table, noise_note, rich_table, summarise
-from heedful.comparison.timetable import Timetable, at_equal_seconds, form_name
+from heedful.comparison.timetable import Timetable, at_equal_seconds, form_name, longer_name
 from heedful.data import Data
 from heedful.files import holds_something, write_text
 from heedful.training import RunResult, TrainSettings
@@ -66,31 +66,30 @@ def compare(
     console.print(f"[bold]data[/bold] {data.description}")
     if settings.match == "seconds":
         forms = at_equal_seconds(forms, data, out, console)
-    times = _timetable(settings, forms, out, console, workers)
-    times.announce(forms, data)
+    longer = [dataclasses.replace(forms[0], steps=n) for n in settings.baseline_steps]
+    times = _timetable(settings, forms, longer, out, console, workers)
+    times.announce([*forms, *longer], data)
     runs = _Runs(out / "runs", data if here else settings.train, console, times, workers, ray)
     if settings.lr_sweep:
         rates = _swept(settings, forms, out, runs)
         forms = [dataclasses.replace(f, lr=rates[form_name(f)]) for f in forms if form_name(f) in rates]
-    results, longer = _Kept(forms, settings.seeds), _Kept([], 0)
+    results, baseline = _Kept(forms, settings.seeds), _Kept([], 0)
     if forms and form_name(forms[0]) == settings.first_form:
-        steps = [dataclasses.replace(forms[0], steps=n) for n in settings.baseline_steps]
-        longer = _Kept(steps, settings.seeds, named_by_steps=True)
+        rate = forms[0].lr
+        longer = [dataclasses.replace(run, lr=rate) for run in longer]
+        baseline = _Kept(longer, settings.seeds, named_by_steps=True)
 
     def write(name: str, result: RunResult) -> None:
-        for kept in (results, longer):
+        for kept in (results, baseline):
             kept.take(name, result)
-        _write(results.finished, longer.finished, settings, data, out)
+        _write(results.finished, baseline.finished, settings, data, out)
 
     # Seed by seed: what is there after a stop compares every form.
     for seed in range(settings.seeds):
-        runs.plan(results.of_seed(seed) | longer.of_seed(seed))
+        runs.plan(results.of_seed(seed) | baseline.of_seed(seed))
     runs.run(write)
     if results.finished:
-        summaries = summarise(results.finished)
-        title = f"{data.name}: validation loss in nats per token"
-        console.print(rich_table(summaries, title, console.width))
-        console.print(noise_note(summaries).replace("**", ""), style="dim")
+        _show(results.finished, baseline.finished, settings, data, console)
     if failures := runs.failures:
         raise RuntimeError(
             f"{len(failures)} of {runs.tried} runs failed ({'; '.join(failures)}); the others "
@@ -192,14 +191,24 @@ def run_name(settings: TrainSettings) -> str:
 
 
 def _timetable(
-    settings: CompareSettings, forms: Sequence[TrainSettings], out: Path, console: Console, workers: int
+    settings: CompareSettings,
+    forms: Sequence[TrainSettings],
+    longer: Sequence[TrainSettings],
+    out: Path,
+    console: Console,
+    workers: int,
 ) -> Timetable:
     """A sweep's best run is the first of its form, not one more."""
     each = settings.seeds + max(len(settings.lr_sweep) - 1, 0)
-    finished = {
-        form_name(f): len(list((out / "runs").glob(f"{f.attention}-{f.score}-seed*/{RESULT}"))) for f in forms
-    }
-    return Timetable({form_name(f): each for f in forms}, finished, console, workers)
+    planned = {form_name(f): each for f in forms} | {longer_name(f): settings.seeds for f in longer}
+
+    def there(form: TrainSettings) -> list[str]:
+        found = (out / "runs").glob(f"{form.attention}-{form.score}-seed*/{RESULT}")
+        return [path.parent.name for path in found]
+
+    finished = {form_name(f): sum("-steps" not in name for name in there(f)) for f in forms}
+    finished |= {longer_name(f): sum(name.endswith(f"-steps{f.steps}") for name in there(f)) for f in longer}
+    return Timetable(planned, finished, console, workers)
 
 
 def _swept(
@@ -289,16 +298,19 @@ def _write(
     if not results:
         return
     summaries = summarise(results)
+    worth = multipliers(summaries, longer)
     equal_lr = "the best of a sweep, per form" if settings.lr_sweep else "equal for all forms"
     t = settings.train
+    fewest, most = (of(s.steps for s in summaries) for of in (min, max))
+    lengths = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
     parts = [
         f"# {' · '.join(s.name for s in summaries)}",
-        f"{data.description}. {t.steps} steps of {t.batch_size} x {data.context} tokens; held equal: "
+        f"{data.description}. {lengths} steps of {t.batch_size} x {data.context} tokens; held equal: "
         f"{HELD_EQUAL[settings.match]}; learning rate: {equal_lr}. All forms start from the same logit scale "
         f"(standard deviation {t.init_logit_std:g}), see the same rows in the same order, and share their seeds.",
         markdown_table(summaries),
         noise_note(summaries),
-        *multiplier_table(summaries, longer),
+        *([] if worth is None else [f"**Compute multiplier**: {worth.note}", worth.markdown]),
         "![curves](compare.png)",
     ]
     write_text(out / "summary.md", "\n\n".join(parts) + "\n")
@@ -308,6 +320,26 @@ def _write(
         f"Validation loss on {data.name}",
         f"width {t.d_model}, {t.n_layers} layers, context {data.context}; {_seeds(settings.seeds)}",
     )
+
+
+def _show(
+    results: list[RunResult],
+    longer: list[RunResult],
+    settings: CompareSettings,
+    data: Data,
+    console: Console,
+) -> None:
+    """The tables of a comparison, as far as they fit on the screen."""
+    summaries = summarise(results)
+    title = f"{data.name}: validation loss in nats per token"
+    if settings.match != "none":
+        title += f"; held equal: {HELD_EQUAL[settings.match]}"
+    equal = {"params": "parameters", "flops": "FLOPs/token"}.get(settings.match, "")
+    console.print(rich_table(summaries, title, console.width, keep=equal))
+    console.print(noise_note(summaries).replace("**", ""), style="dim")
+    if (worth := multipliers(summaries, longer)) is not None:
+        console.print(worth.rich(console.width))
+        console.print(worth.note, style="dim")
 
 
 def _seeds(n: int) -> str:

@@ -6,6 +6,7 @@ from statistics import mean, stdev
 
 from rich.table import Table
 
+from heedful.comparison.statistics import paired
 from heedful.screen import Column, table, text
 from heedful.training import RunResult
 
@@ -27,6 +28,11 @@ class FormSummary:
     def spread(self) -> float | None:
         """Standard deviation of the loss over seeds; None for one seed."""
         return stdev(run.val_loss for run in self.runs) if len(self.runs) > 1 else None
+
+    @property
+    def steps(self) -> int:
+        """Of a run: those it was told, or for `--match seconds` those that its seconds allow."""
+        return int(self.runs[0].config.get("train", {}).get("steps") or 0)
 
     @property
     def differences(self) -> list[float]:
@@ -82,6 +88,7 @@ def summarise(runs: Sequence[RunResult]) -> list[FormSummary]:
 COLUMNS = (
     "form",
     "seeds",
+    "steps",
     "parameters",
     "FLOPs/token",
     "lr",
@@ -99,7 +106,7 @@ COLUMNS = (
 
 def rows(summaries: Sequence[FormSummary]) -> tuple[list[str], list[list[str]]]:
     """Headers and cells, without the columns that say nothing about this data."""
-    table = []
+    table, same_steps = [], len({s.steps for s in summaries}) < 2
     for s in summaries:
         first = s.runs[0]
         loss = f"{s.loss:.3f}" + (f" ± {s.spread:.3f}" if s.spread is not None else "")
@@ -107,6 +114,7 @@ def rows(summaries: Sequence[FormSummary]) -> tuple[list[str], list[list[str]]]:
         cells = [
             s.name,
             str(len(s.runs)),
+            "" if same_steps else f"{s.steps:,}",
             f"{first.params:,}",
             f"{first.flops_per_token / 1e6:.2f} M",
             f"{first.lr:g}",
@@ -136,20 +144,24 @@ def _difference(s: FormSummary) -> str:
         return "no common seed"
     if len(d) == 1:
         return f"{d[0]:+.3f}"
-    return f"{mean(d):+.3f} ({min(d):+.3f} to {max(d):+.3f})"
+    found = paired(d)
+    return f"{found.estimate:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
 
 
-TERMINAL = ("form", "loss", "vs first", "bits/byte", "answers", "parameters", "ms/step", "cache B/token")
+TERMINAL = ("form", "loss", "vs first", "bits/byte", "answers", "at 2x", "at 4x", "steps")
+OPTIONAL = ("ms/step", "parameters", "steps to 95 %", "cache B/token", "FLOPs/token", "lr")
+"""On a screen too narrow for all of them, the last go first."""
 
 
-def rich_table(summaries: Sequence[FormSummary], title: str, width: int = 80) -> Table:
-    """For a terminal of `width` columns: what fits there; summary.md has all."""
+def rich_table(summaries: Sequence[FormSummary], title: str, width: int = 80, keep: str = "") -> Table:
+    """For a terminal of `width` columns: what fits there, the column `keep` in any case; summary.md has all."""
     headers, cells = rows(summaries)
-    order = [headers.index(name) for name in TERMINAL if name in headers]
+    wanted = dict.fromkeys((*TERMINAL, keep, *OPTIONAL))
+    order = [headers.index(name) for name in wanted if name in headers]
     columns = []
     for i in order:
-        name = headers[i].replace(" ", "\n")
-        optional = headers[i] in ("parameters", "ms/step", "cache B/token")
+        optional = headers[i] in OPTIONAL
+        name, optional = headers[i].replace(" ", "\n"), headers[i] in OPTIONAL and headers[i] != keep
         columns.append(text(name) if headers[i] == "form" else Column(name, optional=optional))
     broken = [[_broken(row[i]) for i in order] for row in cells]
     return table(columns, broken, title=title, width=width)
@@ -178,6 +190,7 @@ def noise_note(summaries: Sequence[FormSummary]) -> str:
             "differ by as much as two forms do; run with more seeds (`--seeds`) before believing a difference."
         )
     return (
-        f"{seeds} seeds. The difference is paired: form minus first form at the same seed, mean and range. "
-        "A range that includes zero is no difference; resolving 0.02 nats takes 15 to 25 seeds at small sizes."
+        f"{seeds} seeds. The difference is paired: form minus first form at the same seed, its mean and 95 % "
+        "interval (paired t). An interval that includes zero shows no difference; resolving 0.02 nats takes 15 to "
+        "25 seeds at small sizes."
     )

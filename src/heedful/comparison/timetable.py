@@ -31,7 +31,8 @@ class Timetable:
     """What runs are to come and how long they take.
 
     Args:
-        planned: number of runs of each form, by the form's name.
+        planned: number of runs of each kind: of a form, by its name, or of the baseline at another number of steps
+            (`longer_name`).
         finished: how many of them are finished already.
         console: where to say it.
         workers: runs at a time.
@@ -47,24 +48,32 @@ class Timetable:
         self.tried: dict[str, float] = {}
         self.measured: dict[str, list[float]] = {}
 
-    def announce(self, forms: Sequence[TrainSettings], data: Data) -> None:
-        """Try some steps of each form and say how long all runs take."""
-        forms = [form for form in forms if self.to_come[form_name(form)]]
-        if not forms or forms[0].steps < WORTH_A_TRIAL:
+    def announce(self, runs: Sequence[TrainSettings], data: Data) -> None:
+        """Try some steps of each form and say how long all runs take.
+
+        Args:
+            runs: one of each kind.
+            data: to try them on.
+        """
+        runs = [run for run in runs if self.to_come[self._kind(run)]]
+        steps = sorted({run.steps for run in runs})
+        if not runs or steps[-1] < WORTH_A_TRIAL:
             return
-        parts = []
+        of_step: dict[str, float] = {}
         with spinner(self.console, "trying some steps of each form"):
-            for form in forms:
+            for run in runs:
+                form = form_name(run)
                 try:
-                    seconds = seconds_per_step(form, data)
+                    of_step[form] = of_step.get(form) or seconds_per_step(run, data)
                 except Exception:  # the run itself will say what is wrong with this form
                     continue
-                self.tried[form_name(form)] = _STARTING + seconds * _steps_of_a_run(form, data)
-                parts.append(f"{form_name(form)} {1000 * seconds:.0f} ms a step")
+                self.tried[self._kind(run)] = _STARTING + of_step[form] * _steps_of_a_run(run, data)
         if self.tried:
             n = sum(self.to_come.values())
-            runs = "1 run" if n == 1 else f"{n} runs"
-            said = f"{runs} of {forms[0].steps:,} steps: about {duration(self.left())} ({', '.join(parts)})"
+            what = "1 run" if n == 1 else f"{n} runs"
+            lengths = " or ".join(filter(None, (", ".join(f"{n:,}" for n in steps[:-1]), f"{steps[-1]:,}")))
+            each = ", ".join(f"{form} {1000 * seconds:.0f} ms a step" for form, seconds in of_step.items())
+            said = f"{what} of {lengths} steps: about {duration(self.left())} ({each})"
             self.console.print(f"[bold]time[/bold] {said}", highlight=False)
 
     def titles(self, runs: Sequence[TrainSettings]) -> list[str]:
@@ -72,7 +81,7 @@ class Timetable:
         titles = []
         for settings in runs:
             self.number += 1
-            titles.append(f"{self.number}/{self.total} {form_name(settings)}, seed {settings.seed}")
+            titles.append(f"{self.number}/{self.total} {self._kind(settings)}, seed {settings.seed}")
         return titles
 
     def finished(self, title: str, settings: TrainSettings, result: RunResult, seconds: float | None) -> None:
@@ -88,10 +97,11 @@ class Timetable:
 
     def next(self, settings: TrainSettings, seconds: float | None = None, failed: bool = False) -> None:
         """One run is behind us, which took `seconds`, or which failed."""
+        kind = self._kind(settings)
         if seconds is not None or failed:
-            self.to_come[form_name(settings)] = max(self.to_come[form_name(settings)] - 1, 0)
+            self.to_come[kind] = max(self.to_come[kind] - 1, 0)
         if seconds is not None:
-            self.measured.setdefault(form_name(settings), []).append(seconds)
+            self.measured.setdefault(kind, []).append(seconds)
 
     def left(self) -> float:
         """Seconds that the runs to come take."""
@@ -110,10 +120,19 @@ class Timetable:
             total += runs * one
         return total / self.workers
 
+    def _kind(self, settings: TrainSettings) -> str:
+        longer = longer_name(settings)
+        return longer if longer in self.to_come else form_name(settings)
+
 
 def form_name(settings: TrainSettings) -> str:
     """As in the table."""
     return f"{settings.attention} x {settings.score}"
+
+
+def longer_name(settings: TrainSettings) -> str:
+    """That of the baseline at another number of steps."""
+    return f"{form_name(settings)}, {settings.steps:,} steps"
 
 
 def seconds_per_step(settings: TrainSettings, data: Data, steps: int = TRIAL_STEPS) -> float:
