@@ -9,16 +9,15 @@ What stands between `<!-- NAME -->` and `<!-- end -->` is written here; the rest
 import argparse
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 
 from heedful.study import load_study
 from heedful.study.plan import FOLDER, Study
-from heedful.study.report import interval_text, sides
+from heedful.study.report import counted_verdicts, interval_text, sides
 from heedful.study.rows import read_rows
-from heedful.study.verdict import FAILS, HOLDS, OPEN, verdicts
+from heedful.study.verdict import verdicts
 
 RESULTS = Path("results")
 PAGE = RESULTS / "README.md"
@@ -44,7 +43,6 @@ LETTERS = {
     "initial-scale": "i",
 }
 """Studies in the order of the page; those of a letter ask one question."""
-COUNTED = {HOLDS: "hold", FAILS: "do not", OPEN: "open"}
 NEAR = 0.02
 """Right answers this close to the best are marked as it is."""
 
@@ -52,8 +50,8 @@ NEAR = 0.02
 def verdict_table() -> str:
     """One row for each study: what its first contrast says."""
     lines = [
-        "| study | claim | first contrast | difference (95 %) | seeds | verdict | others |",
-        "|---|---|---|---|---|---|---|",
+        "| study | claim | first contrast | difference (95 %) | in | seeds | verdict | its others |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, letter in LETTERS.items():
         study = load_study(name)
@@ -61,15 +59,16 @@ def verdict_table() -> str:
         found = verdicts(study, rows, read_rows(RESULTS / name / "budgets.jsonl"))
         if not found:
             continue
-        first, others = found[0], Counter(v.says.partition(",")[0] for v in found[1:])
+        first = found[0]
         cells = [
             f"{letter}. [{study.title}]({name}/README.md)",
             study.claim,
             sides(first.contrast, "vs"),
             interval_text(first.difference),
+            first.contrast.metric or study.metric,
             str(first.seeds),
             f"**{first.says}**",
-            ", ".join(f"{others[says]} {does}" for says, does in COUNTED.items() if others[says]),
+            counted_verdicts(found[1:]),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -37,6 +37,11 @@ WRONG: dict[str, tuple[str, tuple[str, ...]]] = {
         "train --attention sas --attention.sim-head 8",
         ("--attention.sim-head", "did you mean --attention.sim-heads?"),
     ),
+    "form-not-chosen": (
+        "compare --attention mha,mqa --score.gate-bias 3",
+        ("unknown option --score.gate-bias here: it is an option of score forgetting, which is not chosen",),
+    ),
+    "no-task": ("train --task.pairs 4", ("--task.pairs here: it is an option of --data synthetic:mqar",)),
     "foreign-option": ("train --attention mha --attention.sim-heads 8", ("--attention.sim-heads",)),
     "steps": ("train --steps -5", ("--steps must be 1 or more, got -5",)),
     "compare-steps": ("compare --steps -5", ("--steps must be 1 or more, got -5",)),

@@ -1,7 +1,7 @@
 """Arguments are checked against the flags before they are parsed: one line says what is wrong with the first."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
 import tyro
@@ -56,12 +56,15 @@ def flags_of(fields: Sequence[tuple[str, Any, Any]], prefix: str = "") -> list[F
     return flags
 
 
-def check(flags: Sequence[Flag], arguments: Sequence[str]) -> None:
+def check(
+    flags: Sequence[Flag], arguments: Sequence[str], owners: Callable[[str], str] = lambda name: ""
+) -> None:
     """Raise UsageError for the first argument that cannot be.
 
     Args:
         flags: what there is.
         arguments: what was typed.
+        owners: says of a flag that there is not what it would belong to, or nothing.
     """
     named = {flag.name: flag for flag in flags if not flag.positional}
     switched_off = {"--no-" + name.removeprefix("--") for name, flag in named.items() if flag.switch}
@@ -77,7 +80,8 @@ def check(flags: Sequence[Flag], arguments: Sequence[str]) -> None:
         if name in switched_off:
             continue
         if name not in named:
-            raise UsageError(f"unknown option {name}{_hint(name, named)}")
+            belongs = owners(name) and f" here: {owners(name)}"
+            raise UsageError(f"unknown option {name}{belongs or _hint(name, named)}")
         flag = named[name]
         if flag.switch and not equals:
             continue

@@ -22,8 +22,10 @@ DESCRIPTION = """Train every attention x score with the same data order and seed
 Writes results.jsonl (a row per run), summary.md and compare.png; the first form is the baseline. Running
 the same command again goes on where it stopped. All forms start from the same logit scale
 (--init-logit-std), the great confounder of such comparisons. --match evens out parameters, training FLOPs or
-seconds; --baseline-steps says what a form's compute is worth. Options --attention.* and --score.* go to every form
-that has them, --task.* and --trainer.* to every run (heedful train --help).
+seconds (for FLOPs name the costliest form first); --baseline-steps says what a form's compute is worth. Options
+--attention.* and --score.* go to every form that has them, --task.* and --trainer.* to every run (heedful train
+--help). Shown below are those of the forms and the task that are named before --help: heedful compare --score
+forgetting --data synthetic:mqar --help.
 
     heedful compare --data synthetic:mqar --task.pairs 16 --task.tokens 128 --seeds 5 --workers 2
     heedful compare --ray auto      # on a cluster"""

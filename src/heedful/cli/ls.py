@@ -26,6 +26,8 @@ def run(arguments: Sequence[str]) -> int:
             form = registry[name]
             options = ", ".join(f.name.replace("_", "-") for f in own_fields(form.config_class))
             rows.append((f"[bold]{name}[/]", escape(form.summary), escape(options)))
-        columns = [text("name"), text("what it is"), text("options")]
+        prefix = f"--{registry.kind}." if any(row[2] for row in rows) else ""
+        columns = [text("name"), text("what it is"), text(f"options {prefix}".strip())]
         console.print(table(columns, rows, title=registry.kind, width=console.width))
+    console.print("More on one: heedful show NAME. gqa also needs --n-kv-heads.", style="dim")
     return 0

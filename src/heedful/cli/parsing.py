@@ -7,11 +7,11 @@ from typing import Annotated, Any, TypeVar, get_args
 import tyro
 
 from heedful.attention.config import own_fields
-from heedful.attention.registry import Registry
+from heedful.attention.registry import ATTENTIONS, SCORES, Registry
 from heedful.cli.arguments import check, flags_of, spelled_out
 from heedful.cli.errors import UsageError
 from heedful.cli.wrapping import wrapped
-from heedful.data.tasks import task_class
+from heedful.data.tasks import TASKS, task_class
 
 T = TypeVar("T")
 
@@ -133,7 +133,7 @@ def parse(
         if asked:
             print(wrapped(description) + "\n")  # tyro would put each paragraph on one line
         else:
-            check(flags_of(wanted), arguments)
+            check(flags_of(wanted), arguments, _owners)
             arguments = spelled_out(flags_of(wanted), arguments)
         parsed: Any = tyro.cli(
             settings,
@@ -153,6 +153,20 @@ def parse(
         value = getattr(parsed, f.name)
         values[f.name] = _changed(value) if f.name in _OPTION_FIELDS else value
     return values
+
+
+def _owners(flag_name: str) -> str:
+    """What an option belongs to that nobody named here: a form, or a synthetic task."""
+    kind, _, option = flag_name.removeprefix("--").partition(".")
+    option = option.replace("-", "_")
+    if kind == "task":
+        tasks = [name for name, task in TASKS.items() if option in {f.name for f in dataclasses.fields(task)}]
+        return f"it is an option of --data synthetic:{' or '.join(tasks)}" if tasks else ""
+    registry = {"attention": ATTENTIONS, "score": SCORES}.get(kind)
+    if registry is None:
+        return ""
+    forms = [n for n in registry if option in {f.name for f in own_fields(registry[n].config_class)}]
+    return f"it is an option of {kind} {' and '.join(forms)}, which is not chosen" if forms else ""
 
 
 def _has_factory(f: Any) -> bool:

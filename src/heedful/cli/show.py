@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,7 +50,7 @@ def show(form: Form, kind: str) -> None:
             console.print(escape(_unwrapped(doc)) + "\n")
     if formula := form.module_class.formula:
         console.print("[bold]formula[/bold]")
-        console.print(escape(inspect.cleandoc(formula)) + "\n", style="green")
+        console.print(escape(_indented(inspect.cleandoc(formula), console.width)) + "\n", style="green")
     options = own_fields(form.config_class)
     if options:
         rows = [
@@ -70,6 +71,15 @@ def _unwrapped(doc: str) -> str:
     return "\n\n".join(" ".join(p.split()) for p in paragraphs)
 
 
+def _indented(formula: str, width: int) -> str:
+    """Lines that are too long go on below, further in."""
+    lines = []
+    for line in formula.splitlines():
+        further = " " * (len(line) - len(line.lstrip()) + 4)
+        lines += textwrap.wrap(line, width, subsequent_indent=further, break_on_hyphens=False) or [""]
+    return "\n".join(lines)
+
+
 def _costs(console: Console, name: str, kind: str) -> None:
     """Parameters, FLOPs and cache beside plain attention of the same width."""
     base = configure("mha", d_model=WIDTH, n_heads=HEADS)
@@ -77,7 +87,7 @@ def _costs(console: Console, name: str, kind: str) -> None:
     pair = (name, "softmax") if kind == "attention" else ("mha", name)
     own = configure(*pair, d_model=WIDTH, n_heads=HEADS, **extra)
     rows = []
-    for label, config in (("mha x softmax", base), (" x ".join(pair), own)):
+    for label, config in {"mha x softmax": base, " x ".join(pair): own}.items():
         params, flops = config.parameter_count(), config.flops_per_token(CONTEXT)
         cache = config.cache_bytes_per_token(2)
         cells = (

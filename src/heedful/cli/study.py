@@ -19,7 +19,8 @@ DESCRIPTION = """Try a claim: train what it needs, with seeds enough, and say wh
     heedful study selective --report       # write its page again from the raw data
 
 A study is a file studies/NAME.toml: the claim, the effect looked for, the arms, the contrasts. Its results go to
-results/NAME, its models to runs/NAME. Every run is kept as soon as it ends, and the same command goes on. The sweep
+results/NAME, its models to runs/NAME: in a checkout of heedful that adds to what is published there, and
+--out runs/again tries from nothing. Every run is kept as soon as it ends, and the same command goes on. The sweep
 of learning rates has a seed of its own; seconds of a step are measured in turns before anything is trained. Both
 scales use a GPU where there is one; the large one wants a large text, --data my.txt."""
 
@@ -32,10 +33,15 @@ def run(arguments: Sequence[str]) -> int:
         [
             positional("name", str, "", "of the study, or the path of its file; nothing: list them"),
             flag("scale", Scale, "cpu", "cpu: some hours on two cores; gpu: an hour of a large one"),
-            flag("workers", int, 1, "runs at a time, each with its share of the cores"),
+            flag(
+                "workers",
+                int,
+                1,
+                "runs at a time, each with its share of the cores; as many as cores are fastest",
+            ),
             flag("ray", str | None, None, 'run on a Ray cluster: its address, "auto", or "local"'),
             flag("data", str | None, None, "train on this instead: a file, a folder or synthetic:TASK"),
-            flag("seeds", int | None, None, "another number of seeds than the study's own"),
+            flag("seeds", int | None, None, "another number of seeds than the study's own, 2 or more"),
             flag("out", str | None, None, "folder for the results; results/NAME if left out"),
             flag("models", str | None, None, "folder for the models; runs/NAME if left out"),
             flag("report", bool, False, "train nothing, write the page from the raw data there is"),
@@ -76,9 +82,13 @@ def _list(console: Console) -> int:
     rows = []
     for path in paths:
         study = load_study(path.stem)
-        rows.append([study.name, study.claim, _verdict(Path("results") / study.name)])
+        rows.append([study.name, study.title, _verdict(Path("results") / study.name)])
+    columns = [text("study"), text("title"), text("verdict")]
+    console.print(table(columns, rows, title="studies", width=console.width))
     console.print(
-        table([text("study"), text("claim"), text("verdict")], rows, title="studies", width=console.width)
+        "A verdict is that of the first contrast a study declares, not of all its claim: results/NAME/README.md "
+        "has the claim and every contrast.",
+        style="dim",
     )
     return 0
 

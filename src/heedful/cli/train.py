@@ -22,8 +22,8 @@ DESCRIPTION = """Train a language model and leave it in a folder that transforme
     heedful generate runs/a "Once upon a time"
 
 The options of the chosen attention and score are below as --attention.* and --score.*, those of a synthetic
-task (--data synthetic:mqar) as --task.*. Any field of transformers' TrainingArguments is handed through as
---trainer.*:
+task (--data synthetic:mqar) as --task.*: name them before --help. Any field of transformers' TrainingArguments
+is handed through as --trainer.*:
 
     --trainer.adam-beta2 0.99 --trainer.max-grad-norm 0.5 --trainer.lr-scheduler-type linear
     --trainer.gradient-accumulation-steps 2

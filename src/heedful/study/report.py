@@ -19,8 +19,12 @@ from heedful.training import RunResult
 from heedful.training.settings import TrainSettings
 
 Row = Mapping[str, Any]
-VERDICTS = {HOLDS: "hold", FAILS: "do not", OPEN: "are not resolved"}
-"""How several are counted."""
+VERDICTS = {
+    HOLDS: ("holds", "hold"),
+    FAILS: ("does not", "do not"),
+    OPEN: ("is not resolved", "are not resolved"),
+}
+"""How one and how several are counted."""
 
 
 def write_report(study: Study, out: Path) -> list[Verdict]:
@@ -73,18 +77,26 @@ def _verdict_line(found: Sequence[Verdict]) -> str:
     if not found:
         return "**Verdict: none yet**, no contrast has two seeds."
     first = found[0]
-    return f"**Verdict: {first.says}.** {_sentence(first)}"
+    which = "The first of its contrasts: " if len(found) > 1 else ""
+    return f"**Verdict: {first.says}.** {which}{_sentence(first)}"
 
 
 def _others(found: Sequence[Verdict]) -> str:
     """How many of the other contrasts hold."""
-    others = Counter(v.says.partition(",")[0] for v in found[1:])
-    counted = [f"{others[says]} {does}" for says, does in VERDICTS.items() if others[says]]
-    return f" Of the other contrasts {', '.join(counted)}." if counted else ""
+    counted = counted_verdicts(found[1:])
+    return f" Of the other contrasts {counted}." if counted else ""
+
+
+def counted_verdicts(found: Sequence[Verdict]) -> str:
+    """How many hold, how many do not, how many are open."""
+    counts = Counter(v.says.partition(",")[0] for v in found)
+    return ", ".join(
+        f"{counts[says]} {words[counts[says] > 1]}" for says, words in VERDICTS.items() if counts[says]
+    )
 
 
 def _sentence(v: Verdict) -> str:
-    says = f"{v.contrast.says[0].upper()}{v.contrast.says[1:]}: " if v.contrast.says else ""
+    says = f"{v.contrast.says}: " if v.contrast.says else ""
     return f"{says}{sides(v.contrast, 'minus')} is {interval_text(v.difference)}, {v.seeds} paired seeds."
 
 

@@ -264,7 +264,7 @@ def _run(
         raise diverged("after the last step", f"the validation loss is {final.loss}", trainer.advice())
     model.config.use_cache = True  # Trainer turned it off
     if first:
-        write_beside(model, out, card_facts(settings, final, data.validation_bytes))
+        write_beside(model, out, card_facts(settings, final, data))
         model.save_pretrained(out)
     if first and data.tokenizer is not None:
         data.tokenizer.save_pretrained(out)  # type: ignore[union-attr]
@@ -318,16 +318,16 @@ def _accuracy_at(
     return found
 
 
-def card_facts(settings: TrainSettings, final: Evaluation, validation_bytes: int | None) -> dict[str, str]:
+def card_facts(settings: TrainSettings, final: Evaluation, data: Data) -> dict[str, str]:
     """What the model card says of a run: its data, its training, its loss. Paths stay private but for the name."""
     loss = f"{final.loss:.3f} nats per token"
-    if validation_bytes:
-        loss += f", {final.bits_per_byte(validation_bytes):.3f} bits per byte"
+    if data.validation_bytes:
+        loss += f", {final.bits_per_byte(data.validation_bytes):.3f} bits per byte"
     return {
         "data": f"{Path(settings.data).name}, tokenizer {settings.tokenizer}"
-        if validation_bytes
+        if data.validation_bytes
         else settings.data,
-        "training": f"{settings.steps} steps of {settings.batch_size} rows of {settings.context} tokens, "
+        "training": f"{settings.steps} steps of {settings.batch_size} rows of {data.context} tokens, "
         f"peak learning rate {settings.lr:g}, seed {settings.seed}",
         "validation loss": f"{loss}; accuracy {final.accuracy:.1%}",
     }
