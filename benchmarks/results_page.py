@@ -120,11 +120,13 @@ def not_run() -> str:
 
 
 def every_result() -> str:
-    """All pages, the studies first."""
+    """All pages with their titles, the studies first."""
     pages = [p.parent.name for p in RESULTS.glob("*/README.md")]
-    return ", ".join(
-        f"[{name}]({name}/README.md)" for name in sorted(pages, key=lambda n: ([*LETTERS, n].index(n), n))
-    )
+    lines = ["| page | what it is |", "|---|---|"]
+    for name in sorted(pages, key=lambda n: ([*LETTERS, n].index(n), n)):
+        title = (RESULTS / name / "README.md").read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+        lines.append(f"| [{name}]({name}/README.md) | {title} |")
+    return "\n".join(lines)
 
 
 TABLES: dict[str, Callable[[], str]] = {

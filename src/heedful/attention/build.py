@@ -23,6 +23,7 @@ def configure(attention: str, score: str = "softmax", **options: Any) -> Attenti
 def build(attention: str, score: str = "softmax", **options: Any) -> Attention:
     """A module `(B, T, C) -> (B, T, C)`: `build("sas", score="selective", d_model=64, n_heads=4)`.
 
-    Arguments and errors as for `configure`.
+    Options of the attention, of the score and of both stand side by side: `build("mha", score="forgetting",
+    d_model=64, n_heads=4, gate_bias=3.0)`; `gqa` also needs `n_kv_heads`. Arguments and errors as for `configure`.
     """
     return configure(attention, score, **options).build()
