@@ -18,6 +18,8 @@ from heedful.ops.precision import no_autocast, wide_dtype
 
 BLOCK = 128
 """Queries that look at the same keys. More would look at keys to come, fewer cost calls."""
+FEWEST = 32
+"""Queries whose decay may be features; of fewer a bias is small."""
 
 
 @register_score("forgetting")
@@ -94,14 +96,15 @@ class ForgettingScore(EvictableScore):
             return self._attend(q, k, v, decay_reference(steps, earlier, counts), visible, scale)
         before, outputs = n_keys - length, []
         sums = RunningSums.of(F.pad(steps, (before, 0)), segment_ids)
-        fused = decay_fuses(q.device)
-        if fused:
-            q, k, scale = self._with_decay(q, k, sums, earlier, scale)
         for start, end in query_blocks(length, BLOCK):  # never a bias of all pairs in memory
             last = before + end
-            block = q[:, :, start:end], k[:, :, :last], v[:, :, :last]
-            decay = None if fused else sums.decay(earlier, before + start, last)
-            outputs.append(self._weigh(*block, decay, visible[:, start:end, :last], scale))
+            block, scaled, decay = (q[:, :, start:end], k[:, :, :last], v[:, :, :last]), scale, None
+            if decay_fuses(q.device, end - start):
+                features = sums.features(earlier, before + start, last)
+                block, scaled = (*_with_features(*block[:2], *features, scale), block[2]), 1.0
+            else:
+                decay = sums.decay(earlier, before + start, last)
+            outputs.append(self._weigh(*block, decay, visible[:, start:end, :last], scaled))
         with no_autocast(q.device):
             after = decay_after(steps, earlier, counts)
         return torch.cat(outputs, dim=2), {"decay": after}
@@ -143,15 +146,6 @@ class ForgettingScore(EvictableScore):
         steps = -F.logsigmoid(gates)
         return steps if visible is None else steps.masked_fill(~visible.any(-1)[:, None], 0.0)
 
-    def _with_decay(
-        self, q: Tensor, k: Tensor, sums: RunningSums, earlier: Tensor | None, scale: float
-    ) -> tuple[Tensor, Tensor, float]:
-        """Queries and keys whose product is L - D up to a number for each row, and its scale."""
-        dtype = wide_dtype(q)
-        queries, keys = sums.features(earlier)
-        q = torch.cat([queries[:, :, -q.shape[2] :], q.to(dtype) * scale], dim=-1)
-        return q, torch.cat([keys, repeat_kv(k, q.shape[1]).to(dtype)], dim=-1), 1.0
-
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, visible: Tensor, scale: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -177,9 +171,18 @@ class ForgettingScore(EvictableScore):
             return out.masked_fill(~alive, 0.0).to(v.dtype)
 
 
-def decay_fuses(device: torch.device) -> bool:
-    """Whether the decay may be features of queries and keys, which takes no bias with a gradient.
+def _with_features(
+    q: Tensor, k: Tensor, queries: Tensor, keys: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys whose product holds the logits, scaled, and that of the features before them."""
+    dtype = wide_dtype(q)
+    q = torch.cat([queries, q.to(dtype) * scale], dim=-1)
+    return q, torch.cat([keys, repeat_kv(k, q.shape[1]).to(dtype)], dim=-1)
 
-    A CPU adds up a product's features in their order, as `RunningSums.features` needs; a GPU may round them first.
+
+def decay_fuses(device: torch.device, n_queries: int) -> bool:
+    """Whether the decay may be features of queries and keys, which needs no bias with a gradient.
+
+    Few queries take another product on a CPU, which adds up in another order; a GPU may round features first.
     """
-    return device.type == "cpu"
+    return device.type == "cpu" and n_queries >= FEWEST

@@ -25,17 +25,19 @@ def decay_reference(steps: Tensor, earlier: Tensor | None, counts: Tensor) -> Te
 
 
 class RunningSums(NamedTuple):
-    """Sums of steps along the text, of which `decay` takes differences instead of summing over (T, S).
+    """Sums of steps along the text, of whose differences decays are made, instead of sums over (T, S).
 
     Such a difference is small where its two sums are large: after 8,000 tokens at f = 1/2 float32 rounds them to
-    0.0005. So the sum is made in float64 and stands as two numbers of the working precision: what is left is the
-    rounding of the difference itself.
+    0.0005. So the sums are made in float64, and stand for some queries as two numbers of the working precision,
+    counted from the first of these queries: what is left is the rounding of the difference itself.
     """
 
-    high: Tensor
-    """(B, H, S)."""
-    low: Tensor
-    """(B, H, S), what `high` has rounded off."""
+    sums: Tensor
+    """(B, H, S), float64."""
+    segments: Tensor | None
+    """(B, S), each key's segment as a number below S; None: all are one."""
+    dtype: torch.dtype
+    """The working precision."""
 
     @classmethod
     def of(cls, steps: Tensor, segment_ids: Tensor | None) -> "RunningSums":
@@ -45,51 +47,64 @@ class RunningSums(NamedTuple):
             steps: (B, H, S), one for each key; those of earlier calls are 0, and those of padding.
             segment_ids: (B, S) integers, or None; steps count within a segment.
         """
-        sums = _running_sums(steps.double(), segment_ids)
-        high = sums.to(steps.dtype)
-        return cls(high, (sums - high).detach().to(steps.dtype))  # its gradient is there once, with `high`
+        if segment_ids is None:
+            return cls(steps.double().cumsum(-1), None, steps.dtype)
+        # Equal ids need not be neighbours, so sort them together; a stable sort keeps their order.
+        ids, order = segment_ids.sort(dim=-1, stable=True)
+        numbers = F.pad((ids[:, 1:] != ids[:, :-1]).cumsum(-1), (1, 0))
+        segments = torch.empty_like(order).scatter(-1, order, numbers)
+        order = order[:, None].expand_as(steps)
+        sums = steps.double().gather(-1, order).cumsum(-1)
+        return cls(torch.empty_like(sums).scatter(-1, order, sums), segments, steps.dtype)
 
     def decay(self, earlier: Tensor | None, start: int, end: int) -> Tensor:
         """`decay_reference` of the tokens from start to end, (B, H, end - start, end), for keys that they see.
 
         What it says of others means nothing. `earlier` is as there, (B, H, S - T).
         """
-        high, low = (part[..., start:end, None] - part[..., None, :end] for part in self)
+        high, low = (x[..., start:, None] - x[..., None, :] for x in self._split(self._since(start, end)))
         decay = high + low
         return decay if earlier is None else decay + _padded(earlier, end)[:, :, None]
 
-    def features(self, earlier: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What goes before the features of queries and keys so that their product also holds minus the decay.
+    def features(self, earlier: Tensor | None, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """What goes before the features of these queries and keys, so that their product holds minus the decay.
 
-        Matrix products on a CPU add features up in their order: so the two large sums come first, whose difference
-        is rounded as in `decay`.
+        A product that adds its features up in their order, as large ones on a CPU do, begins with the difference of
+        two sums, and is as exact as `decay`. In another order it is off by the rounding of what is forgotten from
+        the first of these queries to the last.
 
         Returns:
-            Two of (B, H, S, 4), of queries and of keys.
+            Of the queries, (B, H, end - start, 4), and of the keys, (B, H, end, 4).
         """
-        one = torch.ones_like(self.high)
-        query = torch.stack([one, -self.high, one, -self.low], dim=-1)
-        high, low = self
-        if earlier is not None:
-            exact = high.double() + low - _padded(earlier, high.shape[-1])
-            high = exact.to(high.dtype)
-            low = (exact - high).detach().to(high.dtype)
-        return query, torch.stack([high, one, low, one], dim=-1)
+        since = self._since(start, end)
+        high, low = self._split(since[..., start:])
+        one = torch.ones_like(high)
+        queries = torch.stack([one, -high, one, -low], dim=-1)
+        high, low = self._split(since if earlier is None else since - _padded(earlier, end))
+        one = torch.ones_like(high)
+        return queries, torch.stack([high, one, low, one], dim=-1)
+
+    def _since(self, start: int, end: int) -> Tensor:
+        """The sums of the first `end` keys less that of the first query of their segment from `start` on."""
+        sums = self.sums[..., :end]
+        if self.segments is None:
+            return sums - sums[..., start : start + 1].detach()
+        queries = torch.arange(start, end, device=sums.device).expand(len(self.segments), -1)
+        first = torch.full_like(self.segments, end - 1)
+        first = first.scatter_reduce(1, self.segments[:, start:end], queries, "amin")
+        first = first.gather(1, self.segments[:, :end])[:, None].expand_as(sums)
+        return sums - sums.gather(-1, first).detach()
+
+    def _split(self, sums: Tensor) -> tuple[Tensor, Tensor]:
+        """As two numbers of the working precision; the gradient is there once, with the first."""
+        high = sums.to(self.dtype)
+        return high, (sums - high).detach().to(self.dtype)
 
 
 def decay_after(steps: Tensor, earlier: Tensor | None, counts: Tensor) -> Tensor:
     """The decay of all keys after the last query, (B, H, S): the last row of `decay_reference`."""
     new = steps @ counts.to(steps.dtype)
     return new if earlier is None else new + _padded(earlier, new.shape[-1])
-
-
-def _running_sums(steps: Tensor, segment_ids: Tensor | None) -> Tensor:
-    """Sums along the last axis whose differences within a segment are those of its own steps."""
-    if segment_ids is None:
-        return steps.cumsum(-1)
-    # Equal ids need not be neighbours, so sort them together; a stable sort keeps their order.
-    order = segment_ids.argsort(dim=-1, stable=True)[:, None].expand_as(steps)
-    return torch.empty_like(steps).scatter(-1, order, steps.gather(-1, order).cumsum(-1))
 
 
 def _padded(earlier: Tensor, n_keys: int) -> Tensor:
