@@ -44,6 +44,17 @@ def test_two_at_a_time_are_those_one_after_the_other(settings: Settings, tmp_pat
     assert sorted(line.split("/")[0] for line in lines) == ["1", "2", "3", "4", "5", "6"]
 
 
+def test_data_that_has_changed_is_not_mixed(
+    settings: Settings, quiet_compare: Compare, text_file: Path, tmp_path: Path
+):
+    text = tmp_path / "text.txt"
+    text.write_text(text_file.read_text())
+    quiet_compare(settings(data=str(text)), tmp_path / "out")
+    text.write_text(text_file.read_text().replace("e", "o"))
+    with pytest.raises(ValueError, match=r"text\.txt has changed since the runs in .*; use another --out"):
+        quiet_compare(settings(data=str(text), seeds=2), tmp_path / "out")
+
+
 @pytest.mark.exhaustive
 def test_a_failure_beside_others(settings: Settings, tmp_path: Path):
     s = settings(seeds=2)
@@ -166,6 +177,15 @@ def test_without_ray(
         quiet_compare(settings(), tmp_path, ray="auto")
 
 
+@pytest.mark.parametrize("address", ["localhost:1", "nowhere.invalid:6379", "ray://localhost:1", "[::1]:1"])
+def test_no_cluster_there(settings: Settings, quiet_compare: Compare, tmp_path: Path, address: str):
+    """Said at once, where Ray would try for minutes."""
+    with pytest.raises(
+        ConnectionError, match=rf"no Ray cluster answers at {re.escape(repr(address))}; start one"
+    ):
+        quiet_compare(settings(), tmp_path, ray=address)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("reached", ["all processes, as from a terminal", "the first alone, as from kill"])
 def test_ctrl_c_and_the_same_command(text_file: Path, tmp_path: Path, reached: str):
@@ -223,6 +243,31 @@ def test_workers_end_when_their_parent_is_killed(text_file: Path, tmp_path: Path
         time.sleep(0.2)
     assert not members(process.pid)
     assert list(out.glob("runs/*/checkpoints/checkpoint-*"))
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed(text_file: Path, tmp_path: Path):
+    """A line says what became of it and what to do, and the rest of the workers end."""
+    small = "--d-model 16 --n-layers 1 --n-heads 2 --batch-size 4 --context 32 --tokenizer bytes"
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "heedful", "compare", "--workers", "2", "--score", "softmax"]
+    command += ["--data", str(text_file), "--seeds", "1", "--out", str(out), *small.split()]
+    command += ["--steps", "100000", "--evaluations", "1000"]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while len(list(out.glob("runs/*/log.jsonl"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    found = subprocess.run(["ps", "-wweo", "pid=,pgid=,args="], capture_output=True, text=True, check=True)
+    rows = [line.split(None, 2) for line in found.stdout.splitlines()]
+    workers = [int(pid) for pid, group, words in rows if int(group) == process.pid and "spawn_main" in words]
+    os.kill(workers[0], signal.SIGKILL)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 1, stderr
+    assert "a worker process was killed" in stderr and "the same command goes on" in stderr
+    assert "Traceback" not in stderr
+    while members(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not members(process.pid)
 
 
 def members(group: int) -> list[str]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from heedful.data import TokenDataset
 from heedful.evaluation import evaluate
 from heedful.evaluation.search import BudgetedLoss, BudgetSearch, Move, ladder, split_rows
-from heedful.evaluation.search_log import SearchLog, rows_digest
+from heedful.evaluation.search_log import SearchLog
 from heedful.hf import HeedfulConfig, HeedfulForCausalLM
 
 VOCAB, CONTEXT, LAYERS = 20, 13, 3
@@ -355,6 +355,6 @@ def test_log_of_another_search(tmp_path: Path):
 def test_digest_of_rows():
     rows = make_rows()
     changed = {n: t.clone() for n, t in rows.tensors.items()}
-    assert rows_digest(TokenDataset(changed)) == rows_digest(rows)
+    assert TokenDataset(changed).digest() == rows.digest()
     changed["labels"][0, 1] += 1
-    assert rows_digest(TokenDataset(changed)) != rows_digest(rows)
+    assert TokenDataset(changed).digest() != rows.digest()

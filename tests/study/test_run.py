@@ -115,8 +115,13 @@ def test_other_settings_are_not_mixed(study: Make, tmp_path: Path):
     s = study(rates=[1e-3])
     go(s, tmp_path)
     arms = {**s.arms, "mha": dataclasses.replace(s.arms["mha"], steps=5)}
-    with pytest.raises(ValueError, match=r"with other settings \(mha differ\)"):
+    with pytest.raises(ValueError, match=r"as it was before \(mha differ\)"):
         go(dataclasses.replace(s, arms=arms), tmp_path)
+    with pytest.raises(ValueError, match=r"as it was before \(effect differ\)"):
+        go(dataclasses.replace(s, effect=5.0), tmp_path)
+    claim = dataclasses.replace(s.contrasts[0], claims="equal")
+    with pytest.raises(ValueError, match=r"\(what is claimed of selective against mha differ\)"):
+        go(dataclasses.replace(s, contrasts=(claim,)), tmp_path)
     more = {**s.arms, "mqa": dataclasses.replace(s.arms["mha"], attention="mqa")}
     go(dataclasses.replace(s, arms=more), tmp_path)
     assert len(read_rows(tmp_path / "results" / "runs.jsonl")) == 6
@@ -196,6 +201,31 @@ def test_what_another_study_has_trained_is_taken_over(study: Make, tmp_path: Pat
     assert {p.name for p in (tmp_path / "models-2").iterdir()} == {"mqa-seed0", "mqa-seed1"}
     assert rows["again-seed1"]["val_loss"] == rows["selective-seed1"]["val_loss"]
     assert "; 6 of 8 runs are those of `first`" in (beside / "README.md").read_text()
+
+
+def test_data_that_has_changed_is_not_mixed(study: Make, text_file: Path, tmp_path: Path):
+    """Neither with runs of the study, nor with those of another."""
+    text = tmp_path / "text.txt"
+    text.write_text(text_file.read_text())
+    small = {"data": str(text), "d_model": 16, "n_layers": 1, "n_heads": 2, "context": 32}
+    s = study(rates=[1e-3], train={**small, "batch_size": 4, "steps": 4})
+    go(s, tmp_path)
+    text.write_text(text_file.read_text().replace("e", "o"))
+    with pytest.raises(ValueError, match=r"text\.txt has changed since \w+-seed\d in .*; use another --out"):
+        go(s, tmp_path, seeds=3)
+    (tmp_path / "results").rename(tmp_path / "first")
+    run_study(s, tmp_path / "other", tmp_path / "more", console=Console(file=io.StringIO()))
+    assert not [row for row in read_rows(tmp_path / "other" / "runs.jsonl") if "study" in row]
+
+
+def test_a_study_that_is_damaged_lends_no_runs(study: Make, tmp_path: Path):
+    s = study(rates=[1e-3])
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "runs.jsonl").write_text('{"run": "mha-se')
+    said = go(s, tmp_path)
+    assert "not looked at: " in said and "line 1, is damaged" in said
+    (tmp_path / "torn" / "runs.jsonl").write_text("3\n")
+    assert "it is no table" in go(s, tmp_path)
 
 
 def test_what_is_measured_further_is_trained(study: Make, tmp_path: Path):

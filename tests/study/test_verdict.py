@@ -42,7 +42,8 @@ def test_values():
 
 def test_a_contrast_at_another_length(study: Callable[..., Study]):
     one = {"arm": "selective", "against": "mha", "claims": "higher"}
-    s = study(metric="accuracy at 4x", contrasts=[one, {**one, "metric": "accuracy"}])
+    task = {"data": "synthetic:mqar", "d_model": 16, "n_layers": 1, "n_heads": 2}
+    s = study(metric="accuracy at 4x", train=task, contrasts=[one, {**one, "metric": "accuracy"}])
     right = {"mha": {"1": 0.5, "4": 0.4}, "selective": {"1": 0.8, "4": 0.5}}
     rows = [{"arm": arm, "seed": seed, "accuracy_at": at} for arm, at in right.items() for seed in (0, 1)]
     assert [v.difference.estimate for v in verdicts(s, rows)] == pytest.approx([0.1, 0.3])

@@ -125,7 +125,7 @@ class _Scores:
 def _budget(values: dict[str, Any], console: Console) -> int:
     from heedful.evaluation import evaluate
     from heedful.evaluation.search import BudgetSearch, check_policy, ladder, split_rows
-    from heedful.evaluation.search_log import SearchLog, rows_digest, weights_digest
+    from heedful.evaluation.search_log import SearchLog, weights_digest
     from heedful.hf.load import load_model
     from heedful.training import held_out
 
@@ -153,7 +153,7 @@ def _budget(values: dict[str, Any], console: Console) -> int:
         target, target_name = full + values["tolerance"], f"its own full cache + {values['tolerance']:g}"
     settings = {
         "data": held.name,
-        "search_rows": rows_digest(search_rows),
+        "search_rows": search_rows.digest(),
         "rows": len(search_rows),
         "target": target,
         "baseline": weights_digest(Path(values["baseline"])) if baseline is not None else None,

@@ -60,10 +60,11 @@ def run(arguments: Sequence[str]) -> int:
     models = Path(values["models"] or Path("runs") / f"{study.name}{suffix}")
     with spinner(console, "loading transformers"):
         from heedful.study.report import write_report
-        from heedful.study.run import run_study
+        from heedful.study.run import check_same, run_study
     if values["report"]:
         if not (out / "runs.jsonl").exists():
             raise FileNotFoundError(f"there are no results of {study.name} in {out}; run it first")
+        check_same(study, out)
         write_report(study, out)
     else:
         how = {name: values[name] for name in ("workers", "ray", "seeds")}

@@ -2,10 +2,11 @@
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from transformers import TrainerCallback
@@ -16,6 +17,9 @@ from heedful.training import RunResult, TrainSettings, train
 from heedful.training.run import RESULT, load_settings_data
 from heedful.training.settings import SETTINGS
 from heedful.training.workers import side_by_side
+
+OF_DATA = ("data", "task_options", "val_data", "text_column", "tokenizer", "vocab_size", "context", "seed")
+"""Settings that say which data it is; the seed, that of a comparison's or a study's first run, draws a task."""
 
 
 @dataclass(frozen=True)
@@ -102,19 +106,12 @@ def run_all(
 
 def _loaded(data: Data | TrainSettings) -> Data:
     """The data itself; the runs of one process share it."""
-    if isinstance(data, Data):
-        return data
-    of_data = (
-        "data",
-        "task_options",
-        "val_data",
-        "text_column",
-        "tokenizer",
-        "vocab_size",
-        "context",
-        "seed",
-    )
-    return _load(json.dumps({name: getattr(data, name) for name in of_data}, sort_keys=True))
+    return data if isinstance(data, Data) else _load(data_key(data.to_dict()))
+
+
+def data_key(settings: Mapping[str, Any]) -> str:
+    """What of the settings of a run says on which data it trains."""
+    return json.dumps({name: settings.get(name) for name in OF_DATA}, sort_keys=True)
 
 
 @lru_cache(maxsize=2)

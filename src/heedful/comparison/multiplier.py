@@ -118,6 +118,8 @@ def written(interval: Interval | None) -> str:
     """For a table."""
     if interval is None:
         return ""
+    if (interval.low, interval.high) == (-math.inf, math.inf):
+        return f"{_number(interval.estimate)} (one seed, no interval)"
     return f"{_number(interval.estimate)} ({_number(interval.low)} to {_number(interval.high)})"
 
 

@@ -60,6 +60,7 @@ def compare(
     here = data is not None or (workers == 1 and ray is None)
     data = data or load_settings_data(settings.train)
     forms = settings.forms(data.vocab_size, data.context)
+    _check_data(data, out)
     for form in forms:
         check_memory(form.to_decoder_config(data.vocab_size, data.context))
     prepare(settings, out)
@@ -257,6 +258,15 @@ def _check_folder(settings: CompareSettings, out: Path) -> None:
             raise ValueError(f"{out} matched its forms to {before['attention'][0]}; keep it first")
     elif out.exists() and holds_something(out):
         raise FileExistsError(f"{out} is not empty and holds no comparison; use another --out")
+
+
+def _check_data(data: Data, out: Path) -> None:
+    """Raise if there are runs on other data of the same name."""
+    digest = data.digest()
+    for path in (out / "results.jsonl", out / "baseline.jsonl"):
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+            if json.loads(line).get("data_digest") not in (None, digest):
+                raise ValueError(f"{data.name} has changed since the runs in {out}; use another --out")
 
 
 def _read(path: Path) -> dict[str, Any]:

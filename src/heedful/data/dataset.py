@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,15 @@ class TokenDataset(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {name: tensor[index] for name, tensor in self.tensors.items()}
 
+    def digest(self) -> str:
+        """SHA-256 of all tensors and their names."""
+        digest = hashlib.sha256()
+        for name in sorted(self.tensors):
+            tensor = self.tensors[name].cpu().contiguous()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()
+
 
 @dataclass(frozen=True)
 class Data:
@@ -82,6 +92,10 @@ class Data:
     """One line for people."""
     task: Task | None = None
     """The synthetic task; None for a text."""
+
+    def digest(self) -> str:
+        """Of what is trained and measured on: two runs with another digest are not of the same data."""
+        return f"{self.train.digest()[:16]}-{self.validation.digest()[:16]}"
 
 
 def load_data(

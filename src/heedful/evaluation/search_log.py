@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from heedful.data import TokenDataset
 from heedful.evaluation.search import Move
 from heedful.files import write_text
 from heedful.hf.converted.checkpoint import Checkpoint
@@ -84,16 +83,6 @@ class SearchLog:
         lines = [self.settings, *(move.to_dict() for move in self.moves)]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
         self._begun = True
-
-
-def rows_digest(rows: TokenDataset) -> str:
-    """SHA-256 of all tensors of the rows and their names."""
-    digest = hashlib.sha256()
-    for name in sorted(rows.tensors):
-        tensor = rows.tensors[name].cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def weights_digest(folder: Path) -> str:

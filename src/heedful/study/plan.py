@@ -7,10 +7,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from heedful.attention.eviction import POLICIES
 from heedful.comparison.matching import match_d_ff
 from heedful.comparison.statistics import seeds_needed
 from heedful.forms import load_forms, name_forms
 from heedful.ops.checks import did_you_mean
+from heedful.study.values import BUDGETS, check_complete, check_values
 from heedful.training.settings import TrainSettings
 
 DEFAULT_DATA = TrainSettings.data
@@ -130,6 +132,7 @@ def load_study(name: str, scale: Scale = "cpu", folder: Path = FOLDER, data: str
         raise FileNotFoundError(f"there is no study {path}; {did_you_mean(name, known)}{have}")
     try:
         raw = _read(path)
+        check_values(raw)
         name_forms([str(path.parent / form) for form in raw.get("forms", [])])
         load_forms()
         return _study(path.stem, raw, scale, data)
@@ -143,6 +146,8 @@ def _read(path: Path) -> dict[str, Any]:
     raw = tomllib.loads(path.read_text(encoding="utf-8"))
     if (like := raw.pop("like", None)) is None:
         return raw
+    if not isinstance(like, str):
+        raise ValueError(f"like must be the path of a file, got {like!r}")
     base = path.parent / like
     if not base.is_file():
         raise FileNotFoundError(f"it is like {like!r}, and there is no {base}")
@@ -160,6 +165,8 @@ def _over(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 def _study(name: str, raw: dict[str, Any], scale: Scale, data: str | None) -> Study:
     own = {f.name for f in fields(Study)} - {"name", "arms", "scale", "data"}
     _check_known("a study", raw, {*own, "train", "scale", "arms", "forms"})
+    check_values(_at(raw, scale))
+    check_complete({**raw, **_at(raw, scale)})
     settings = {**raw.get("train", {}), **_at(raw, scale).get("train", {})}
     head = {
         **{k: v for k, v in raw.items() if k in own},
@@ -169,10 +176,10 @@ def _study(name: str, raw: dict[str, Any], scale: Scale, data: str | None) -> St
         settings["data"] = data
     arms = _arms({**raw["arms"], **_at(raw, scale).get("arms", {})}, settings)
     _check_text(arms)
-    budgets = _budgets(head.pop("budgets", None), arms)
-    contrasts = tuple(_contrast(c, arms, budgets, head["metric"]) for c in head.pop("contrasts"))
     if head["metric"] not in get_args(Metric):
         raise ValueError(f"metric must be one of {', '.join(get_args(Metric))}, got {head['metric']!r}")
+    budgets = _budgets(head.pop("budgets", None), arms)
+    contrasts = tuple(_contrast(c, arms, budgets, head["metric"]) for c in head.pop("contrasts"))
     for number in ("effect", "spread"):
         if not head[number] > 0:
             raise ValueError(f"{number} must be greater than 0, got {head[number]}")
@@ -180,9 +187,33 @@ def _study(name: str, raw: dict[str, Any], scale: Scale, data: str | None) -> St
         raise ValueError(f"seeds must be 2 or more, got {head['seeds']}")
     for many in ("rates", "lengths"):
         head[many] = tuple(head.get(many, ()))
-    if not head["rates"]:
-        raise ValueError("rates must name a learning rate at least")
+    if not head["rates"] or min(head["rates"]) <= 0:
+        raise ValueError(
+            f"rates must name a learning rate at least, all greater than 0, got {list(head['rates'])}"
+        )
+    baseline = next(iter(arms.values()))
+    if any(n < 1 or n == baseline.steps for n in head["lengths"]):
+        raise ValueError(
+            f"lengths are numbers of steps of 1 or more, other than those of the baseline ({baseline.steps}), got "
+            f"{list(head['lengths'])}"
+        )
+    _check_measured(head["metric"], head.get("x", ""), arms)
     return Study(name=name, arms=arms, contrasts=contrasts, budgets=budgets, scale=scale, data=data, **head)
+
+
+def _check_measured(metric: str, x: str, arms: Mapping[str, TrainSettings]) -> None:
+    """Raise if the runs of an arm have no such metric, or nothing to draw it against."""
+    for name, settings in arms.items():
+        if metric != "loss" and not settings.data.startswith("synthetic:"):
+            raise ValueError(
+                f"metric {metric!r} is of synthetic tasks, and arm {name!r} trains on {settings.data!r}; use loss"
+            )
+        if x and not isinstance(getattr(settings, x, None), int | float):
+            numbers = [f.name for f in fields(settings) if isinstance(getattr(settings, f.name), int | float)]
+            raise ValueError(
+                f"x must be a setting that is a number in every arm, got {x!r}; {did_you_mean(x, numbers)}"
+                f"known: {', '.join(numbers)}"
+            )
 
 
 def _check_text(arms: Mapping[str, TrainSettings]) -> None:
@@ -209,9 +240,23 @@ def _at(raw: dict[str, Any], scale: Scale) -> dict[str, Any]:
 def _arms(raw: dict[str, Any], common: dict[str, Any]) -> dict[str, TrainSettings]:
     """The settings of every arm; `match` and `to` even out its size with another arm's, by the SwiGLU."""
     arms: dict[str, TrainSettings] = {}
-    known = {f.name for f in fields(TrainSettings)}
+    known = {f.name for f in fields(TrainSettings)} - {"lr", "seed"}
+    for name in ("lr", "seed"):
+        if any(name in table for table in (common, *raw.values())):
+            raise ValueError(
+                f"{name} is none of a study's settings: every arm tries its `rates`, with as many seeds as "
+                f"`seeds` says"
+            )
     for name, values in raw.items():
+        if not name or name.startswith(".") or any(c in name for c in "/\\"):
+            raise ValueError(
+                f"an arm's name is that of a folder, without / and not beginning with a dot, got {name!r}"
+            )
         match, to = values.get("match"), values.get("to")
+        if (match is None) != (to is None):
+            raise ValueError(
+                f"arm {name!r} needs `match` and `to`, both or none: which size, and of which arm"
+            )
         own = {k: v for k, v in values.items() if k not in ("match", "to")}
         _check_known(f"arm {name!r}", {**common, **own}, known)
         merged = {**common, **own}
@@ -262,6 +307,9 @@ def _contrast(
             )
     if contrast.of_caches:
         _check_caches(contrast, arms, budgets, metric)
+    one = (contrast.arm, contrast.smaller, contrast.policy)
+    if one == (contrast.against, contrast.against_smaller, contrast.against_policy):
+        raise ValueError(f"a contrast is of {contrast.arm!r} against itself; name two arms, or two caches")
     return contrast
 
 
@@ -289,6 +337,14 @@ def _budgets(raw: dict[str, Any] | None, arms: Mapping[str, TrainSettings]) -> B
     if raw is None:
         return None
     _check_known("budgets", raw, {f.name for f in fields(Budgets)})
+    check_values(raw, BUDGETS)
+    scores = {settings.score for settings in arms.values()}
+    for score, names in raw["policies"].items():
+        if score not in scores:
+            raise ValueError(
+                f"budgets have policies of score {score!r}; {did_you_mean(score, scores)}no arm has it"
+            )
+        _check_known("eviction", dict.fromkeys(names), set(POLICIES))
     policies = {score: tuple(names) for score, names in raw["policies"].items()}
     if "arms" not in raw:
         return Budgets(tuple(raw["kept"]), policies)

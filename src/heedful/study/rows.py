@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from heedful.study.plan import DEFAULT_DATA
 from heedful.training.settings import TrainSettings
 
 
@@ -19,7 +20,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError("it is no table")
+            rows.append(row)
         except ValueError as error:
             raise ValueError(f"{path}, line {number}, is damaged ({error}); delete that line") from None
     return rows
@@ -32,20 +36,37 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
 
 
 class OtherStudies:
-    """What the studies beside one have trained: a run with the very same settings need not be trained again."""
+    """What the studies beside one have trained: a run with the very same settings need not be trained again.
+
+    A study whose rows are damaged lends none.
+    """
 
     def __init__(self, out: Path) -> None:
         self._rows: dict[str, tuple[str, dict[str, Any]]] = {}
+        self.damaged: list[str] = []
+        """What is wrong with those that lend none."""
         for path in sorted(out.parent.glob("*/*.jsonl")):
             if path.parent == out or path.name not in ("runs.jsonl", "sweep.jsonl"):
                 continue
-            for row in read_rows(path):
+            try:
+                rows = read_rows(path)
+            except ValueError as error:
+                self.damaged.append(str(error))
+                continue
+            for row in rows:
                 if "config" in row and "device" in row and "study" not in row:
                     self._rows.setdefault(_key(row["config"]["train"]), (path.parent.name, row))
 
-    def find(self, settings: TrainSettings) -> tuple[str, dict[str, Any]] | None:
-        """The study that has such a run, and its row; None if there is none."""
-        return self._rows.get(_key(settings.to_dict()))
+    def find(self, settings: TrainSettings, digest: str) -> tuple[str, dict[str, Any]] | None:
+        """The study that has such a run on the same data, and its row; None if there is none.
+
+        Rows of before there were digests stand where the data comes with heedful.
+        """
+        found = self._rows.get(_key(settings.to_dict()))
+        if found is None:
+            return None
+        ours = settings.data == DEFAULT_DATA or settings.data.startswith("synthetic:")
+        return found if found[1].get("data_digest") in (digest, *([None] if ours else [])) else None
 
 
 def _key(settings: Mapping[str, Any]) -> str:

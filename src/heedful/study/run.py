@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from transformers import TrainerCallback
 
-from heedful.comparison.jobs import Outcome, Run, run_all
+from heedful.comparison.jobs import Outcome, Run, data_key, run_all
 from heedful.comparison.timetable import ROUNDS, duration, seconds_per_step
 from heedful.data import Data
 from heedful.evaluation.kv_budget import evaluate_budgets
@@ -19,7 +20,7 @@ from heedful.files import write_text
 from heedful.hf.load import load_model, load_tokenizer
 from heedful.machine import device_name
 from heedful.screen import spinner
-from heedful.study.plan import Budgets, Study
+from heedful.study.plan import Budgets, Contrast, Study
 from heedful.study.report import write_report
 from heedful.study.rows import OtherStudies, append_row, read_rows
 from heedful.training import RunResult, TrainSettings, held_out
@@ -65,7 +66,7 @@ def run_study(
     """
     seeds = seeds or study.seeds
     out.mkdir(parents=True, exist_ok=True)
-    _check_same(study, out)
+    write_text(out / "study.json", json.dumps(check_same(study, out), indent=2) + "\n")
     console.print(f"[bold]{study.title}[/bold]\n{study.claim}", highlight=False)
     console.print(
         f"effect looked for: {study.effect:g} in {study.metric}, {study.needed} seeds find it in four of five "
@@ -114,6 +115,9 @@ class _Runner:
         self.workers, self.ray, self.times = workers, ray, times
         self.failures: list[str] = []
         self.others = OtherStudies(out)
+        self.known: dict[str, str] = {}
+        for what in self.others.damaged:
+            console.print(f"[yellow]not looked at[/yellow]: {escape(what)}", highlight=False)
         self.device = "a Ray cluster" if ray is not None else device_name()
 
     def run(
@@ -122,8 +126,13 @@ class _Runner:
         """Train those that have no row in `file` yet; all their rows. Of `models` a row alone will not do."""
         path = self.out / file
         rows = {row["run"]: row for row in read_rows(path)}
-        for name, (arm, role, settings) in wanted.items():
-            if name in rows or name in models or (found := self.others.find(settings)) is None:
+        absent = {name: what for name, what in wanted.items() if name not in rows}
+        digests = self._digests([settings for _, _, settings in absent.values()])
+        self._check_data([row for name, row in rows.items() if name in wanted], digests)
+        for name, (arm, role, settings) in absent.items():
+            if name in models:
+                continue
+            if (found := self.others.find(settings, digests[_data_of(settings.to_dict())])) is None:
                 continue
             rows[name] = {**found[1], "run": name, "arm": arm, "role": role, "study": found[0]}
             append_row(path, rows[name])
@@ -171,6 +180,23 @@ class _Runner:
             busy = f"; {workers} workers, {trained[0] / (took * workers):.0%} busy" if workers > 1 else ""
             self.console.print(f"trained for {duration(took)}{busy}", highlight=False)
         return [rows[name] for name in wanted if name in rows]
+
+    def _digests(self, runs: Sequence[TrainSettings]) -> dict[str, str]:
+        """Of the data of these runs, each read once."""
+        for settings in runs:
+            key = _data_of(settings.to_dict())
+            if key not in self.known:
+                with spinner(self.console, f"reading {settings.data}"):
+                    self.known[key] = load_settings_data(dataclasses.replace(settings, seed=0)).digest()
+        return self.known
+
+    def _check_data(self, rows: Sequence[Mapping[str, Any]], digests: Mapping[str, str]) -> None:
+        """Raise if some runs that are there are of other data of the same name."""
+        for row in rows:
+            train, before = row["config"]["train"], row.get("data_digest")
+            if before is not None and digests.get(_data_of(train), before) != before:
+                what = f"{train['data']} has changed since {row['run']} in {self.out}"
+                raise ValueError(f"{what}; use another --out")
 
     def _longest_first(
         self, runs: Mapping[str, tuple[str, str, TrainSettings]]
@@ -276,24 +302,47 @@ def _times(study: Study, out: Path, console: Console) -> dict[str, float]:
     return times
 
 
+def _data_of(settings: Mapping[str, Any]) -> str:
+    """Which data a run trains on: all seeds of a study on that of seed 0."""
+    return data_key({**settings, "seed": 0})
+
+
 def _said(result: RunResult) -> str:
     if result.accuracy_at is None:
         return f"loss {result.val_loss:.3f}"
     return "right " + ", ".join(f"{share:.1%} at {times}x" for times, share in result.accuracy_at.items())
 
 
-def _check_same(study: Study, out: Path) -> None:
-    """Raise if results of other settings are there; more seeds and arms may join."""
+def check_same(study: Study, out: Path) -> dict[str, Any]:
+    """The study as plain data.
+
+    Raises:
+        ValueError: if `out` has results of this study as it was not: with other settings of an arm, or another
+            declaration. More seeds, arms and contrasts may join.
+    """
     path = out / "study.json"
-    now = json.loads(json.dumps(dataclasses.asdict(study)))
+    now: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(study)))
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
         arms = before["arms"].keys() & now["arms"].keys()
         changed = [name for name in arms if before["arms"][name] != now["arms"][name]]
-        changed += [name for name in ("rates", "metric", "lengths") if before[name] != now[name]]
+        declared = ("rates", "metric", "lengths", "effect", "spread")
+        changed += [name for name in declared if before[name] != now[name]]
+        claimed = {_sides(c): c["claims"] for c in before["contrasts"]}
+        changed += [
+            f"what is claimed of {c['arm']} against {c['against']}"
+            for c in now["contrasts"]
+            if claimed.get(_sides(c), c["claims"]) != c["claims"]
+        ]
         if changed:
             raise ValueError(
-                f"{out} holds results of this study with other settings ({', '.join(sorted(changed))} differ); use "
-                f"another --out, or move it away"
+                f"{out} holds results of this study as it was before ({', '.join(sorted(changed))} differ); put it "
+                f"back, use another --out, or move the results away"
             )
-    write_text(path, json.dumps(now, indent=2) + "\n")
+    return now
+
+
+def _sides(contrast: dict[str, Any]) -> str:
+    """What a contrast compares, whatever it claims; with what is newer than a file at its default."""
+    whole = {**dataclasses.asdict(Contrast("", "", "lower")), **contrast}
+    return json.dumps({k: v for k, v in whole.items() if k not in ("claims", "says")}, sort_keys=True)

@@ -2,6 +2,8 @@
 
 import importlib
 import os
+import re
+import socket
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,13 +42,11 @@ def on_ray(
     ray = _ray()
     here = not ray.is_initialized()
     if here:
+        _check_answers(address)
         try:
             ray.init(None if address == LOCAL else address, log_to_driver=False, logging_level="error")
         except ConnectionError as error:
-            raise ConnectionError(
-                f"no Ray cluster answers at {address!r}; start one with `ray start --head`, give its address, or "
-                f"--ray local"
-            ) from error
+            raise _no_cluster(address) from error
     try:
         forms = os.environ.get(VARIABLE, "")
         task = ray.remote(num_cpus=cores, max_retries=RETRIES)(_work)
@@ -62,6 +62,24 @@ def on_ray(
     finally:
         if here:
             ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Raise ConnectionError where nobody listens at host:port; Ray would try for minutes."""
+    place = re.fullmatch(r"(?:ray://)?\[?(.+?)\]?:(\d+)", address)
+    if place is None:
+        return  # "auto", "local", and what only Ray knows
+    try:
+        socket.create_connection((place[1], int(place[2])), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(address) from error
+
+
+def _no_cluster(address: str) -> ConnectionError:
+    return ConnectionError(
+        f"no Ray cluster answers at {address!r}; start one with `ray start --head`, give its address, or "
+        f"--ray local"
+    )
 
 
 def _work(job: Job, cores: int, forms: str) -> Any:

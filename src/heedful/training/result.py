@@ -37,6 +37,8 @@ class RunResult:
     """The settings of the run and the config of the model."""
     accuracy_at: dict[str, float] | None = None
     """Right answers to a synthetic task at "1", "2" and "4" times the length of training; None for text."""
+    data_digest: str | None = None
+    """`Data.digest` of what it was trained and measured on; None: of before there was one."""
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""

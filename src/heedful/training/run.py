@@ -289,6 +289,7 @@ def _run(
         ],
         config={"train": settings.to_dict(), "model": config.to_diff_dict()},
         accuracy_at=longer,
+        data_digest=data.digest(),
     )
     if first:
         result.save(out / RESULT)

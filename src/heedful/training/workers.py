@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -66,6 +67,7 @@ def side_by_side(
 
     Raises:
         Interrupted: after Ctrl-C, when every job that was running has saved a checkpoint.
+        RuntimeError: if a worker process was killed.
         Exception: what the first failed job raised; jobs that are running finish their step and save.
     """
     cores = torch.get_num_threads()
@@ -87,6 +89,11 @@ def side_by_side(
     others = [e for e in errors if not isinstance(e, Interrupted | KeyboardInterrupt)]
     if others:
         assert others[0] is not None
+        if isinstance(others[0], BrokenProcessPool):
+            raise RuntimeError(
+                "a worker process was killed, from outside or for want of memory; what had ended is kept, the same "
+                "command goes on, and fewer --workers need less memory"
+            ) from others[0]
         raise others[0]
     if errors or any(f.cancelled() for f in futures):
         raise Interrupted("stopped, with a checkpoint of every model that was training")
