@@ -41,6 +41,10 @@ WRONG: dict[str, tuple[str, tuple[str, ...]]] = {
         "compare --attention mha,mqa --score.gate-bias 3",
         ("unknown option --score.gate-bias here: it is an option of score forgetting, which is not chosen",),
     ),
+    "task-too-long": (
+        "compare --data synthetic:copy --task.symbols 1048576",
+        ("--task.symbols 1048576 takes rows of 2,097,154 tokens, and --context is 256: at most 127 fit",),
+    ),
     "no-task": ("train --task.pairs 4", ("--task.pairs here: it is an option of --data synthetic:mqar",)),
     "foreign-option": ("train --attention mha --attention.sim-heads 8", ("--attention.sim-heads",)),
     "steps": ("train --steps -5", ("--steps must be 1 or more, got -5",)),

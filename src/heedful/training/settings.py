@@ -123,7 +123,13 @@ class TrainSettings(ModelSettings):
         object.__setattr__(self, "trainer", trainer_options(self.trainer))
         task = task_of(self.data, self.task_options)
         if task is not None:
-            task.fit(self.context)
+            fitting, asked = task.fit(self.context), self.task_options.get(task.grows)
+            if asked is not None and fitting != task:
+                room, name = getattr(fitting, task.grows), f"--task.{task.grows.replace('_', '-')}"
+                raise ValueError(
+                    f"{name} {asked} takes rows of {task.length:,} tokens, and --context is {self.context}: at "
+                    f"most {room} fit; give fewer, or a longer context"
+                )
         # Any vocabulary will do to see whether the form and its options are sound.
         self.to_decoder_config(self.vocab_size, self.context)
 
