@@ -124,7 +124,9 @@ def every_result() -> str:
     pages = [p.parent.name for p in RESULTS.glob("*/README.md")]
     lines = ["| page | what it is |", "|---|---|"]
     for name in sorted(pages, key=lambda n: ([*LETTERS, n].index(n), n)):
-        title = (RESULTS / name / "README.md").read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+        title = (
+            (RESULTS / name / "README.md").read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+        )
         lines.append(f"| [{name}]({name}/README.md) | {title} |")
     return "\n".join(lines)
 
