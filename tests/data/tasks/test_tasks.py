@@ -210,3 +210,12 @@ def test_as_data():
     assert data.task == TASKS["needle"](needles=2, places=8)
     assert (len(data.train), data.context, data.vocab_size) == (5, 31, 51)
     assert "2 needles, 8 places" in data.description
+
+
+def test_more_kinds_of_tokens_than_memory_are_said_before_they_are_drawn():
+    task = task_of("synthetic:needle", {"keys": 2**20})
+    assert task is not None
+    with pytest.raises(
+        ValueError, match=r"drawn from 1,048,576 take 234 GiB to draw; use fewer kinds of tokens"
+    ):
+        task.draw(20_000, 0)

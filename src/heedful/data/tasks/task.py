@@ -95,6 +95,10 @@ class Task:
         return ", ".join(sizes)
 
 
+MOST_DRAWN = 2**29
+"""Random numbers that are held to draw tokens without putting back: 6 GiB with their order."""
+
+
 def nothing_asked(input_ids: Tensor) -> Tensor:
     """Labels of which none asks."""
     return torch.full_like(input_ids, IGNORE)
@@ -102,4 +106,9 @@ def nothing_asked(input_ids: Tensor) -> Tensor:
 
 def permutations(n: int, size: int, generator: torch.Generator) -> Tensor:
     """(n, size), a random order in each row."""
+    if n * size > MOST_DRAWN:
+        raise ValueError(
+            f"{n:,} sequences with tokens drawn from {size:,} take {12 * n * size / 2**30:.0f} GiB to draw; use "
+            f"fewer kinds of tokens"
+        )
     return torch.rand(n, size, generator=generator).argsort(1)
