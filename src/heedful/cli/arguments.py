@@ -80,8 +80,8 @@ def check(
         if name in switched_off:
             continue
         if name not in named:
-            belongs = owners(name) and f" here: {owners(name)}"
-            raise UsageError(f"unknown option {name}{belongs or _hint(name, named)}")
+            belongs = owners(name)
+            raise UsageError(f"unknown option {name}{f' here: {belongs}' if belongs else _hint(name, named)}")
         flag = named[name]
         if flag.switch and not equals:
             continue

@@ -287,13 +287,11 @@ def _times(study: Study, out: Path, console: Console) -> dict[str, float]:
         if set(before) >= set(study.arms):
             return before
     found: dict[str, list[float]] = {name: [] for name in study.arms}
-    loaded: dict[str, Data] = {}
+    loaded: dict[str, Data] = {}  # by what says which data it is
     with spinner(console, "measuring steps of each arm, in turns"):
         for _ in range(ROUNDS):
             for name, settings in study.arms.items():
-                key = json.dumps(
-                    [settings.data, settings.task_options, settings.context, settings.vocab_size]
-                )
+                key = _data_of(settings.to_dict())
                 if key not in loaded:
                     loaded[key] = load_settings_data(settings)
                 found[name].append(seconds_per_step(settings, loaded[key]))
