@@ -1,4 +1,4 @@
-"""The tables of results/README.md, from the raw data of the studies beside it.
+"""The tables and the first figure of results/README.md, from the raw data of the studies beside it.
 
     python benchmarks/results_page.py            # write them
     python benchmarks/results_page.py --check    # fail where the page says something else
@@ -13,14 +13,17 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 
+from results_figure import draw_verdicts, shown, text_of
+
 from heedful.study import load_study
 from heedful.study.plan import FOLDER, Study
 from heedful.study.report import counted_verdicts, interval_text, sides
 from heedful.study.rows import read_rows
-from heedful.study.verdict import verdicts
+from heedful.study.verdict import Verdict, verdicts
 
 RESULTS = Path("results")
 PAGE = RESULTS / "README.md"
+FIGURE = RESULTS / "verdicts.png"
 LETTERS = {
     "heads": "a",
     "sas-compute": "b",
@@ -53,15 +56,10 @@ def verdict_table() -> str:
         "| study | claim | first contrast | difference (95 %) | in | seeds | verdict | its others |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name, letter in LETTERS.items():
-        study = load_study(name)
-        rows = [row for row in read_rows(RESULTS / name / "runs.jsonl") if row["role"] == "seed"]
-        found = verdicts(study, rows, read_rows(RESULTS / name / "budgets.jsonl"))
-        if not found:
-            continue
+    for letter, study, found in found_verdicts():
         first = found[0]
         cells = [
-            f"{letter}. [{study.title}]({name}/README.md)",
+            f"{letter}. [{study.title}]({study.name}/README.md)",
             study.claim,
             sides(first.contrast, "vs"),
             interval_text(first.difference),
@@ -72,6 +70,23 @@ def verdict_table() -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def found_verdicts() -> list[tuple[str, Study, list[Verdict]]]:
+    """Letter, study and verdicts of every study of which two seeds are there."""
+    every = []
+    for name, letter in LETTERS.items():
+        study = load_study(name)
+        rows = [row for row in read_rows(RESULTS / name / "runs.jsonl") if row["role"] == "seed"]
+        found = verdicts(study, rows, read_rows(RESULTS / name / "budgets.jsonl"))
+        if found:
+            every.append((letter, study, found))
+    return every
+
+
+def first_verdicts() -> list[tuple[str, Study, Verdict]]:
+    """The same, the first contrast of each alone: what the figure shows."""
+    return [(letter, study, found[0]) for letter, study, found in found_verdicts()]
 
 
 def task_table() -> str:
@@ -155,7 +170,7 @@ def written(page: str) -> str:
 
 
 def main() -> int:
-    """Write or check the page."""
+    """Write or check page and figure."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -163,12 +178,17 @@ def main() -> int:
     check = parser.parse_args().check
     before = PAGE.read_text(encoding="utf-8")
     after = written(before)
+    firsts = first_verdicts()
+    if check and text_of(FIGURE) != shown(firsts):
+        print(f"{FIGURE} shows other data; run python {sys.argv[0]}", file=sys.stderr)
+        return 1
     if check and after != before:
         print(f"{PAGE} differs from the raw data; run python {sys.argv[0]}", file=sys.stderr)
         return 1
     if not check:
         PAGE.write_text(after, encoding="utf-8")
-        print(f"written: {PAGE}")
+        draw_verdicts(firsts, FIGURE)
+        print(f"written: {PAGE}, {FIGURE}")
     return 0
 
 

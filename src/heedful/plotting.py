@@ -57,12 +57,12 @@ def titled(axes: Any, title: str, subtitle: str) -> None:
     axes.text(0, 1.02, subtitle, transform=axes.transAxes, fontsize=9.5, color="#666666")
 
 
-def save(figure: Any, path: Path) -> None:
-    """Write a PNG and forget the figure."""
+def save(figure: Any, path: Path, description: str | None = None) -> None:
+    """Write a PNG, with what it shows in words where that is given, and forget the figure."""
     import matplotlib.pyplot as plt
 
     png = io.BytesIO()
-    figure.savefig(png, dpi=160, format="png")
+    figure.savefig(png, dpi=160, format="png", metadata={"Description": description} if description else None)
     write_bytes(path, png.getvalue())
     plt.close(figure)
 
