@@ -32,6 +32,10 @@ _stopped: Any = None
 _parent = 0
 
 
+class NotBegun(Interrupted):
+    """A job that was stopped while nothing of it had been done."""
+
+
 class Job(Protocol):
     """Something that can be handed to another process."""
 
@@ -96,7 +100,9 @@ def side_by_side(
             ) from others[0]
         raise others[0]
     if errors or any(f.cancelled() for f in futures):
-        raise Interrupted("stopped, with a checkpoint of every model that was training")
+        began = any(not isinstance(e, NotBegun) for e in errors)
+        saved = "with a checkpoint of every model that was training" if began else "before any model trained"
+        raise Interrupted(f"stopped, {saved}")
     return [f.result() for f in futures]
 
 
@@ -161,7 +167,7 @@ def _begin(messages: Any, stop: Any, threads: int) -> None:
 def _work(number: int, job: Job) -> Any:
     """In another process: one job."""
     if _stopped.is_set():
-        raise Interrupted("stopped before it began")
+        raise NotBegun("stopped before it began")
     try:
         return job.run(Console(quiet=True), [Report(number, _messages, _stopped)])
     finally:
