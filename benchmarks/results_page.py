@@ -44,6 +44,7 @@ LETTERS = {
     "frontier": "g",
     "shakespeare": "h",
     "initial-scale": "i",
+    "learning-rate": "i",
 }
 """Studies in the order of the page; those of a letter ask one question."""
 NEAR = 0.02
