@@ -77,6 +77,7 @@ def test_the_whole_way(study: Make, tmp_path: Path):
     assert {row["device"] for row in rows} == {
         device_name()
     } and f"**Trained on** {device_name()}; steps" in page
+    assert "**Sweep of learning rates**" in page and "may be a better one: `mha`, `selective`." in page
     assert matplotlib.image.imread(out / "figure.png").shape[1] > 1000
 
 

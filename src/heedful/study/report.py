@@ -14,6 +14,7 @@ from heedful.files import write_text
 from heedful.study.figure import draw, draw_caches
 from heedful.study.plan import Contrast, Study
 from heedful.study.rows import read_rows
+from heedful.study.sweep import sweep_section
 from heedful.study.verdict import FAILS, HOLDS, OPEN, Verdict, value_of, verdicts
 from heedful.training import RunResult
 from heedful.training.settings import TrainSettings
@@ -42,6 +43,7 @@ def write_report(study: Study, out: Path) -> list[Verdict]:
         _machines(seeds, measured),
         _arms_table(study, seeds, times),
         _contrasts_table(study, found),
+        sweep_section(study, read_rows(out / "sweep.jsonl")) if len(study.rates) > 1 else "",
         *_multipliers(study, rows, times),
         *_caches(study, caches),
         f"**What it cannot say.** {study.limits.strip()}" if study.limits else "",

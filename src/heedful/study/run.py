@@ -23,6 +23,7 @@ from heedful.screen import spinner
 from heedful.study.plan import Budgets, Contrast, Study
 from heedful.study.report import write_report
 from heedful.study.rows import OtherStudies, append_row, read_rows
+from heedful.study.sweep import at_the_edge, best_rates
 from heedful.training import RunResult, TrainSettings, held_out
 from heedful.training.run import RESULT, load_settings_data
 from heedful.training.workers import side_by_side
@@ -268,13 +269,8 @@ def _sweep(study: Study, runner: _Runner) -> dict[str, float]:
         for name, s in study.arms.items()
     }
     rows = runner.run(wanted, "sweep.jsonl")
-    best: dict[str, float] = {}
-    for name in study.arms:
-        of_arm = [(row["val_loss"], row["lr"]) for row in rows if row["arm"] == name]
-        if of_arm:
-            best[name] = min(of_arm)[1]
-    edge = sorted(name for name, lr in best.items() if lr in (min(study.rates), max(study.rates)))
-    if edge and len(study.rates) > 2:
+    best = best_rates(study, rows)
+    if edge := at_the_edge(study, best):
         runner.console.print(f"best at the edge of the sweep: {', '.join(edge)}", highlight=False)
     return best
 
