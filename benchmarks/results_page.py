@@ -54,8 +54,8 @@ NEAR = 0.02
 def verdict_table() -> str:
     """One row for each study: what its first contrast says."""
     lines = [
-        "| study | claim | first contrast | difference (95 %) | in | seeds | verdict | its others |",
-        "|---|---|---|---|---|---|---|---|",
+        "| study | claim | first contrast | difference (95 %) | in | rate | seeds | verdict | its others |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for letter, study, found in found_verdicts():
         first = found[0]
@@ -65,6 +65,7 @@ def verdict_table() -> str:
             sides(first.contrast, "vs"),
             interval_text(first.difference),
             first.contrast.metric or study.metric,
+            f"{study.rates[0]:g}" if len(study.rates) == 1 else f"best of {len(study.rates)}",
             str(first.seeds),
             f"**{first.says}**",
             counted_verdicts(found[1:]),
