@@ -3,9 +3,8 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from heedful.plotting import new_figure, save, titled
+from heedful.plotting import label_ends, new_figure, save, titled
 from heedful.study.plan import Study
 from heedful.study.verdict import HOLDS, OPEN, Verdict
 
@@ -26,6 +25,7 @@ def draw_verdicts(found: Sequence[tuple[str, Study, Verdict]], path: Path) -> No
     axes.axvspan(-1, 1, color="#EEEEEE", zorder=0)
     axes.axvline(0, color="#888888", linewidth=1)
     axes.set_xlim(-FARTHEST, FARTHEST)
+    ends = []
     for place, (_, study, verdict) in enumerate(found):
         estimate, low, high = in_effects(study, verdict)
         color = _color(verdict.says)
@@ -40,19 +40,10 @@ def draw_verdicts(found: Sequence[tuple[str, Study, Verdict]], path: Path) -> No
         if abs(estimate) <= FARTHEST:
             axes.scatter([estimate], [place], s=44, color=color, zorder=3)
         said = {HOLDS: "holds", OPEN: "not resolved"}.get(verdict.says, verdict.says.partition(",")[0])
-        axes.annotate(
-            f"{said}, {verdict.seeds} seeds",
-            (1, place),
-            xycoords=("axes fraction", "data"),
-            xytext=(12, 0),
-            textcoords="offset points",
-            color=color,
-            va="center",
-            fontsize=9.5,
-            annotation_clip=False,
-        )
+        ends.append((float(place), f"{said}, {verdict.seeds} seeds", color))
     axes.set_yticks(range(len(found)), [_label(*row) for row in found], fontsize=9.5)
     axes.set_ylim(len(found) - 0.5, -0.5)
+    label_ends(axes, ends, gap=0.0)
     axes.set_xticks([-5, -3, -1, 0, 1, 3, 5])
     axes.set_xlabel("against the claim  ←  difference, in effects looked for  →  as claimed")
     titled(
@@ -96,7 +87,7 @@ def _inside(x: float) -> float:
     return math.copysign(min(abs(x), FARTHEST), x)
 
 
-def _color(says: str) -> Any:
+def _color(says: str) -> str:
     if says.startswith(HOLDS):
         return HOLDS_COLOR
     return OPEN_COLOR if says == OPEN else FAILS_COLOR
