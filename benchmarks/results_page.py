@@ -45,6 +45,7 @@ LETTERS = {
     "shakespeare": "h",
     "initial-scale": "i",
     "learning-rate": "i",
+    "larger": "i",
 }
 """Studies in the order of the page; those of a letter ask one question."""
 NEAR = 0.02

@@ -19,11 +19,9 @@ from heedful.ops.selective.triton.tilings import Launch
 GAIN = 0.97  # of the time, at most, or the tiling in the table stays
 CANDIDATES = {
     "attend": [Launch(64), Launch(64, stages=3), Launch(32, stages=2, heads=2), Launch(64, warps=8)],
-    "selection": [Launch(32, stages=1), Launch(32, stages=2, span=1), Launch(64, stages=1, span=1, warps=8)],
     "key": [Launch(64, rows=64), Launch(32, rows=32), Launch(64, rows=32, stages=3), Launch(64, warps=8)],
     "query": [Launch(32, stages=2), Launch(64, stages=2), Launch(64, stages=2, warps=8)],
     "votes": [Launch(128), Launch(64, stages=3)],
-    "later": [Launch(32), Launch(64, stages=3)],
 }
 
 

@@ -104,7 +104,8 @@ def _kernels() -> Report:
 def _auto(device: str, n: int) -> str:
     if n > 1 and preferred(device, torch.float32):
         return "native"
-    return choose(device, n, n)
+    head = torch.zeros(1, 1, 1, 32, device=device)
+    return choose(device, n, n, unavailable(head, head) is None)
 
 
 def _native() -> str:

@@ -5,14 +5,28 @@ import torch
 
 from heedful.ops.selective import api, selective_attention
 from heedful.ops.selective.auto_rule import SHORT, choose
+from heedful.ops.selective.triton.available import agreed
 
 LONG = 1 + int(SHORT**0.5)
 
 
 @pytest.mark.parametrize("device", ["cuda", "mps", "xpu"])
 @pytest.mark.parametrize("length", [2, 64, 4096])
-def test_off_the_cpu_it_is_sdpa(device: str, length: int) -> None:
+def test_off_the_cpu_it_is_sdpa_but_where_the_kernels_run(device: str, length: int) -> None:
     assert choose(device, length, length) == "sdpa"
+    assert choose(device, length, length, True) == ("triton" if device == "cuda" else "sdpa")
+
+
+def test_kernels_are_trusted_with_what_agreed_on_a_gpu() -> None:
+    def trusted(dtype: torch.dtype, size: int, v_size: int, select_size: int | None = None) -> bool:
+        heads = [torch.zeros(1, 1, 1, n, dtype=dtype) for n in (size, v_size, select_size or size)]
+        return agreed(heads[0], heads[1], None if select_size is None else heads[2])
+
+    assert (
+        trusted(torch.bfloat16, 64, 128) and trusted(torch.float16, 96, 96) and trusted(torch.float32, 40, 7)
+    )
+    assert not trusted(torch.bfloat16, 40, 64) and not trusted(torch.bfloat16, 64, 48)
+    assert not trusted(torch.float16, 64, 64, 32)
 
 
 def test_on_the_cpu_the_number_of_logits_decides() -> None:

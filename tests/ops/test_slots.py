@@ -64,7 +64,9 @@ def test_attend_slots(impl, dtype, seed, sizes, n, safe):
     batch, heads, groups = sizes
     if impl == "triton" and dtype == torch.float64:
         return
-    q, k, v = drawn(seed, (batch, heads, 1, 8), (batch, groups, n, 8), (batch, groups, n, 5), dtype=dtype)
+    size, v_size = (16, 32) if (impl, dtype) == ("triton", torch.bfloat16) else (8, 5)
+    shapes = (batch, heads, 1, size), (batch, groups, n, size), (batch, groups, n, v_size)
+    q, k, v = drawn(seed, *shapes, dtype=dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     generator = torch.Generator().manual_seed(seed)
     votes = torch.randint(0, 4, (batch, 1, n - 1), generator=generator).to(wide) * 0.75

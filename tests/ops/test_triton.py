@@ -14,6 +14,7 @@ from torch import Tensor
 from heedful.ops import selective_attention
 from heedful.ops.eviction import least_needed_slot
 from heedful.ops.selective.triton import attend_slots_triton, available, unavailable
+from heedful.ops.selective.triton.arguments import in_heads, in_sixteens
 
 triton = pytest.importorskip("triton")
 
@@ -146,6 +147,8 @@ def test_equals_the_formula(case: Case, poisoned: None):
         pytest.param("128", torch.bfloat16, marks=pytest.mark.exhaustive),
         pytest.param("two selectors", torch.bfloat16, marks=pytest.mark.exhaustive),
         pytest.param("two selectors", torch.float16, marks=pytest.mark.exhaustive),
+        ("one token", torch.bfloat16),
+        pytest.param("a selector across groups", torch.float16, marks=pytest.mark.exhaustive),
     ],
     ids=str,
 )
@@ -171,6 +174,18 @@ def test_inputs_may_lie_anywhere():
     assert not any(x.is_contiguous() for x in moved.values())
     got, expected = (results(case, moved, torch.float32, impl) for impl in ("triton", "reference"))
     close(got, expected, TOLERANCE[torch.float32])
+
+
+def test_half_precision_is_aligned():
+    """To 16 elements: other rows are copied, other head sizes filled up with zeros."""
+    x = torch.zeros(1, 2, 5, 64 + 4, dtype=torch.bfloat16)
+    rows = in_heads(x[..., :64])
+    assert (rows.row, rows.head) == (64, 5 * 64) and rows.data.data_ptr() != x.data_ptr()
+    assert in_heads(x.float()[..., :64]).row == 68
+    turned = torch.zeros(1, 5, 2, 64, dtype=torch.bfloat16).transpose(1, 2)
+    assert in_heads(turned).data.data_ptr() == turned.data_ptr()
+    filled = in_sixteens(torch.ones(1, 2, 5, 40, dtype=torch.bfloat16))
+    assert filled.shape[-1] == 48 and not filled[..., 40:].any() and filled[..., :40].all()
 
 
 def test_one_of_the_outputs_is_enough():
@@ -296,7 +311,8 @@ def decoded(
 @pytest.mark.parametrize("full", [True, False])
 def test_a_step_over_slots(dtype: torch.dtype, full: bool, poisoned: None):
     torch.manual_seed(0)
-    batch, heads, groups, n_slots, size, v_size = 3, 6, 2, 77, 40, 24
+    batch, heads, groups, n_slots = 3, 6, 2, 77
+    size, v_size = (40, 24) if dtype == torch.float32 else (48, 32)
     q, k, v = (
         torch.randn(shape).to(DEVICE, dtype)
         for shape in (
@@ -319,6 +335,14 @@ def test_a_step_over_slots(dtype: torch.dtype, full: bool, poisoned: None):
     close({"out": out, "mask": mask}, {"out": expected[0], "mask": expected[1]}, TOLERANCE[dtype])
     assert out.dtype == dtype and mask.dtype == torch.float32
     assert slot[:, 0].tolist() == expected[2]
+
+
+def test_a_step_in_half_precision_takes_multiples_of_16():
+    q = torch.zeros(1, 1, 1, 40, dtype=torch.bfloat16, device=DEVICE)
+    k = torch.zeros(1, 1, 4, 40, dtype=torch.bfloat16, device=DEVICE)
+    held = torch.zeros(1, 4, device=DEVICE), torch.arange(4, device=DEVICE)[None]
+    with pytest.raises(ValueError, match=r"multiples of 16, got \(40, 40\); use impl='products'"):
+        attend_slots_triton(q, k, k, *held, torch.tensor([[3]], device=DEVICE), 1.0)
 
 
 def test_next_slot():

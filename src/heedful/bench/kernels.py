@@ -137,7 +137,8 @@ class Kernels:
         """The case that `impl="auto"` picks."""
         if preferred(self.device.type, self.dtype):
             return named("native")
-        return named(choose(self.device.type, length, length))
+        kernels = named("triton") in self.forms
+        return named(choose(self.device.type, length, length, kernels))
 
     def workload(self, work: Work, length: int, dense_up_to: int) -> Workload:
         """Every form at one length.

@@ -38,7 +38,8 @@ def prefill_workload(
     q, k, v = sizes.draw(length, device, dtype)
     name, plain = best_plain(lambda form: read(form, q, k, v), device)
     usable, left_out = available(device, dtype)
-    picked = "native" if preferred(device.type, dtype) else choose(device.type, length, length)
+    kernels = "triton" in usable
+    picked = "native" if preferred(device.type, dtype) else choose(device.type, length, length, kernels)
     forms: dict[str, Form] = {name: plain}
     if picked in usable:
         forms[named(picked)] = ours(picked)

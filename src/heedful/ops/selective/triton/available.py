@@ -9,6 +9,8 @@ from torch import Tensor
 from heedful.ops.compiling import constant_result
 
 LARGEST = 128
+AGREED_IN_HALF = {64, 96, 128}
+"""Head sizes; in float32 those of every test did."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -43,6 +45,15 @@ def unavailable(q: Tensor, v: Tensor, select_q: Tensor | None = None) -> str | N
             "asked for; use impl='sdpa', or torch.no_grad()"
         )
     return None
+
+
+def agreed(q: Tensor, v: Tensor, select_q: Tensor | None = None) -> bool:
+    """Whether such dtypes and head sizes agreed with the formula on a GPU (results/gpu): what `auto` goes by.
+
+    Shapes as in `unavailable`.
+    """
+    sizes = {x.shape[-1] for x in (q, v, select_q) if x is not None}
+    return q.dtype == torch.float32 or sizes <= AGREED_IN_HALF
 
 
 @constant_result

@@ -7,8 +7,8 @@ backward pass are q, k, v, out, log_sum (B, H, T), and F before each block (B, R
 
 Backward: `within_blocks` sums the gradients of the logits over the heads that share F and takes from them the part
 of the selection gradient that comes from each vote's own block; then the part from later blocks, and one kernel
-each for dq and for dk and dv. The selection gradient of most half-precision inputs is computed in float32, from F
-computed again: see `tilings.selects_in_half`.
+each for dq and for dk and dv. The selection gradient of half-precision inputs is computed in float32, from F
+computed again: see `tilings`.
 
 S, F, the softmax and all sums are float32. Votes inside a block are summed from two bfloat16 parts (16 bits) for
 float16 and bfloat16 inputs; for float32, products take three TF32 passes and agree with float32 to about 1e-6.
@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from heedful.ops.precision import no_autocast
-from heedful.ops.selective.triton.arguments import Counts, Heads, Scales, in_heads
+from heedful.ops.selective.triton.arguments import Counts, Heads, Scales, in_heads, in_sixteens
 from heedful.ops.selective.triton.available import little_shared_memory, unavailable
 from heedful.ops.selective.triton.codes import token_codes
-from heedful.ops.selective.triton.tilings import Launch, Tiling, selects_in_half, tiling
+from heedful.ops.selective.triton.tilings import Launch, Tiling, tiling
 
 
 def selective_triton(
@@ -50,8 +50,12 @@ def selective_triton(
     if reason is not None:
         raise ValueError(f"impl='triton' cannot run here: {reason}")
     code = token_codes(k.shape[2], key_mask, segment_ids)
+    size = v.shape[-1]
+    if q.dtype != torch.float32:
+        q, k, v = (in_sixteens(x) for x in (q, k, v))
+        select_q, select_k = (None if x is None else in_sixteens(x) for x in (select_q, select_k))
     out, after, *_ = _forward(q, k, v, select_q, select_k, soft_mask, code, scale, select_scale)
-    return out, after
+    return out[..., :size], after
 
 
 @torch.library.custom_op("heedful::selective_triton", mutates_args=())
@@ -151,7 +155,7 @@ def _backward(
         *(out, d_heads, delta, job.counts),
     )
     inputs = (*job.inputs, before, d_heads, log_sum, delta)
-    if job.selects_itself:
+    if job.exact:
         d_select_q, d_select_k, total = _select_gradients(job, before, d_heads, log_sum, delta, grad_after)
     else:
         wide_q, wide_k = (None if x is None else x.float() for x in (select_q, select_k))
@@ -308,16 +312,15 @@ class Job:
         self.n_blocks = -(-self.length // self.tiling.block)
         self.counts = Counts(self.length, self.n_keys, self.n_blocks, self.heads, self.groups, self.selectors)
         self.scales = Scales(scale, select_scale)
+        self.exact = q.dtype == torch.float32
         self.constants = {
             "SIZE": size,
             "V_SIZE": v.shape[-1],
             "S_SIZE": self.select_q.data.shape[-1],
             "BLOCK": self.tiling.block,
             "CODED": code is not None,
-            "EXACT": q.dtype == torch.float32,
+            "EXACT": self.exact,
         }
-        sizes = size, v.shape[-1], self.select_q.data.shape[-1]
-        self.selects_itself = q.dtype == torch.float32 or selects_in_half(q.dtype, code is not None, *sizes)
 
     @property
     def inputs(self) -> tuple[Any, ...]:

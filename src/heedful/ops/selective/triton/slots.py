@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from heedful.ops.selective.triton.arguments import in_heads, in_slots
+from heedful.ops.selective.triton.arguments import ALIGNED, in_heads, in_slots
 from heedful.ops.selective.triton.available import unavailable
 from heedful.ops.selective.triton.tilings import decode, padded_size
 
@@ -45,6 +45,9 @@ def attend_slots_triton(
         ValueError: if the kernel cannot run these tensors.
     """
     reason = unavailable(q, v)
+    sizes = q.shape[-1], v.shape[-1]
+    if reason is None and q.dtype != torch.float32 and any(size % ALIGNED for size in sizes):
+        reason = f"in 16 bits it takes head sizes that are multiples of {ALIGNED}, got {sizes}; use impl='products'"
     if reason is not None:
         raise ValueError(f"attend_slots_triton cannot run here: {reason}")
     return _attend_slots(q, k, v, soft_mask, positions, newest, scale, grace, first)
