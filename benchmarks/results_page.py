@@ -66,13 +66,20 @@ def verdict_table() -> str:
             sides(first.contrast, "vs"),
             interval_text(first.difference),
             first.contrast.metric or study.metric,
-            f"{study.rates[0]:g}" if len(study.rates) == 1 else f"best of {len(study.rates)}",
+            _rate(study.name),
             str(first.seeds),
             f"**{first.says}**",
             counted_verdicts(found[1:]),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _rate(name: str) -> str:
+    """The learning rate of its runs, or of how many each arm had the best; as the rows have it."""
+    rows = read_rows(RESULTS / name / "runs.jsonl")
+    tried = {row["lr"] for row in read_rows(RESULTS / name / "sweep.jsonl")} or {row["lr"] for row in rows}
+    return f"{tried.pop():g}" if len(tried) == 1 else f"best of {len(tried)}"
 
 
 def found_verdicts() -> list[tuple[str, Study, list[Verdict]]]:
@@ -133,8 +140,19 @@ def not_run() -> str:
     ]
     if not missing:
         return "Every study in `studies/` has been run at the size for two cores."
-    names = ", ".join(f"`{name}`" for name in missing)
-    return f"These stand in `studies/` with their claims, and have not been run: {names}."
+    begun = [name for name in missing if (RESULTS / name / "sweep.jsonl").exists()]
+    said = [
+        f"{what}: {', '.join(f'`{name}`' for name in names)}."
+        for what, names in (
+            (
+                "These stand in `studies/` with their claims, and have not been run",
+                sorted({*missing} - {*begun}),
+            ),
+            ("A part of the sweep of learning rates has run, and no seed that counts, of", begun),
+        )
+        if names
+    ]
+    return " ".join(said)
 
 
 def every_result() -> str:

@@ -96,8 +96,9 @@ def selective_attention(
             1e-13 of a row are left out; no double backward), "native" (the same in C++, for the CPU;
             compiled on first use, see `heedful.ops.selective.native`), "triton" (kernels for
             NVIDIA GPUs: float16, bfloat16 and float32, head sizes up to 128), or "auto": on the CPU "native"
-            where it can be had, but for float64; on CUDA "triton" for float32 and for head sizes of
-            64, 96 and 128; else chosen by the rule in `ops/selective/auto_rule.py`.
+            where it can be had, but for float64; on CUDA "triton" where such dtypes and
+            head sizes agreed with the formula on such a GPU (`triton/available.py`); else chosen by the rule in
+            `ops/selective/auto_rule.py`.
         padding_is_finite: q, k and v hold numbers where key_mask is False, as behind a layer that zeroes its
             padding; otherwise they are copied without what is there, since 0 times NaN is NaN.
 

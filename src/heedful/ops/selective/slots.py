@@ -39,7 +39,7 @@ def attend_slots(
         scale: multiplies the logits.
         impl: "triton" (one launch), "native" (one call of the C++ operator, on the CPU), "products" (two of them),
             or "auto": on the CPU "native" where it can be had, but for float64; else "products", since no GPU run
-            stands in results/ yet that shows the launch faster.
+            in results/ compares the two.
         grace: the newest tokens that never go, the next one included.
         first: the first tokens that never go.
         select: queries (B, 1, 1, D') and keys (B, 1, C, D') of a selection head; None: head 0.

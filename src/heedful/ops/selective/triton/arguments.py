@@ -47,7 +47,7 @@ class Scales(NamedTuple):
 
 
 ALIGNED = 16
-"""Elements that features and rows of half precision are aligned to.
+"""Elements that features and rows of half precision are aligned to, and bytes that their addresses are.
 
 With head sizes of 40 the kernels ran into illegal memory accesses on an H200 (Triton 3.6; results/gpu), in float16
 and bfloat16, and agreed with the formula in float32, and in 16 bits with 64, 96 and 128.

@@ -9,8 +9,10 @@ from torch import Tensor
 from heedful.ops.compiling import constant_result
 
 LARGEST = 128
-AGREED_IN_HALF = {64, 96, 128}
-"""Head sizes; in float32 those of every test did."""
+AGREED_ON = (9, 0)
+"""The compute capability of the GPU on which the kernels agreed with the formula (one H200; results/gpu)."""
+AGREED = {torch.float16: {64, 128}, torch.bfloat16: {64, 96, 128}}
+"""Head sizes with which they did, all the same; in float32 those of every case did."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -48,12 +50,13 @@ def unavailable(q: Tensor, v: Tensor, select_q: Tensor | None = None) -> str | N
 
 
 def agreed(q: Tensor, v: Tensor, select_q: Tensor | None = None) -> bool:
-    """Whether such dtypes and head sizes agreed with the formula on a GPU (results/gpu): what `auto` goes by.
+    """Whether such dtypes and head sizes agreed with the formula on such a GPU: what `auto` goes by.
 
     Shapes as in `unavailable`.
     """
     sizes = {x.shape[-1] for x in (q, v, select_q) if x is not None}
-    return q.dtype == torch.float32 or sizes <= AGREED_IN_HALF
+    known = q.dtype == torch.float32 or (len(sizes) == 1 and sizes <= AGREED.get(q.dtype, set()))
+    return known and (q.device.type != "cuda" or _capability(q.device.index or 0) == AGREED_ON)
 
 
 @constant_result
@@ -63,6 +66,11 @@ def little_shared_memory(device: torch.device) -> bool:
         return False
     capability = torch.cuda.get_device_capability(device)
     return capability in ((8, 6), (8, 9)) or capability[0] == 12
+
+
+@constant_result
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 @constant_result
