@@ -7,8 +7,8 @@ in all 32 cases up to T = 128 and in 10 of 16 at 256, "blocked" in 12 of 16 at 5
 beyond. Raw data: results/auto, from `benchmarks/auto_rule.py`.
 
 On CUDA it is "triton" where the kernels can run and agreed with the formula: forward it took 0.17 to 0.21 of the
-time of "sdpa" at T = 1,024 (head sizes 64 and 128, bfloat16, H200), in training 0.22 to 0.29, before its gradient of
-the selection heads became float32, and it holds no (T, S) tensor. Raw data: results/gpu.
+time of "sdpa" at T = 1,024 (head sizes 64 and 128, bfloat16, H200), in training 0.22 to 0.29, before its gradient
+of the selection heads became float32, and it holds no (T, S) tensor. Raw data: results/gpu.
 """
 
 SHORT = 256**2
