@@ -130,6 +130,7 @@ def searched(dtype: str, size: int) -> Iterator[dict[str, Any]]:
         def new(kernel: str, options: dict[str, Any], heads: int = heads, rows: int = rows) -> bool:
             return (
                 kernel in SEARCHED
+                and (dtype == "float32" or kernel != "within_blocks")  # which is float32 for all
                 and (heads == 1 or "HEADS" in options)
                 and (rows == 32 or "ROWS" in options)
                 and rows <= default.block

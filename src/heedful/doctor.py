@@ -18,6 +18,7 @@ from heedful.machine import cpu_name
 from heedful.ops.native.library import preferred
 from heedful.ops.selective.auto_rule import choose
 from heedful.ops.selective.triton import unavailable
+from heedful.ops.selective.triton.available import trusted
 
 OTHERS = ("triton", "numpy", "peft", "trl")  # installed or not, they matter
 
@@ -105,7 +106,7 @@ def _auto(device: str, n: int) -> str:
     if n > 1 and preferred(device, torch.float32):
         return "native"
     head = torch.zeros(1, 1, 1, 32, device=device)
-    return choose(device, n, n, unavailable(head, head) is None)
+    return choose(device, n, n, trusted(head, head))
 
 
 def _native() -> str:

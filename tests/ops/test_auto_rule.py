@@ -8,7 +8,6 @@ import torch
 from heedful.ops.selective import api, selective_attention
 from heedful.ops.selective.auto_rule import SHORT, choose
 from heedful.ops.selective.triton import available
-from heedful.ops.selective.triton.available import agreed
 
 LONG = 1 + int(SHORT**0.5)
 
@@ -21,18 +20,21 @@ def test_off_the_cpu_it_is_sdpa_but_where_the_kernels_run(device: str, length: i
 
 
 def test_kernels_are_trusted_with_what_agreed_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    def trusted(dtype: torch.dtype, *sizes: int, device: str = "cpu") -> bool:
+    def trusts(dtype: torch.dtype, *sizes: int, device: str = "cpu") -> bool:
         """Of q, v and, if given, select_q."""
         heads = [SimpleNamespace(shape=(1, 1, 1, n), dtype=dtype, device=torch.device(device)) for n in sizes]
-        return agreed(*heads)
+        return available.trusted(*heads)
 
-    assert trusted(torch.bfloat16, 96, 96) and trusted(torch.float16, 64, 64, 64)
-    assert trusted(torch.float32, 40, 7)
-    assert not trusted(torch.bfloat16, 40, 40) and not trusted(torch.bfloat16, 64, 128)
-    assert not trusted(torch.float16, 96, 96) and not trusted(torch.float16, 64, 64, 32)
+    monkeypatch.setattr(available, "unavailable", lambda *heads: None)
+    assert trusts(torch.bfloat16, 96, 96) and trusts(torch.float16, 64, 64, 64)
+    assert trusts(torch.float32, 40, 7)
+    assert not trusts(torch.bfloat16, 40, 40) and not trusts(torch.bfloat16, 64, 128)
+    assert not trusts(torch.float16, 96, 96) and not trusts(torch.float16, 64, 64, 32)
     for capability, same in (((9, 0), True), ((8, 0), False)):
         monkeypatch.setattr(available, "_capability", lambda index, it=capability: it)
-        assert trusted(torch.bfloat16, 64, 64, device="cuda:1") is same
+        assert trusts(torch.bfloat16, 64, 64, device="cuda:1") is same
+    monkeypatch.setattr(available, "unavailable", lambda *heads: "no Triton")
+    assert not trusts(torch.float32, 64, 64)
 
 
 def test_on_the_cpu_the_number_of_logits_decides() -> None:

@@ -32,6 +32,7 @@ from heedful.ops.selective import limits
 from heedful.ops.selective.auto_rule import choose
 from heedful.ops.selective.blocked import plain_blocked
 from heedful.ops.selective.native.selective import plain_native
+from heedful.ops.selective.triton.available import trusted
 
 Work = Literal["prefill", "train"]
 
@@ -98,6 +99,7 @@ class Kernels:
         self.forms: dict[str, Form] = {}
         self.left_out: dict[str, str] = {}
         q, k, v = sizes.draw(67, device, dtype)
+        self.kernels = trusted(q, v)
         tensors = [x.requires_grad_() for x in sizes.draw(512, device, dtype)]
         self.plain, form = best_plain(lambda form: trained(form, tensors[0], tensors[1], tensors[2]), device)
         self.forms[self.plain] = form
@@ -137,8 +139,7 @@ class Kernels:
         """The case that `impl="auto"` picks."""
         if preferred(self.device.type, self.dtype):
             return named("native")
-        kernels = named("triton") in self.forms
-        return named(choose(self.device.type, length, length, kernels))
+        return named(choose(self.device.type, length, length, self.kernels))
 
     def workload(self, work: Work, length: int, dense_up_to: int) -> Workload:
         """Every form at one length.

@@ -13,6 +13,7 @@ from heedful.bench.kernels import Sizes, read
 from heedful.bench.workload import Case, Workload
 from heedful.ops.native.library import preferred
 from heedful.ops.selective.auto_rule import choose
+from heedful.ops.selective.triton.available import trusted
 
 BUDGET = 512
 
@@ -38,8 +39,7 @@ def prefill_workload(
     q, k, v = sizes.draw(length, device, dtype)
     name, plain = best_plain(lambda form: read(form, q, k, v), device)
     usable, left_out = available(device, dtype)
-    kernels = "triton" in usable
-    picked = "native" if preferred(device.type, dtype) else choose(device.type, length, length, kernels)
+    picked = "native" if preferred(device.type, dtype) else choose(device.type, length, length, trusted(q, v))
     forms: dict[str, Form] = {name: plain}
     if picked in usable:
         forms[named(picked)] = ours(picked)

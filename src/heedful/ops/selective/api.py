@@ -28,7 +28,7 @@ from heedful.ops.selective.one_query import selective_one_query
 from heedful.ops.selective.reference import selective_reference
 from heedful.ops.selective.sdpa import selective_sdpa
 from heedful.ops.selective.triton import selective_triton
-from heedful.ops.selective.triton.available import agreed, unavailable
+from heedful.ops.selective.triton.available import trusted
 
 
 class DenseImplementation(Protocol):
@@ -96,9 +96,8 @@ def selective_attention(
             1e-13 of a row are left out; no double backward), "native" (the same in C++, for the CPU;
             compiled on first use, see `heedful.ops.selective.native`), "triton" (kernels for
             NVIDIA GPUs: float16, bfloat16 and float32, head sizes up to 128), or "auto": on the CPU "native"
-            where it can be had, but for float64; on CUDA "triton" where such dtypes and
-            head sizes agreed with the formula on such a GPU (`triton/available.py`); else chosen by the rule in
-            `ops/selective/auto_rule.py`.
+            where it can be had, but for float64; on CUDA "triton" where such dtypes and head sizes agreed with
+            the formula on such a GPU (`triton/available.py`); else chosen by a rule (`ops/selective/auto_rule.py`).
         padding_is_finite: q, k and v hold numbers where key_mask is False, as behind a layer that zeroes its
             padding; otherwise they are copied without what is there, since 0 times NaN is NaN.
 
@@ -146,8 +145,7 @@ def selective_attention(
     if impl == "auto" and not one and native_is_preferred(q.device.type, q.dtype):
         impl = "native"
     if impl == "auto" and not one:
-        kernels = unavailable(q, v, select_q) is None and agreed(q, v, select_q)
-        impl = choose(q.device.type, length, n_keys, kernels)
+        impl = choose(q.device.type, length, n_keys, trusted(q, v, select_q))
     if key_mask is not None and not padding_is_finite:
         q, k, v, select = _without_padding(q, k, v, select, key_mask)
     with no_autocast(q.device):

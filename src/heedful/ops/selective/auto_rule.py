@@ -22,8 +22,7 @@ def choose(device_type: str, length: int, n_keys: int, kernels: bool = False) ->
         device_type: "cpu", "cuda", ...
         length: T.
         n_keys: S.
-        kernels: whether the Triton kernels can run these tensors here, and agreed with the formula on such
-            (`triton.available`).
+        kernels: whether the Triton kernels are trusted with these tensors (`triton.available.trusted`).
     """
     if device_type != "cpu":
         return "triton" if kernels and device_type == "cuda" else "sdpa"

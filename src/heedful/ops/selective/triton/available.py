@@ -49,14 +49,18 @@ def unavailable(q: Tensor, v: Tensor, select_q: Tensor | None = None) -> str | N
     return None
 
 
-def agreed(q: Tensor, v: Tensor, select_q: Tensor | None = None) -> bool:
-    """Whether such dtypes and head sizes agreed with the formula on such a GPU: what `auto` goes by.
+def trusted(q: Tensor, v: Tensor, select_q: Tensor | None = None) -> bool:
+    """Whether `auto` takes the kernels: they run, and agreed with the formula in such a dtype, size and GPU.
 
     Shapes as in `unavailable`.
     """
     sizes = {x.shape[-1] for x in (q, v, select_q) if x is not None}
     known = q.dtype == torch.float32 or (len(sizes) == 1 and sizes <= AGREED.get(q.dtype, set()))
-    return known and (q.device.type != "cuda" or _capability(q.device.index or 0) == AGREED_ON)
+    return (
+        known
+        and unavailable(q, v, select_q) is None
+        and (q.device.type != "cuda" or _capability(q.device.index or 0) == AGREED_ON)
+    )
 
 
 @constant_result
