@@ -68,7 +68,7 @@ bench: setup ## measure the speeds of the README again, about 30 minutes; result
 		results/prefill results/decode results/sas
 
 # Installs nothing: it is for a machine with a GPU and no network.
-gpu: ## check, tune and time the kernels on a GPU, at most 9 minutes; results in $OUT or results/gpu
+gpu: ## check, tune and time the kernels on a GPU, at most 14 minutes; results in $OUT or results/gpu
 	PYTHONPATH=src $(if $(wildcard $(BIN)/python),$(BIN)/python,python3) benchmarks/gpu.py
 
 test: setup ## run the tests, some minutes on two cores

@@ -148,7 +148,7 @@ def not_run() -> str:
                 "These stand in `studies/` with their claims, and have not been run",
                 sorted({*missing} - {*begun}),
             ),
-            ("A part of the sweep of learning rates has run, and no seed that counts, of", begun),
+            ("The sweep of learning rates has run, or a part of it, and no verdict is there, of", begun),
         )
         if names
     ]

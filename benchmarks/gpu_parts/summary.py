@@ -22,7 +22,7 @@ def summary(out: Path) -> str:
     for row in parts:
         if not row["ok"]:
             lines += ["", f"`{row['part']}` failed:", "", "```", row["error"].rstrip(), "```"]
-    lines += [*_checks(out), *_timings(out), *_training(out), *_adaptation(out), *_tilings(out)]
+    lines += [*_checks(out), *_timings(out), *_steps(out), *_training(out), *_adaptation(out), *_tilings(out)]
     return "\n".join(lines) + "\n"
 
 
@@ -33,7 +33,7 @@ def _checks(out: Path) -> list[str]:
     bad = [row for row in rows if not row["ok"]]
     worst: dict[str, float] = {}
     for row in rows:
-        worst[row["dtype"]] = max(worst.get(row["dtype"], 0.0), row["error"])
+        worst[row["dtype"]] = max(worst.get(row["dtype"], 0.0), row.get("error", 0.0))
     said = ", ".join(f"{dtype} {error:.1e}" for dtype, error in worst.items())
     lines = [
         "",
@@ -41,7 +41,10 @@ def _checks(out: Path) -> list[str]:
         "",
         f"{len(rows) - len(bad)} of {len(rows)} agree; largest errors: {said}",
     ]
-    return lines + [f"- {r['case']} {r['dtype']} D {r['D']} {r['tensor']}: {r['error']:.1e}" for r in bad]
+    whys = [
+        r["failure"].splitlines()[0] if "failure" in r else f"{r['tensor']}: {r['error']:.1e}" for r in bad
+    ]
+    return lines + [f"- {r['case']} {r['dtype']} D {r['D']} {why}" for r, why in zip(bad, whys, strict=True)]
 
 
 def _timings(out: Path) -> list[str]:
@@ -57,6 +60,19 @@ def _timings(out: Path) -> list[str]:
             ratio = "" if row["to_best_sdpa"] is None else f"{row['to_best_sdpa']:.2f}"
             cells.append((*shape, f"{row['ms']:.3f}", ratio))
     return ["", "## Times", "", *_table(("workload", "T", "D", "case", "ms", "to the best SDPA"), cells)]
+
+
+def _steps(out: Path) -> list[str]:
+    cells = [
+        (
+            row["form"],
+            "compiled" if row["compiled"] else "",
+            f"{1e3 * row['seconds']:.1f}",
+            f"{row['to_mha']:.2f}",
+        )
+        for row in _rows(out / "steps.jsonl")
+    ]
+    return ["", "## Training steps", "", *_table(("form", "", "ms", "of MHA"), cells)] if cells else []
 
 
 def _training(out: Path) -> list[str]:

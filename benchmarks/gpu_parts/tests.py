@@ -14,6 +14,7 @@ def main(run: Run) -> None:
         print(f"not run: {' and '.join(missing)} not installed; the part `check` tries the kernels without")
         return
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/ops/test_triton.py"]
+    command += [] if run.tiny else ["tests/ops/test_decay_flex.py"]
     command += ["-k", "next_slot"] if run.tiny else []
     if find_spec("xdist") and not run.tiny:  # compiling takes most of the time
         command += ["-n", str(max(1, (os.cpu_count() or 1) - 1))]

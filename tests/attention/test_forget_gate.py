@@ -55,6 +55,18 @@ def test_the_formula(attention, options, impl):
     torch.testing.assert_close(layer(x), formula(layer, x), rtol=0, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_is_the_formula_and_trains_on_a_gpu_alone():
+    for attention, options in HOSTS:
+        layer, x = layer_of(attention, impl="flex", **options), text(13)
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), formula(layer, x), rtol=0, atol=1e-12)
+        with pytest.raises(
+            ValueError, match="impl='flex' cannot run here: FlexAttention has gradients on NVIDIA"
+        ):
+            layer(x)
+
+
 def test_the_gates_start_at_their_bias():
     for bias in (0.0, 5.0):
         layer = build("mha", "forgetting", **SIZES, gate_bias=bias)

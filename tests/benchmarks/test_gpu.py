@@ -38,6 +38,7 @@ def test_every_part(tmp_path: Path):
         "check",
         "tune",
         "time",
+        "steps",
         "train",
         "adapt",
     ]
@@ -48,6 +49,9 @@ def test_every_part(tmp_path: Path):
     assert tilings["finished"] and tilings["trials"]
     timed = {(row["workload"], row["case"]) for row in lines(out / "timings.jsonl") if "ms" in row}
     assert {(work, "heedful triton") for work in ("training", "decode")} <= timed
+    steps = lines(out / "steps.jsonl")
+    assert {row["form"] for row in steps} >= {"mha", "selective", "forgetting", "sas"}
+    assert all(row["seconds"] == min(row["turns"]) > 0 for row in steps)
     ends = [row for row in lines(out / "train.jsonl") if "validation_loss" in row]
     assert [row["form"] for row in ends] == ["mha softmax", "mha selective"]
     (adapted,) = lines(out / "adapt.jsonl")
@@ -78,7 +82,7 @@ def test_a_part_that_fails_leaves_the_others(tmp_path: Path):
     [
         (
             ["--parts", "check,nothing"],
-            "--parts must be some of tests,check,tune,time,train,adapt, got 'nothing'",
+            "--parts must be some of tests,check,tune,time,steps,train,adapt, got 'nothing'",
         ),
         (["--limit", "check=soon"], "--limit must be PART=SECONDS"),
     ],

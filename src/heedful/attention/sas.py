@@ -40,9 +40,10 @@ class SASConfig(AttentionConfig):
         "expanded", "what is cached: expanded keys (fast) or compact ones (small, expanded when read)"
     )
 
-    expand_impl: Literal["auto", "reference", "blocked", "native"] = option(
+    expand_impl: Literal["auto", "reference", "unfolded", "blocked", "native"] = option(
         "auto",
-        "how the expansions are computed: auto, reference (readable, slow), blocked or native (C++)",
+        "how the expansions are computed: auto, reference (readable, slow), unfolded (for GPUs), blocked or "
+        "native (C++)",
     )
 
     rotated_dim_name: ClassVar[str] = "sim_head_dim"

@@ -76,13 +76,24 @@ class RunningSums(NamedTuple):
         Returns:
             Of the queries, (B, H, end - start, 4), and of the keys, (B, H, end, 4).
         """
-        since = self._since(start, end)
-        high, low = self._split(since[..., start:])
-        one = torch.ones_like(high)
+        (high, low), (key_high, key_low) = self.split(earlier, start, end)
+        one, key_one = torch.ones_like(high), torch.ones_like(key_high)
         queries = torch.stack([one, -high, one, -low], dim=-1)
-        high, low = self._split(since if earlier is None else since - _padded(earlier, end))
-        one = torch.ones_like(high)
-        return queries, torch.stack([high, one, low, one], dim=-1)
+        return queries, torch.stack([key_high, key_one, key_low, key_one], dim=-1)
+
+    def split(
+        self, earlier: Tensor | None, start: int, end: int
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Two numbers of each query from `start` to `end`, and two of each key before `end`.
+
+        The decay is the difference of the first, plus that of the second.
+
+        Returns:
+            (B, H, end - start) twice, and (B, H, end) twice.
+        """
+        since = self._since(start, end)
+        keys = since if earlier is None else since - _padded(earlier, end)
+        return self._split(since[..., start:]), self._split(keys)
 
     def _since(self, start: int, end: int) -> Tensor:
         """The sums of the first `end` keys less that of the first query of their segment from `start` on."""

@@ -1,9 +1,10 @@
 """The expansion of SAS, heads then features, in one call.
 
 `reference` is `simulate_heads` and `simulate_features`, one after the other: autograd keeps every intermediate
-result. `blocked` goes through the tokens in pieces that stay in a core's cache, keeps the input alone, and makes
-the rest again in the backward pass, piece by piece. `native` does so token by token in C++. Both are one registered
-operator with a fake kernel, so that it compiles; differentiating its backward pass raises.
+result. `unfolded` is the same with the first as a matrix product, for GPUs. `blocked` goes through the tokens in
+pieces that stay in a core's cache, keeps the input alone, and makes the rest again in the backward pass, piece by
+piece. `native` does so token by token in C++. These two are one registered operator with a fake kernel, so that it
+compiles; differentiating its backward pass raises.
 """
 
 from typing import Any, NamedTuple
@@ -18,8 +19,9 @@ from heedful.ops.sas.native import run_expand, run_expand_backward
 from heedful.ops.sas.pieces import Layers, pieces
 from heedful.ops.sas.placing import NOWHERE, Placement, place
 from heedful.ops.sas.steps import check_feature_weights, check_head_weights, simulate_features, simulate_heads
+from heedful.ops.sas.unfolded import simulate_heads_unfolded
 
-IMPLEMENTATIONS = ("auto", "reference", "blocked", "native")
+IMPLEMENTATIONS = ("auto", "reference", "unfolded", "blocked", "native")
 
 
 class Features(NamedTuple):
@@ -59,9 +61,10 @@ def expand(
         bias2: (Ĥ,) or None.
         features: the weights of the second step; None leaves the features alone, as for values.
         placement: the norm and the rotation of queries and keys; neither by default.
-        impl: "reference" calls the two steps, "blocked" keeps the input alone and makes the rest again in the
-            backward pass, "native" does so in C++ on the CPU, in float32 or float64; "auto" is the reference away
-            from the CPU, native on it in float32 where it can be had, else blocked.
+        impl: "reference" calls the two steps, "unfolded" the first one as a matrix product, "blocked" keeps the
+            input alone and makes the rest again in the backward pass, "native" does so in C++ on the CPU, in
+            float32 or float64; "auto" is unfolded away from the CPU, native on it in float32 where it can be had,
+            else blocked.
 
     Returns:
         (B, Ĥ, T, D̂), or (B, Ĥ, T, D) without `features`.
@@ -73,8 +76,9 @@ def expand(
     check_choice("impl", impl, IMPLEMENTATIONS)
     if features is None and placement is not NOWHERE:
         raise ValueError("a placement needs features: values are neither normed nor rotated; leave it out")
-    if impl == "reference" or (impl == "auto" and x.device.type != "cpu"):
-        x = simulate_heads(x, weight1, bias1, weight2, bias2)
+    if impl in ("reference", "unfolded") or (impl == "auto" and x.device.type != "cpu"):
+        heads = simulate_heads if impl == "reference" else simulate_heads_unfolded
+        x = heads(x, weight1, bias1, weight2, bias2)
         return x if features is None else place(simulate_features(x, *features), placement)
     check_head_weights(x, weight1, bias1, weight2, bias2)
     if features is not None:

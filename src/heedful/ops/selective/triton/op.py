@@ -159,7 +159,8 @@ def _backward(
         d_select_q, d_select_k, total = _select_gradients(job, before, d_heads, log_sum, delta, grad_after)
     else:
         wide_q, wide_k = (None if x is None else x.float() for x in (select_q, select_k))
-        exact = Job(q.float(), k.float(), v.float(), wide_q, wide_k, code, scale, select_scale)
+        widened = q.float(), k.float(), v.float(), wide_q, wide_k
+        exact = Job(*widened, code, scale, select_scale, holds_half=True)
         before32, _ = exact.before(before[:, :, 0].contiguous())
         d_wide = in_heads(d_out.float())
         d_select_q, d_select_k, total = _select_gradients(exact, before32, d_wide, log_sum, delta, grad_after)
@@ -287,7 +288,10 @@ _forward.register_autograd(_gradients, setup_context=_save)
 
 
 class Job:
-    """The tensors of one call as the kernels take them, and how they are cut."""
+    """The tensors of one call as the kernels take them, and how they are cut.
+
+    `holds_half`: they are float32 whose values 16 bits hold, which a single TF32 pass multiplies without rounding.
+    """
 
     def __init__(
         self,
@@ -299,6 +303,7 @@ class Job:
         code: Tensor | None,
         scale: float,
         select_scale: float,
+        holds_half: bool = False,
     ) -> None:
         self.device = q.device
         self.q, self.k, self.v = in_heads(q), in_heads(k), in_heads(v)
@@ -308,7 +313,7 @@ class Job:
         self.batch, self.heads, self.length, size = q.shape
         self.groups, self.n_keys = k.shape[1:3]
         self.selectors = 1 if select_q is None else select_q.shape[1]
-        self.tiling = _tiling(q, v, select_q)
+        self.tiling = _tiling(q, v, select_q, holds_half)
         self.n_blocks = -(-self.length // self.tiling.block)
         self.counts = Counts(self.length, self.n_keys, self.n_blocks, self.heads, self.groups, self.selectors)
         self.scales = Scales(scale, select_scale)
@@ -319,7 +324,7 @@ class Job:
             "S_SIZE": self.select_q.data.shape[-1],
             "BLOCK": self.tiling.block,
             "CODED": code is not None,
-            "EXACT": self.exact,
+            "PASSES": 0 if not self.exact else 1 if holds_half else 3,
         }
 
     @property
@@ -390,9 +395,9 @@ class Job:
         return before, after
 
 
-def _tiling(q: Tensor, v: Tensor, select_q: Tensor | None) -> Tiling:
+def _tiling(q: Tensor, v: Tensor, select_q: Tensor | None, holds_half: bool = False) -> Tiling:
     sizes = [x.shape[-1] for x in (q, v, select_q) if x is not None]
-    return tiling(q.dtype, *sizes)
+    return tiling(q.dtype, *sizes, holds_half=holds_half)
 
 
 def _check_deterministic() -> None:

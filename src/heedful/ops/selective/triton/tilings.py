@@ -4,9 +4,10 @@
 summary holds the lines to replace here, whose entries are all there is to choose. **A tiling that has not passed
 its part `check` on a GPU is not to be trusted**: on an H200, Triton 3.6 compiled the kernel `within_blocks` to
 something else than was written in most tilings of half precision, some of them without an error (results/gpu). So
-the gradient of the selection heads is computed in float32, where every case agreed. In half precision nothing
-spills. In float32, products in three TF32 passes hold each factor twice, hence the small tiles; there that gradient
-spills, and a little that of the queries at 64.
+the gradient of the selection heads is computed in float32, where every case agreed: of half precision by products
+in one TF32 pass, which holds its factors as they are. In half precision nothing else spills; that kernel does, and
+was still the fastest of seven tilings that agreed. In float32, products in three TF32 passes hold each factor
+twice, hence the small tiles; there that gradient spills, and a little that of the queries at 64.
 """
 
 from dataclasses import dataclass, replace
@@ -68,6 +69,10 @@ _SINGLE = Tiling(
     key=Launch(16, warps=8, stages=1, rows=16),
 )
 SINGLE = {16: _SINGLE, 32: _SINGLE, 64: _SINGLE, 128: replace(_SINGLE, query=Launch(16, stages=1))}
+# Float32 that holds half precision, for the gradient of the selection heads alone: one TF32 pass, larger tiles.
+_WIDENED = replace(_SINGLE, block=64, selection=Launch(32, stages=1, span=1))
+_WIDENED_128 = replace(_SINGLE, block=32, selection=Launch(32, stages=2, span=1))
+WIDENED = {16: _WIDENED, 32: _WIDENED, 64: _WIDENED, 128: _WIDENED_128}
 
 
 def decode(dtype: torch.dtype, *sizes: int) -> Launch:
@@ -80,6 +85,7 @@ def padded_size(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def tiling(dtype: torch.dtype, *sizes: int) -> Tiling:
-    """The tiling for inputs of some dtype and head sizes."""
-    return (SINGLE if dtype == torch.float32 else HALF)[padded_size(max(sizes))]
+def tiling(dtype: torch.dtype, *sizes: int, holds_half: bool = False) -> Tiling:
+    """The tiling for inputs of some dtype and head sizes; `holds_half`: of float32 that holds 16 bits."""
+    table = HALF if dtype != torch.float32 else WIDENED if holds_half else SINGLE
+    return table[padded_size(max(sizes))]

@@ -56,7 +56,7 @@ def query_gradient(
     KEYS: tl.constexpr,
     HEADS: tl.constexpr,
     CODED: tl.constexpr,
-    EXACT: tl.constexpr,
+    PASSES: tl.constexpr,
 ):
     """dq (B, H, T, D) of one block of queries, for HEADS heads that share F."""
     length, n_keys, n_blocks = counts.length, counts.n_keys, counts.n_blocks
@@ -94,20 +94,20 @@ def query_gradient(
             at = start + tl.arange(0, KEYS)
             key = tokens(code, at, n_keys, CODED)
             selected = load_tile(select_k, batch, selector, start, n_keys, KEYS, S_SIZE)
-            votes = votes_on(selecting, selected, query, key, scales.select, False, CODED, NEAR, EXACT)
+            votes = votes_on(selecting, selected, query, key, scales.select, False, CODED, NEAR, PASSES)
             known = tl.load(before + at, mask=at < n_keys, other=0.0)
-            mask = masked_by(votes, known, query, key, False, CODED, NEAR, EXACT)
+            mask = masked_by(votes, known, query, key, False, CODED, NEAR, PASSES)
             keys = load_tile(k, batch, group, start, n_keys, KEYS, SIZE)
             values = load_tile(v, batch, group, start, n_keys, KEYS, V_SIZE)
-            d_logits = logit_gradient(queries, keys, values, d_rows, sums, deltas, mask, scales, EXACT)
-            gradient = plus_product(gradient, narrow(d_logits, keys.dtype), keys, EXACT)
+            d_logits = logit_gradient(queries, keys, values, d_rows, sums, deltas, mask, scales, PASSES)
+            gradient = plus_product(gradient, narrow(d_logits, keys.dtype), keys, PASSES)
             if HEADS == 2:
                 keys = load_tile(k, batch, group2, start, n_keys, KEYS, SIZE)
                 values = load_tile(v, batch, group2, start, n_keys, KEYS, V_SIZE)
                 d_logits = logit_gradient(
-                    queries2, keys, values, d_rows2, sums2, deltas2, mask, scales, EXACT
+                    queries2, keys, values, d_rows2, sums2, deltas2, mask, scales, PASSES
                 )
-                gradient2 = plus_product(gradient2, narrow(d_logits, keys.dtype), keys, EXACT)
+                gradient2 = plus_product(gradient2, narrow(d_logits, keys.dtype), keys, PASSES)
     gradient *= scales.logits
     store_rows(dq + first * SIZE, SIZE, block * BLOCK, length, gradient, BLOCK, SIZE)
     if HEADS == 2:
@@ -124,11 +124,11 @@ def load_sums(log_sum, delta, first_row, length, ROWS: tl.constexpr):
 
 
 @triton.jit
-def logit_gradient(queries, keys, values, d_rows, sums, deltas, mask, scales, EXACT: tl.constexpr):
+def logit_gradient(queries, keys, values, d_rows, sums, deltas, mask, scales, PASSES: tl.constexpr):
     """The gradient of a tile of logits, (queries, keys)."""
-    logits = product(queries, tl.trans(keys), EXACT) * scales.logits + mask
+    logits = product(queries, tl.trans(keys), PASSES) * scales.logits + mask
     weights = tl.exp2((logits - sums[:, None]) * LOG2_E)
-    return weights * (product(d_rows, tl.trans(values), EXACT) - deltas[:, None])
+    return weights * (product(d_rows, tl.trans(values), PASSES) - deltas[:, None])
 
 
 @triton.jit
@@ -155,7 +155,7 @@ def key_gradient(
     KEYS: tl.constexpr,
     ROWS: tl.constexpr,
     CODED: tl.constexpr,
-    EXACT: tl.constexpr,
+    PASSES: tl.constexpr,
 ):
     """dk (B, owners, S, D) and dv (B, owners, S, E) of one tile of keys.
 
@@ -191,22 +191,22 @@ def key_gradient(
         for start_row in range(lowest * BLOCK, highest * BLOCK, ROWS):
             query = tokens(code, earlier + start_row + tl.arange(0, ROWS), n_keys, CODED)
             selecting = load_tile(select_q, batch, selector, start_row, length, ROWS, S_SIZE)
-            votes = votes_on(selecting, selected, query, key, scales.select, True, CODED, 1 - FAR, EXACT)
+            votes = votes_on(selecting, selected, query, key, scales.select, True, CODED, 1 - FAR, PASSES)
             at_before = before + (before_row + start_row // BLOCK) * n_keys + at
             known = tl.load(at_before, mask=at < n_keys, other=0.0)
             running = tl.where(start_row % BLOCK == 0, known, running)
-            mask = masked_by(votes, running, query, key, True, CODED, 1 - FAR, EXACT)
+            mask = masked_by(votes, running, query, key, True, CODED, 1 - FAR, PASSES)
             running += tl.sum(votes, 1)
             for head in range(owner * shared, (owner + 1) * shared):
                 first = (batch * counts.heads + head) * length
                 queries = load_tile(q, batch, head, start_row, length, ROWS, SIZE)
                 d_rows = load_tile(d_out, batch, head, start_row, length, ROWS, V_SIZE)
                 sums, deltas = load_sums(log_sum + first, delta + first, start_row, length, ROWS)
-                logits = product(keys, tl.trans(queries), EXACT) * scales.logits + mask
+                logits = product(keys, tl.trans(queries), PASSES) * scales.logits + mask
                 weights = tl.exp2((logits - sums[None, :]) * LOG2_E)
-                dv_sum = plus_product(dv_sum, narrow(weights, d_rows.dtype), d_rows, EXACT)
-                d_logits = weights * (product(values, tl.trans(d_rows), EXACT) - deltas[None, :])
-                dk_sum = plus_product(dk_sum, narrow(d_logits, queries.dtype), queries, EXACT)
+                dv_sum = plus_product(dv_sum, narrow(weights, d_rows.dtype), d_rows, PASSES)
+                d_logits = weights * (product(values, tl.trans(d_rows), PASSES) - deltas[None, :])
+                dk_sum = plus_product(dk_sum, narrow(d_logits, queries.dtype), queries, PASSES)
     dk_sum *= scales.logits
     store_rows(dk + row * n_keys * SIZE, SIZE, start, n_keys, dk_sum, KEYS, SIZE)
     store_rows(dv + row * n_keys * V_SIZE, V_SIZE, start, n_keys, dv_sum, KEYS, V_SIZE)

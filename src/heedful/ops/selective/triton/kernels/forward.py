@@ -35,7 +35,7 @@ def attend(
     KEYS: tl.constexpr,
     HEADS: tl.constexpr,
     CODED: tl.constexpr,
-    EXACT: tl.constexpr,
+    PASSES: tl.constexpr,
 ):
     """One block of queries of HEADS heads: out (B, H, T, E), and the logarithm of each row's sum of weights."""
     length, n_keys, n_blocks = counts.length, counts.n_keys, counts.n_blocks
@@ -71,18 +71,18 @@ def attend(
             at = start + tl.arange(0, KEYS)
             key = tokens(code, at, n_keys, CODED)
             selected = load_tile(select_k, batch, selector, start, n_keys, KEYS, S_SIZE)
-            votes = votes_on(selecting, selected, query, key, scales.select, False, CODED, NEAR, EXACT)
+            votes = votes_on(selecting, selected, query, key, scales.select, False, CODED, NEAR, PASSES)
             known = tl.load(before + at, mask=at < n_keys, other=0.0)
-            mask = masked_by(votes, known, query, key, False, CODED, NEAR, EXACT)
+            mask = masked_by(votes, known, query, key, False, CODED, NEAR, PASSES)
             keys = load_tile(k, batch, group, start, n_keys, KEYS, SIZE)
             values = load_tile(v, batch, group, start, n_keys, KEYS, V_SIZE)
-            logits = product(queries, tl.trans(keys), EXACT) * scales.logits + mask
-            largest, total, sums = _add(logits, values, largest, total, sums, EXACT)
+            logits = product(queries, tl.trans(keys), PASSES) * scales.logits + mask
+            largest, total, sums = _add(logits, values, largest, total, sums, PASSES)
             if HEADS == 2:
                 keys = load_tile(k, batch, group2, start, n_keys, KEYS, SIZE)
                 values = load_tile(v, batch, group2, start, n_keys, KEYS, V_SIZE)
-                logits = product(queries2, tl.trans(keys), EXACT) * scales.logits + mask
-                largest2, total2, sums2 = _add(logits, values, largest2, total2, sums2, EXACT)
+                logits = product(queries2, tl.trans(keys), PASSES) * scales.logits + mask
+                largest2, total2, sums2 = _add(logits, values, largest2, total2, sums2, PASSES)
     first = (batch * counts.heads + head) * length
     _finish(out, log_sum, first, block, length, largest, total, sums, BLOCK, V_SIZE)
     if HEADS == 2:
@@ -90,14 +90,14 @@ def attend(
 
 
 @triton.jit
-def _add(logits, values, largest, total, sums, EXACT: tl.constexpr):
+def _add(logits, values, largest, total, sums, PASSES: tl.constexpr):
     """One tile more in a softmax that runs along the keys."""
     new = tl.maximum(largest, tl.max(logits, 1))
     finite = tl.where(new == float("-inf"), 0.0, new)
     weights = tl.exp2((logits - finite[:, None]) * LOG2_E)
     shrink = tl.exp2((largest - finite) * LOG2_E)
     total = total * shrink + tl.sum(weights, 1)
-    sums = plus_product(sums * shrink[:, None], narrow(weights, values.dtype), values, EXACT)
+    sums = plus_product(sums * shrink[:, None], narrow(weights, values.dtype), values, PASSES)
     return new, total, sums
 
 

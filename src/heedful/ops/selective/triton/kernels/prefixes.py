@@ -21,7 +21,7 @@ def sum_votes(
     KEYS: tl.constexpr,
     SPAN: tl.constexpr,
     CODED: tl.constexpr,
-    EXACT: tl.constexpr,
+    PASSES: tl.constexpr,
 ):
     """Votes that a block of queries casts on SPAN tiles of keys: sums (B, R, n_blocks, S).
 
@@ -42,7 +42,7 @@ def sum_votes(
             at = start + tl.arange(0, KEYS)
             key = tokens(code, at, n_keys, CODED)
             selected = load_tile(select_k, batch, selector, start, n_keys, KEYS, S_SIZE)
-            votes = votes_on(selecting, selected, query, key, scales.select, False, CODED, True, EXACT)
+            votes = votes_on(selecting, selected, query, key, scales.select, False, CODED, True, PASSES)
             tl.store(sums + (row * n_blocks + block) * n_keys + at, tl.sum(votes, 0), mask=at < n_keys)
 
 

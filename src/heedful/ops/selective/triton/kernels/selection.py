@@ -48,7 +48,7 @@ def within_blocks(
     KEYS: tl.constexpr,
     SPAN: tl.constexpr,
     CODED: tl.constexpr,
-    EXACT: tl.constexpr,
+    PASSES: tl.constexpr,
 ):
     """One block of queries by SPAN tiles of keys.
 
@@ -78,9 +78,9 @@ def within_blocks(
             at = start + tl.arange(0, KEYS)
             key = tokens(code, at, n_keys, CODED)
             selected = load_tile(select_k, batch, selector, start, n_keys, KEYS, S_SIZE)
-            votes = votes_on(selecting, selected, query, key, scales.select, False, CODED, True, EXACT)
+            votes = votes_on(selecting, selected, query, key, scales.select, False, CODED, True, PASSES)
             known = tl.load(before + at, mask=at < n_keys, other=0.0)
-            mask = masked_by(votes, known, query, key, False, CODED, True, EXACT)
+            mask = masked_by(votes, known, query, key, False, CODED, True, PASSES)
             g = tl.zeros([BLOCK, KEYS], tl.float32)
             for head in range(first_head, last_head):
                 first = (batch * counts.heads + head) * length
@@ -90,16 +90,16 @@ def within_blocks(
                 keys = load_tile(k, batch, group, start, n_keys, KEYS, SIZE)
                 values = load_tile(v, batch, group, start, n_keys, KEYS, V_SIZE)
                 log_sums, deltas = load_sums(log_sum + first, delta + first, block * BLOCK, length, BLOCK)
-                g += logit_gradient(queries, keys, values, d_rows, log_sums, deltas, mask, scales, EXACT)
+                g += logit_gradient(queries, keys, values, d_rows, log_sums, deltas, mask, scales, PASSES)
             tl.store(sums + at, tl.sum(g, 0), mask=at < n_keys)
-            d_votes = tl.where(votes > 0.0, -sum_after(g, EXACT), 0.0) * scales.select
+            d_votes = tl.where(votes > 0.0, -sum_after(g, PASSES), 0.0) * scales.select
             if SPAN == 1:
-                part = plus_wide_product(gradient, d_votes, selected, EXACT)
+                part = plus_wide_product(gradient, d_votes, selected, PASSES)
                 add_rows(d_select_q, block * BLOCK, length, part, BLOCK, S_SIZE)
             else:
-                gradient = plus_wide_product(gradient, d_votes, selected, EXACT)
+                gradient = plus_wide_product(gradient, d_votes, selected, PASSES)
             # Transposed, so that the longer axis comes first and the product is one for tensor cores of Hopper.
-            d_keys = wide_product_left(tl.trans(selecting), d_votes, EXACT)
+            d_keys = wide_product_left(tl.trans(selecting), d_votes, PASSES)
             add_columns(d_select_k, start, n_keys, d_keys, KEYS, S_SIZE)
         if SPAN > 1:
             add_rows(d_select_q, block * BLOCK, length, gradient, BLOCK, S_SIZE)
@@ -118,7 +118,7 @@ def from_later_blocks_to_queries(
     BLOCK: tl.constexpr,
     KEYS: tl.constexpr,
     CODED: tl.constexpr,
-    EXACT: tl.constexpr,
+    PASSES: tl.constexpr,
 ):
     """Add to d_select_q (B, R, T, D') of one block; later is (B, R, n_blocks, S)."""
     length, n_keys, n_blocks = counts.length, counts.n_keys, counts.n_blocks
@@ -137,10 +137,10 @@ def from_later_blocks_to_queries(
         at = start + tl.arange(0, KEYS)
         key = tokens(code, at, n_keys, CODED)
         selected = load_tile(select_k, batch, selector, start, n_keys, KEYS, S_SIZE)
-        votes = votes_on(selecting, selected, query, key, scales.select, False, CODED, True, EXACT)
+        votes = votes_on(selecting, selected, query, key, scales.select, False, CODED, True, PASSES)
         rest = tl.load(later + at, mask=at < n_keys, other=0.0) * -scales.select
         d_votes = tl.where(votes > 0.0, rest[None, :], 0.0)
-        gradient = plus_wide_product(gradient, d_votes, selected, EXACT)
+        gradient = plus_wide_product(gradient, d_votes, selected, PASSES)
     gradient += load_rows(d_select_q, S_SIZE, block * BLOCK, length, BLOCK, S_SIZE)
     store_rows(d_select_q, S_SIZE, block * BLOCK, length, gradient, BLOCK, S_SIZE)
 
@@ -158,7 +158,7 @@ def from_later_blocks_to_keys(
     BLOCK: tl.constexpr,
     KEYS: tl.constexpr,
     CODED: tl.constexpr,
-    EXACT: tl.constexpr,
+    PASSES: tl.constexpr,
 ):
     """Add to d_select_k (B, R, S, D') of one tile of keys; later is (B, R, n_blocks, S)."""
     length, n_keys, n_blocks = counts.length, counts.n_keys, counts.n_blocks
@@ -176,9 +176,9 @@ def from_later_blocks_to_keys(
     for block in range(tl.maximum(start - earlier, 0) // BLOCK, n_blocks):
         query = tokens(code, earlier + block * BLOCK + tl.arange(0, BLOCK), n_keys, CODED)
         selecting = load_tile(select_q, batch, selector, block * BLOCK, length, BLOCK, S_SIZE)
-        votes = votes_on(selecting, selected, query, key, scales.select, True, CODED, True, EXACT)
+        votes = votes_on(selecting, selected, query, key, scales.select, True, CODED, True, PASSES)
         rest = tl.load(later + (row * n_blocks + block) * n_keys + at, mask=at < n_keys, other=0.0)
         d_votes = tl.where(votes > 0.0, rest[:, None] * -scales.select, 0.0)
-        gradient = plus_wide_product(gradient, d_votes, selecting, EXACT)
+        gradient = plus_wide_product(gradient, d_votes, selecting, PASSES)
     gradient += load_rows(d_select_k, S_SIZE, start, n_keys, KEYS, S_SIZE)
     store_rows(d_select_k, S_SIZE, start, n_keys, gradient, KEYS, S_SIZE)

@@ -35,7 +35,7 @@ def attend_and_vote(
     SIZE: tl.constexpr,
     V_SIZE: tl.constexpr,
     KEYS: tl.constexpr,
-    EXACT: tl.constexpr,
+    PASSES: tl.constexpr,
 ):
     """The query heads of one key head; key head 0, which head 0 reads, also votes and picks."""
     batch = (tl.program_id(0) // groups).to(tl.int64)
@@ -61,14 +61,14 @@ def attend_and_vote(
         keys = load_tile(k, batch, group, start, n_slots, KEYS, SIZE)
         values = load_tile(v, batch, group, start, n_slots, KEYS, V_SIZE)
         values = tl.where((position >= 0)[:, None], values, 0.0).to(v.data.dtype.element_ty)  # 0 * NaN is NaN
-        raw = product(queries, tl.trans(keys), EXACT) * scale
+        raw = product(queries, tl.trans(keys), PASSES) * scale
         logits = tl.where((position >= 0)[None, :], raw - votes[None, :], float("-inf"))
         new = tl.maximum(largest, tl.max(logits, 1))
         finite = tl.where(new == float("-inf"), 0.0, new)
         weights = tl.exp2((logits - finite[:, None]) * LOG2_E)
         shrink = tl.exp2((largest - finite) * LOG2_E)
         total = total * shrink + tl.sum(weights, 1)
-        sums = plus_product(sums * shrink[:, None], narrow(weights, values.dtype), values, EXACT)
+        sums = plus_product(sums * shrink[:, None], narrow(weights, values.dtype), values, PASSES)
         largest = new
         if group == 0:
             first_head = tl.sum(tl.where((rows == 0)[:, None], raw, 0.0), 0)

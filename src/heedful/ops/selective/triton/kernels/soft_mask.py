@@ -29,13 +29,13 @@ def votes_on(
     KEYS_FIRST: tl.constexpr,
     CODED: tl.constexpr,
     NEAR: tl.constexpr,
-    EXACT: tl.constexpr,
+    PASSES: tl.constexpr,
 ):
     """S: the votes of queries `selecting` (queries, D') on keys `selected` (keys, D')."""
     if KEYS_FIRST:
-        logits = product(selected, tl.trans(selecting), EXACT) * scale
+        logits = product(selected, tl.trans(selecting), PASSES) * scale
     else:
-        logits = product(selecting, tl.trans(selected), EXACT) * scale
+        logits = product(selecting, tl.trans(selected), PASSES) * scale
     at, at_code = _facing(query, KEYS_FIRST)
     of, of_code = _facing(key, not KEYS_FIRST)
     if CODED:
@@ -56,16 +56,16 @@ def masked_by(
     KEYS_FIRST: tl.constexpr,
     CODED: tl.constexpr,
     NEAR: tl.constexpr,
-    EXACT: tl.constexpr,
+    PASSES: tl.constexpr,
 ):
     """What is added to the logits: -F, and -inf where a query does not see a key.
 
     F is what was known of each key before the first query of the tile, and the tile's own earlier votes.
     """
     if KEYS_FIRST:
-        soft_mask = _sum_before_columns(votes, EXACT) + known[:, None]
+        soft_mask = _sum_before_columns(votes, PASSES) + known[:, None]
     else:
-        soft_mask = _sum_before(votes, EXACT) + known[None, :]
+        soft_mask = _sum_before(votes, PASSES) + known[None, :]
     at, at_code = _facing(query, KEYS_FIRST)
     of, of_code = _facing(key, not KEYS_FIRST)
     if CODED:
@@ -78,10 +78,10 @@ def masked_by(
 
 
 @triton.jit
-def sum_after(x, EXACT: tl.constexpr):
+def sum_after(x, PASSES: tl.constexpr):
     """Row i: the sum of the rows u > i of x."""
     at = tl.arange(0, x.shape[0])
-    return _sum_rows(at[:, None] < at[None, :], x, EXACT)
+    return _sum_rows(at[:, None] < at[None, :], x, PASSES)
 
 
 @triton.jit
@@ -95,33 +95,33 @@ def _facing(token, ACROSS: tl.constexpr):
 
 
 @triton.jit
-def _sum_before(x, EXACT: tl.constexpr):
+def _sum_before(x, PASSES: tl.constexpr):
     """Row i: the sum of the rows u < i of x."""
     at = tl.arange(0, x.shape[0])
-    return _sum_rows(at[:, None] > at[None, :], x, EXACT)
+    return _sum_rows(at[:, None] > at[None, :], x, PASSES)
 
 
 @triton.jit
-def _sum_rows(taken, x, EXACT: tl.constexpr):
-    if EXACT:
-        return product(taken.to(tl.float32), x, EXACT)
+def _sum_rows(taken, x, PASSES: tl.constexpr):
+    if PASSES:
+        return product(taken.to(tl.float32), x, 3)
     else:
         # Two bfloat16 hold 16 bits of x, and their products with 0 and 1 are exact.
         high = narrow(x, tl.bfloat16)
         low = narrow(x - high.to(tl.float32), tl.bfloat16)
         ones = taken.to(tl.float32).to(tl.bfloat16)
-        return plus_product(product(ones, high, EXACT), ones, low, EXACT)
+        return plus_product(product(ones, high, PASSES), ones, low, PASSES)
 
 
 @triton.jit
-def _sum_before_columns(x, EXACT: tl.constexpr):
+def _sum_before_columns(x, PASSES: tl.constexpr):
     """Column i: the sum of the columns u < i of x."""
     at = tl.arange(0, x.shape[1])
     taken = at[:, None] < at[None, :]
-    if EXACT:
-        return product(x, taken.to(tl.float32), EXACT)
+    if PASSES:
+        return product(x, taken.to(tl.float32), 3)
     else:
         high = narrow(x, tl.bfloat16)
         low = narrow(x - high.to(tl.float32), tl.bfloat16)
         ones = taken.to(tl.float32).to(tl.bfloat16)
-        return plus_product(product(high, ones, EXACT), low, ones, EXACT)
+        return plus_product(product(high, ones, PASSES), low, ones, PASSES)

@@ -76,35 +76,37 @@ def narrow(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def plus_product(total, a, b, EXACT: tl.constexpr):
-    """total + a b in float32; EXACT: for float32 factors, to about 1e-6."""
+def plus_product(total, a, b, PASSES: tl.constexpr):
+    """total + a b in float32, of factors of 16 bits, or of float32: see `op.Job`."""
     if INTERPRETED:  # the interpreter would multiply the bits of bfloat16
         a, b = a.to(tl.float32), b.to(tl.float32)
-    if EXACT:
+    if PASSES == 3:
         return tl.dot(a, b, total, input_precision="tf32x3")
+    elif PASSES == 1:
+        return tl.dot(a, b, total, input_precision="tf32")
     else:
         return tl.dot(a, b, total)
 
 
 @triton.jit
-def product(a, b, EXACT: tl.constexpr):
+def product(a, b, PASSES: tl.constexpr):
     """The matrix product a b in float32."""
-    return plus_product(None, a, b, EXACT)
+    return plus_product(None, a, b, PASSES)
 
 
 @triton.jit
-def plus_wide_product(total, a, b, EXACT: tl.constexpr):
+def plus_wide_product(total, a, b, PASSES: tl.constexpr):
     """total + a b for float32 a of any size: sums over many queries may not fit float16."""
     if b.dtype == tl.float16:
-        return plus_product(total, a, b.to(tl.float32), EXACT)
+        return plus_product(total, a, b.to(tl.float32), PASSES)
     else:
-        return plus_product(total, narrow(a, b.dtype), b, EXACT)
+        return plus_product(total, narrow(a, b.dtype), b, PASSES)
 
 
 @triton.jit
-def wide_product_left(a, b, EXACT: tl.constexpr):
+def wide_product_left(a, b, PASSES: tl.constexpr):
     """The product a b for float32 b of any size."""
     if a.dtype == tl.float16:
-        return product(a.to(tl.float32), b, EXACT)
+        return product(a.to(tl.float32), b, PASSES)
     else:
-        return product(a, narrow(b, a.dtype), EXACT)
+        return product(a, narrow(b, a.dtype), PASSES)
