@@ -31,12 +31,12 @@ def test_nothing_is_cut_off(width: int):
 
 def test_the_last_optional_column_goes_first_and_is_named():
     whole = shown(100)
-    assert "too narrow" not in whole
+    assert "narrow screen" not in whole
     natural = max(len(line.rstrip()) for line in whole.splitlines())
     narrower = shown(natural - 1)
-    assert "too narrow for: copy" in narrower
+    assert "narrow screen, left out: copy" in narrower
     assert "spread" in narrower.partition("too narrow")[0]
-    assert "too narrow for: spread, copy" in " ".join(shown(36).split())
+    assert "narrow screen, left out: spread, copy" in " ".join(shown(36).split())
 
 
 def test_without_a_width_all_columns_stay():

@@ -71,7 +71,7 @@ def table(
         shown.remove(optional[-1])
     if left_out:
         names = ", ".join(columns[i].name.replace("\n", " ") for i in left_out)
-        made.caption = f"too narrow for: {names}"
+        made.caption = f"narrow screen, left out: {names}"
         made.caption_justify = "left"
     if width is not None:
         _break_cells(made, width)

@@ -322,8 +322,8 @@ def test_tables_keep_what_matters_on_any_screen(width):
     assert "…" not in shown
     for cell in (long, "9,999 ms", "1.23", "4.56", "vs SDPA", "vs twin"):
         assert cell in shown
-    assert ("copy" in shown.split("too narrow for:")[0]) == (width > 80)
-    assert ("too narrow for:" in shown) == (width <= 80)
+    assert ("copy" in shown.split("narrow screen, left out:")[0]) == (width > 80)
+    assert ("narrow screen, left out:" in shown) == (width <= 80)
 
 
 def test_times_under_foreign_load_are_not_compared(tmp_path, capfd, monkeypatch):

@@ -13,6 +13,7 @@ import heedful.comparison.jobs as compare_module
 import heedful.training.run as train_module
 from heedful.comparison import CompareSettings
 from heedful.comparison.plot import plot_curves
+from heedful.comparison.sweep import SWEEP_SEED
 from heedful.comparison.table import summarise
 from heedful.training import Interrupted, RunResult, TrainSettings
 
@@ -249,10 +250,15 @@ def test_learning_rate_sweep(
         ("sas", 1, 1e-2),
     ]
     sweep = read(tmp_path / "sweep.jsonl")
-    assert [(r["attention"], r["lr"], r["val_loss"]) for r in sweep] == [
-        (a, lr, 1.0 if lr == best[a] else 2.0) for a in ("mha", "sas") for lr in (1e-3, 3e-3, 1e-2)
+    assert [(r["form"], r["lr"], r["val_loss"], r["seed"]) for r in sweep] == [
+        (f"{a} x softmax", lr, 1.0 if lr == best[a] else 2.0, SWEEP_SEED)
+        for a in ("mha", "sas")
+        for lr in (1e-3, 3e-3, 1e-2)
     ]
-    assert "learning rate: the best of a sweep, per form" in (tmp_path / "summary.md").read_text()
+    summary = (tmp_path / "summary.md").read_text()
+    assert "learning rate: the best of a sweep, per form" in summary
+    assert "| mha x softmax | **1.000** | 2.000 | 2.000 |" in summary
+    assert "at an edge of the sweep, there may be a better one: mha x softmax, sas x softmax." in summary
     quiet_compare(s, tmp_path)
     assert read(tmp_path / "sweep.jsonl") == sweep
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from heedful.comparison.table import markdown_table, noise_note, rich_table, summarise
+from heedful.comparison.table import markdown_table, noise_note, one_rate_note, rich_table, rows, summarise
 from heedful.training import RunResult
 
 
@@ -111,10 +111,28 @@ def test_a_narrow_terminal_keeps_what_was_held_equal(two_forms: list[RunResult])
     console = Console(width=60)
     with console.capture() as shown:
         console.print(rich_table(summarise(two_forms), "title", 60, keep="FLOPs/token"))
-    assert "2.50 M" in shown.get() and "too narrow for: " in shown.get() and "cache B/token" in shown.get()
+    assert (
+        "2.50 M" in shown.get()
+        and "narrow screen, left out: " in shown.get()
+        and "cache B/token" in shown.get()
+    )
 
 
 def test_steps_that_differ_have_a_column(result: Callable[..., RunResult]):
     some = [result(n, 0, 1.0, config={"train": {"steps": s}}) for n, s in (("mha", 100), ("sas", 57))]
     assert "| 57 |" in markdown_table(summarise(some))
     assert "steps" not in markdown_table(summarise(some[:1]))
+
+
+def test_answers_of_a_task_are_compared_seed_by_seed(result: Callable[..., RunResult]):
+    first = [result("mha", seed, 1.0, val_bpb=None, val_accuracy=0.5 + 0.1 * seed) for seed in range(3)]
+    other = [result("sas", seed, 1.0, val_bpb=None, val_accuracy=0.7 + 0.1 * seed) for seed in range(3)]
+    headers, cells = rows(summarise([*first, *other]))
+    column = headers.index("answers vs first")
+    assert [row[column] for row in cells] == ["first", "+20.0 % (+20.0 % to +20.0 %)"]
+
+
+def test_one_learning_rate_for_all_is_said(result: Callable[..., RunResult]):
+    two = summarise([result("mha", 0, 1.0), result("sas", 0, 1.0)])
+    assert one_rate_note(two).startswith("One learning rate, for all forms: ")
+    assert one_rate_note(two[:1]) == ""

@@ -21,8 +21,9 @@ DESCRIPTION = """Train every attention x score with the same data order and seed
 
 Writes results.jsonl (a row per run), summary.md and compare.png; the first form is the baseline. Running
 the same command again goes on where it stopped. All forms start from the same logit scale
-(--init-logit-std), the great confounder of such comparisons. --match evens out parameters, training FLOPs or
-seconds (for FLOPs name the costliest form first); --baseline-steps says what a form's compute is worth. Options
+(--init-logit-std), a confounder of such comparisons; the learning rate is the larger one, and --lr-sweep
+finds that of each form. --match evens out parameters, training FLOPs or seconds (for FLOPs name the costliest
+form first); --baseline-steps says what a form's compute is worth. Options
 --attention.* and --score.* go to every form that has them, --task.* and --trainer.* to every run (heedful train
 --help). Shown below are those of the forms and the task that are named before --help: heedful compare --score
 forgetting --data synthetic:mqar --help.
@@ -63,7 +64,8 @@ def run(arguments: Sequence[str]) -> int:
                 "lr_sweep",
                 str,
                 "",
-                "learning rates to try on each form, e.g. 1e-3,3e-3; default: --lr for all",
+                "learning rates to try on each form, e.g. 2e-3,5e-3,1e-2,2e-2, on a seed that counts nowhere else; "
+                "default: --lr for all",
             ),
             *kept,
             form_options("attention", ATTENTIONS, split("--attention", attention, str)),
@@ -103,5 +105,6 @@ def run(arguments: Sequence[str]) -> int:
         compare(settings, out, console=console, **how)
     except Interrupted as stopped:
         raise Interrupted(f"{stopped}; the same command goes on") from None
-    print(f"written: {out / 'summary.md'}, {out / 'compare.png'}, {out / 'results.jsonl'}")
+    names = ["summary.md", "compare.png", "results.jsonl", *(["sweep.jsonl"] if settings.lr_sweep else [])]
+    print(f"written: {', '.join(str(out / name) for name in names)}")
     return 0

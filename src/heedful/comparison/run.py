@@ -13,13 +13,16 @@ from heedful.comparison.matching import HELD_EQUAL
 from heedful.comparison.multiplier import multipliers
 from heedful.comparison.plot import plot_curves
 from heedful.comparison.settings import CompareSettings
-from heedful.comparison.table import markdown_table, noise_note, rich_table, summarise
+from heedful.comparison.sweep import SWEEP_SEED, Losses, best_of, edge_note, sweep_markdown, write_sweep
+from heedful.comparison.table import markdown_table, noise_note, one_rate_note, rich_table, summarise
 from heedful.comparison.timetable import Timetable, at_equal_seconds, form_name, longer_name
 from heedful.data import Data
 from heedful.files import holds_something, write_text
 from heedful.training import RunResult, TrainSettings
 from heedful.training.run import RESULT, check_memory, load_settings_data
 from heedful.training.settings import missing_settings
+
+SIDE_BY_SIDE = "Runs were trained side by side: milliseconds per step compare no forms."
 
 
 def compare(
@@ -71,8 +74,12 @@ def compare(
     times = _timetable(settings, forms, longer, out, console, workers)
     times.announce([*forms, *longer], data)
     runs = _Runs(out / "runs", data if here else settings.train, console, times, workers, ray)
+    losses: Losses = {}
     if settings.lr_sweep:
-        rates = _swept(settings, forms, out, runs)
+        losses = _swept(settings, forms, out, runs)
+        rates = best_of(losses)
+        if note := edge_note(losses, settings.lr_sweep):
+            console.print(note, style="yellow", highlight=False)
         forms = [dataclasses.replace(f, lr=rates[form_name(f)]) for f in forms if form_name(f) in rates]
     results, baseline = _Kept(forms, settings.seeds), _Kept([], 0)
     if forms and form_name(forms[0]) == settings.first_form:
@@ -83,14 +90,14 @@ def compare(
     def write(name: str, result: RunResult) -> None:
         for kept in (results, baseline):
             kept.take(name, result)
-        _write(results.finished, baseline.finished, settings, data, out)
+        _write(results.finished, baseline.finished, settings, data, out, losses, workers)
 
     # Seed by seed: what is there after a stop compares every form.
     for seed in range(settings.seeds):
         runs.plan(results.of_seed(seed) | baseline.of_seed(seed))
     runs.run(write)
     if results.finished:
-        _show(results.finished, baseline.finished, settings, data, console)
+        _show(results.finished, baseline.finished, settings, data, console, workers)
     if failures := runs.failures:
         raise RuntimeError(
             f"{len(failures)} of {runs.tried} runs failed ({'; '.join(failures)}); the others "
@@ -162,7 +169,6 @@ class _Runs:
         """Train what is planned, or take what is there; `write` gets each. A failure is noted, not raised."""
         planned, self._planned = self._planned, {}
         for name in planned:
-            # The best run of a sweep is also the first of its form.
             if name in self._seen and (self.folder / name / RESULT).exists():
                 write(name, RunResult.load(self.folder / name / RESULT))
         new = {name: s for name, s in planned.items() if name not in self._seen}
@@ -199,8 +205,7 @@ def _timetable(
     console: Console,
     workers: int,
 ) -> Timetable:
-    """A sweep's best run is the first of its form, not one more."""
-    each = settings.seeds + max(len(settings.lr_sweep) - 1, 0)
+    each = settings.seeds + len(settings.lr_sweep)
     planned = {form_name(f): each for f in forms} | {longer_name(f): settings.seeds for f in longer}
 
     def there(form: TrainSettings) -> list[str]:
@@ -212,32 +217,29 @@ def _timetable(
     return Timetable(planned, finished, console, workers)
 
 
-def _swept(
-    settings: CompareSettings, forms: Sequence[TrainSettings], out: Path, runs: _Runs
-) -> dict[str, float]:
-    """The learning rate of each form with the lowest validation loss at the first seed; none where all failed."""
+def _swept(settings: CompareSettings, forms: Sequence[TrainSettings], out: Path, runs: _Runs) -> Losses:
+    """The loss of each form at each rate; nothing of runs that failed."""
     tries = {
         run_name(s): s
-        for s in (dataclasses.replace(f, lr=lr, seed=0) for f in forms for lr in settings.lr_sweep)
+        for s in (dataclasses.replace(f, lr=lr, seed=SWEEP_SEED) for f in forms for lr in settings.lr_sweep)
     }
-    tried: dict[str, list[tuple[float, float]]] = {}
+    found: dict[str, float] = {}
+
+    def losses() -> dict[str, dict[float, float]]:
+        """In the order of the forms and rates, whichever run was over first."""
+        of_form: dict[str, dict[float, float]] = {}
+        for name, s in tries.items():
+            if name in found:
+                of_form.setdefault(form_name(s), {})[s.lr] = found[name]
+        return of_form
 
     def write(name: str, result: RunResult) -> None:
-        form, lr = tries[name], tries[name].lr
-        tried.setdefault(form_name(form), []).append((result.val_loss, lr))
-        _append_sweep(out / "sweep.jsonl", form, lr, result.val_loss)
+        found[name] = result.val_loss
+        write_sweep(out, losses())
 
     runs.plan(tries)
     runs.run(write)
-    return {name: min(found)[1] for name, found in tried.items()}
-
-
-def _append_sweep(path: Path, form: TrainSettings, lr: float, loss: float) -> None:
-    row = {"attention": form.attention, "score": form.score, "lr": lr, "val_loss": loss}
-    line = json.dumps(row)
-    if not path.exists() or line not in path.read_text(encoding="utf-8").splitlines():
-        with path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+    return losses()
 
 
 def _check_folder(settings: CompareSettings, out: Path) -> None:
@@ -299,7 +301,13 @@ def _plain(settings: CompareSettings) -> dict[str, Any]:
 
 
 def _write(
-    results: list[RunResult], longer: list[RunResult], settings: CompareSettings, data: Data, out: Path
+    results: list[RunResult],
+    longer: list[RunResult],
+    settings: CompareSettings,
+    data: Data,
+    out: Path,
+    losses: Losses,
+    workers: int,
 ) -> None:
     """Everything but the models, anew after every run, so that a stop loses nothing."""
     for name, some in (("results.jsonl", results), ("baseline.jsonl", longer)):
@@ -320,10 +328,12 @@ def _write(
         f"(standard deviation {t.init_logit_std:g}), see the same rows in the same order, and share their seeds.",
         markdown_table(summaries),
         noise_note(summaries),
+        sweep_markdown(losses, settings.lr_sweep) if losses else one_rate_note(summaries),
+        SIDE_BY_SIDE if workers > 1 else "",
         *([] if worth is None else [f"**Compute multiplier**: {worth.note}", worth.markdown]),
         "![curves](compare.png)",
     ]
-    write_text(out / "summary.md", "\n\n".join(parts) + "\n")
+    write_text(out / "summary.md", "\n\n".join(part for part in parts if part) + "\n")
     plot_curves(
         summaries,
         out / "compare.png",
@@ -338,15 +348,20 @@ def _show(
     settings: CompareSettings,
     data: Data,
     console: Console,
+    workers: int,
 ) -> None:
     """The tables of a comparison, as far as they fit on the screen."""
     summaries = summarise(results)
     title = f"{data.name}: validation loss in nats per token"
     if settings.match != "none":
         title += f"; held equal: {HELD_EQUAL[settings.match]}"
-    equal = {"params": "parameters", "flops": "FLOPs/token"}.get(settings.match, "")
-    console.print(rich_table(summaries, title, console.width, keep=equal))
-    console.print(noise_note(summaries).replace("**", ""), style="dim")
+    keep = [{"params": "parameters", "flops": "FLOPs/token"}.get(settings.match, "")]
+    keep += ["lr"] if len({s.runs[0].lr for s in summaries}) > 1 else []
+    console.print(rich_table(summaries, title, console.width, keep))
+    notes = [noise_note(summaries), "" if settings.lr_sweep else one_rate_note(summaries)]
+    notes.append(SIDE_BY_SIDE if workers > 1 else "")
+    for note in filter(None, notes):
+        console.print(note.replace("**", ""), style="dim")
     if (worth := multipliers(summaries, longer)) is not None:
         console.print(worth.rich(console.width))
         console.print(worth.note, style="dim")

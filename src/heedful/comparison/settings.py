@@ -23,7 +23,7 @@ class CompareSettings:
         "what is held equal to the first form: params or flops by the width of the SwiGLU, seconds by the steps",
     )
     lr_sweep: tuple[float, ...] = option(
-        (), "learning rates to try on each form with the first seed; the best is used for all its seeds"
+        (), "learning rates to try on each form with a seed of its own; the best is used for all its seeds"
     )
     baseline_steps: tuple[int, ...] = option(
         (), "also train the first form for these numbers of steps: what the others' compute is worth"

@@ -1,6 +1,6 @@
 """From runs to a table: per form the mean over seeds, and the difference with its spread beside it."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 
@@ -37,8 +37,15 @@ class FormSummary:
     @property
     def differences(self) -> list[float]:
         """Loss minus the baseline's, seed by seed."""
-        base = {run.seed: run.val_loss for run in self.baseline}
-        return [run.val_loss - base[run.seed] for run in self.runs if run.seed in base]
+        return self._paired({run.seed: run.val_loss for run in self.baseline}, "val_loss")
+
+    @property
+    def answer_differences(self) -> list[float]:
+        """Right answers, as a share, minus the baseline's, seed by seed."""
+        return self._paired({run.seed: run.val_accuracy for run in self.baseline}, "val_accuracy")
+
+    def _paired(self, base: Mapping[int, float], name: str) -> list[float]:
+        return [getattr(run, name) - base[run.seed] for run in self.runs if run.seed in base]
 
     def mean_of(self, name: str) -> float | None:
         """The mean of a field; None where a run has none."""
@@ -96,6 +103,7 @@ COLUMNS = (
     "vs first",
     "bits/byte",
     "answers",
+    "answers vs first",
     "at 2x",
     "at 4x",
     "steps to 95 %",
@@ -119,9 +127,10 @@ def rows(summaries: Sequence[FormSummary]) -> tuple[list[str], list[list[str]]]:
             f"{first.flops_per_token / 1e6:.2f} M",
             f"{first.lr:g}",
             loss,
-            _difference(s),
+            _difference(s, s.differences, "{:+.3f}"),
             "" if bpb is None else f"{bpb:.3f}",
             f"{s.mean_of('val_accuracy'):.1%}" if bpb is None else "",
+            _difference(s, [100 * d for d in s.answer_differences], "{:+.1f} %") if bpb is None else "",
             *(_percent(s.accuracy_at(times)) for times in ("2", "4")),
             s.steps_to_learn if bpb is None else "",
             f"{1000 * (s.mean_of('seconds_per_step') or 0):.0f}",
@@ -136,32 +145,33 @@ def _percent(share: float | None) -> str:
     return "" if share is None else f"{share:.1%}"
 
 
-def _difference(s: FormSummary) -> str:
+def _difference(s: FormSummary, d: list[float], as_text: str) -> str:
     if s.runs is s.baseline:
         return "first"
-    d = s.differences
     if not d:
         return "no common seed"
     if len(d) == 1:
-        return f"{d[0]:+.3f}"
+        return as_text.format(d[0])
     found = paired(d)
-    return f"{found.estimate:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
+    low, high = (as_text.format(value) for value in (found.low, found.high))
+    return f"{as_text.format(found.estimate)} ({low} to {high})"
 
 
-TERMINAL = ("form", "loss", "vs first", "bits/byte", "answers", "at 2x", "at 4x", "steps")
+TERMINAL = ("form", "loss", "vs first", "bits/byte", "answers", "answers vs first", "at 2x", "at 4x", "steps")
 OPTIONAL = ("ms/step", "parameters", "steps to 95 %", "cache B/token", "FLOPs/token", "lr")
 """On a screen too narrow for all of them, the last go first."""
 
 
-def rich_table(summaries: Sequence[FormSummary], title: str, width: int = 80, keep: str = "") -> Table:
-    """For a terminal of `width` columns: what fits there, the column `keep` in any case; summary.md has all."""
+def rich_table(
+    summaries: Sequence[FormSummary], title: str, width: int = 80, keep: Collection[str] = ()
+) -> Table:
+    """For a terminal of `width` columns: what fits there, the columns `keep` in any case; summary.md has all."""
     headers, cells = rows(summaries)
-    wanted = dict.fromkeys((*TERMINAL, keep, *OPTIONAL))
+    wanted = dict.fromkeys((*TERMINAL, *keep, *OPTIONAL))
     order = [headers.index(name) for name in wanted if name in headers]
     columns = []
     for i in order:
-        optional = headers[i] in OPTIONAL
-        name, optional = headers[i].replace(" ", "\n"), headers[i] in OPTIONAL and headers[i] != keep
+        name, optional = headers[i].replace(" ", "\n"), headers[i] in OPTIONAL and headers[i] not in keep
         columns.append(text(name) if headers[i] == "form" else Column(name, optional=optional))
     broken = [[_broken(row[i]) for i in order] for row in cells]
     return table(columns, broken, title=title, width=width)
@@ -177,6 +187,16 @@ def markdown_table(summaries: Sequence[FormSummary]) -> str:
     headers, cells = rows(summaries)
     lines = ["| " + " | ".join(headers) + " |", "|" + "---|" * len(headers)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in cells])
+
+
+def one_rate_note(summaries: Sequence[FormSummary]) -> str:
+    """What a comparison without a sweep cannot know; empty for one form."""
+    if len(summaries) < 2:
+        return ""
+    return (
+        f"One learning rate, {summaries[0].runs[0].lr:g}, for all forms: at the best rate of each, differences may "
+        "be half as large (`--lr-sweep 2e-3,5e-3,1e-2,2e-2` finds it)."
+    )
 
 
 def noise_note(summaries: Sequence[FormSummary]) -> str:

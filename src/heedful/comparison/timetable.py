@@ -11,6 +11,7 @@ from statistics import mean
 import torch
 from rich.console import Console
 
+from heedful.comparison.sweep import SWEEP_SEED
 from heedful.data import Data
 from heedful.files import write_text
 from heedful.hf.modeling import HeedfulForCausalLM
@@ -81,7 +82,8 @@ class Timetable:
         titles = []
         for settings in runs:
             self.number += 1
-            titles.append(f"{self.number}/{self.total} {self._kind(settings)}, seed {settings.seed}")
+            what = f"lr {settings.lr:g}" if settings.seed == SWEEP_SEED else f"seed {settings.seed}"
+            titles.append(f"{self.number}/{self.total} {self._kind(settings)}, {what}")
         return titles
 
     def finished(self, title: str, settings: TrainSettings, result: RunResult, seconds: float | None) -> None:
@@ -90,7 +92,8 @@ class Timetable:
         took = "finished before" if seconds is None else f"in {duration(seconds)}"
         remaining = self.left()
         left = f"; about {duration(remaining)} left" if remaining else ""
-        lr = f", lr {result.lr:g}" if result.lr != TrainSettings().lr else ""
+        known = result.lr == TrainSettings().lr or settings.seed == SWEEP_SEED
+        lr = "" if known else f", lr {result.lr:g}"
         self.console.print(
             f"{title}{lr}: validation loss {result.val_loss:.3f}, {took}{left}", highlight=False
         )

@@ -13,6 +13,7 @@ from rich.markup import escape
 from transformers import TrainerCallback
 
 from heedful.comparison.jobs import Outcome, Run, data_key, run_all
+from heedful.comparison.sweep import SWEEP_SEED
 from heedful.comparison.timetable import ROUNDS, duration, seconds_per_step
 from heedful.data import Data
 from heedful.evaluation.kv_budget import evaluate_budgets
@@ -28,8 +29,6 @@ from heedful.training import RunResult, TrainSettings, held_out
 from heedful.training.run import RESULT, load_settings_data
 from heedful.training.workers import side_by_side
 
-SWEEP_SEED = 1000
-"""The sweep has a seed of its own: no seed that counts chose a learning rate."""
 MEASURED_ROWS = 64
 """Rows of held-out text that small caches are measured on."""
 
