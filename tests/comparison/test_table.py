@@ -134,5 +134,5 @@ def test_answers_of_a_task_are_compared_seed_by_seed(result: Callable[..., RunRe
 
 def test_one_learning_rate_for_all_is_said(result: Callable[..., RunResult]):
     two = summarise([result("mha", 0, 1.0), result("sas", 0, 1.0)])
-    assert one_rate_note(two).startswith("One learning rate, for all forms: ")
+    assert one_rate_note(two).startswith("One learning rate, 0.001, for all forms: ")
     assert one_rate_note(two[:1]) == ""

@@ -133,6 +133,42 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a form in a word": ({"forms": "abc"}, "forms must be a list of files, got 'abc'"),
     "an arm's rate": ({"arms": {"mha": {}, "b": {"lr": 0.5}}}, "lr is none of a study's settings: every arm"),
     "an arm's seed": ({"arms": {"mha": {}, "b": {"seed": 3}}}, "seed is none of a study's settings"),
+    "a word of a scale": ({"scale": {"cpu": {"stepz": 3}}}, "scale.cpu has no 'stepz'"),
+    "a rate twice": (
+        {"rates": [1e-3, 1.0000001e-3]},
+        "rates has a learning rate twice, to six digits: 0.001",
+    ),
+    "steps in words": (
+        {"arms": {"mha": {}, "b": {"steps": "4"}}},
+        "'b': steps must be a whole number, got '4'",
+    ),
+    "half a step": ({"arms": {"mha": {}, "b": {"steps": 4.5}}}, "steps must be a whole number, got 4.5"),
+    "no whole number": (
+        {"arms": {"mha": {}, "b": {"steps": True}}},
+        "steps must be a whole number, got True",
+    ),
+    "data in numbers": ({"arms": {"mha": {}, "b": {"data": 4}}}, "data must be text, got 4"),
+    "the name of a length": (
+        {"lengths": [8], "arms": {"mha": {}, "mha-steps8": {}}, "contrasts": []},
+        "arm 'mha-steps8' has the name of a run of `lengths`",
+    ),
+    "a contrast twice": (
+        {"contrasts": 2 * [{"arm": "selective", "against": "mha", "claims": "lower"}]},
+        "a contrast of 'selective' with 'mha' stands there twice",
+    ),
+    "arms of a contrast": (
+        {"contrasts": [{"arm": ["mha"], "against": "mha", "claims": "lower"}]},
+        r"arm of a contrast must be text, got \['mha'\]",
+    ),
+    "positions that end": (
+        {
+            "metric": "accuracy at 2x",
+            "arms": {"mha": {}, "b": {"positions": "learned"}},
+            "contrasts": [],
+            "train": {"data": "synthetic:copy", "context": 2200, "task_options": {"symbols": 1050}},
+        },
+        "arm 'b' has learned positions, 2200 of them, and metric 'accuracy at 2x' reads 42",
+    ),
     "half a match": ({"arms": {"mha": {}, "b": {"to": "mha"}}}, "arm 'b' needs `match` and `to`"),
     "an arm elsewhere": (
         {"arms": {"mha": {}, "../b": {}}},

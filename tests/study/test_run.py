@@ -15,8 +15,10 @@ import pytest
 from rich.console import Console
 
 import heedful.comparison.jobs as jobs
+from heedful.files import Locked, folder_locked
 from heedful.machine import device_name
 from heedful.study import Study, run_study
+from heedful.study.report import write_report
 from heedful.study.rows import read_rows
 
 Make = Callable[..., Study]
@@ -241,3 +243,93 @@ def test_what_is_measured_further_is_trained(study: Make, tmp_path: Path):
     rows = read_rows(tmp_path / "results" / "runs.jsonl")
     assert {row["arm"] for row in rows if "study" in row} == {"selective"}
     assert {row["arm"] for row in read_rows(tmp_path / "results" / "budgets.jsonl")} == {"mha"}
+
+
+def test_an_arm_that_comes_back_is_as_it_was(study: Make, tmp_path: Path):
+    s = study(rates=[1e-3])
+    more = {**s.arms, "mqa": dataclasses.replace(s.arms["mha"], attention="mqa")}
+    go(dataclasses.replace(s, arms=more), tmp_path)
+    go(dataclasses.replace(s, contrasts=()), tmp_path)  # without the arm, and without the claim
+    other = {**more, "mqa": dataclasses.replace(more["mqa"], d_ff=8)}
+    with pytest.raises(ValueError, match=r"as it was before \(mqa differ\)"):
+        go(dataclasses.replace(s, arms=other), tmp_path)
+    claim = dataclasses.replace(s.contrasts[0], claims="higher")
+    with pytest.raises(ValueError, match=r"\(what is claimed of selective against mha differ\)"):
+        go(dataclasses.replace(s, contrasts=(claim,)), tmp_path)
+    go(dataclasses.replace(s, arms=more), tmp_path)
+    assert "gone" not in json.loads((tmp_path / "results" / "study.json").read_text())
+
+
+def test_rows_of_other_settings_are_refused(study: Make, tmp_path: Path):
+    s = study(rates=[1e-3])
+    go(s, tmp_path)
+    os.remove(tmp_path / "results" / "study.json")
+    arms = {**s.arms, "mha": dataclasses.replace(s.arms["mha"], d_ff=8)}
+    with pytest.raises(ValueError, match="runs of other settings under these names: mha-seed0, mha-seed1"):
+        go(dataclasses.replace(s, arms=arms), tmp_path)
+
+
+def test_a_run_counts_once(study: Make, tmp_path: Path):
+    s, path = study(rates=[1e-3]), tmp_path / "results" / "runs.jsonl"
+    go(s, tmp_path)
+    page = (tmp_path / "results" / "README.md").read_text()
+    path.write_text(2 * path.read_text())
+    write_report(s, tmp_path / "results")
+    assert (tmp_path / "results" / "README.md").read_text() == page
+    with folder_locked(tmp_path / "results"), pytest.raises(Locked, match="another process works in"):
+        go(s, tmp_path)
+
+
+def test_a_last_line_without_an_end(study: Make, tmp_path: Path):
+    s, path = study(rates=[1e-3]), tmp_path / "results" / "runs.jsonl"
+    go(s, tmp_path)
+    path.write_text(path.read_text().rstrip("\n"))
+    go(s, tmp_path, seeds=3)
+    assert len(read_rows(path)) == 6
+
+
+def test_nothing_is_taken_over_where_it_is_not_wanted(study: Make, tmp_path: Path):
+    s, quiet = study(rates=[1e-3]), Console(file=io.StringIO())
+    go(s, tmp_path)
+    run_study(s, tmp_path / "other", tmp_path / "models-2", console=quiet, take_over=False)
+    assert not [row for row in read_rows(tmp_path / "other" / "runs.jsonl") if "study" in row]
+
+
+def test_accuracy_in_small_caches(study: Make, tmp_path: Path):
+    task = {
+        "data": "synthetic:copy",
+        "task_options": {"symbols": 4},
+        "context": 10,
+        "batch_size": 4,
+        "steps": 2,
+    }
+    budgets = {"kept": [4], "policies": {"selective": ["selective"]}}
+    small = {"d_model": 16, "n_layers": 1, "n_heads": 2}
+    s = study(metric="accuracy", train={**task, **small}, rates=[1e-3], budgets=budgets, contrasts=[])
+    go(s, tmp_path)
+    page = (tmp_path / "results" / "README.md").read_text()
+    assert "**Accuracy with small caches**" in page
+    assert re.search(r"\| `selective` \| selective \| \d+\.\d% \| \d+\.\d% \|", page)
+
+
+def test_text_of_the_user_is_no_markup(study: Make, tmp_path: Path):
+    s = study(rates=[1e-3], title="does it help [/b]?", arms={"mha": {}, "selective": {"score": "selective"}})
+    assert "does it help [/b]?" in go(s, tmp_path)
+
+
+def test_another_folder_tries_from_nothing(
+    heedful: Callable[..., Any], written: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    written(rates=[1e-3])
+    monkeypatch.chdir(tmp_path)
+    first = heedful("study", "votes").out
+    assert "the first contrast decides the verdict: " in first and "selective vs mha" in first
+    heedful("study", "votes", "--out", "runs/again")
+    assert (tmp_path / "runs" / "again" / "models" / "mha-seed0").is_dir()
+    page = (tmp_path / "runs" / "again" / "README.md").read_text()
+    assert "heedful study votes --out runs/again --workers 2" in page and "are those of" not in page
+    assert "--report trains none" in heedful("study", "votes", "--seeds", "3", "--report").error(2)
+    written(rates=[1e-3], train={"data": "prose", "context": 32})
+    assert "trains on 'prose', and there is no such file or folder here; name a text of your own: --data" in (
+        heedful("study", "votes", "--out", "runs/prose").error(1)
+    )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from heedful.comparison.jobs import Outcome, Run, run_all
 from heedful.comparison.matching import HELD_EQUAL
@@ -67,7 +68,7 @@ def compare(
     for form in forms:
         check_memory(form.to_decoder_config(data.vocab_size, data.context))
     prepare(settings, out)
-    console.print(f"[bold]data[/bold] {data.description}")
+    console.print(f"[bold]data[/bold] {escape(data.description)}")
     if settings.match == "seconds":
         forms = at_equal_seconds(forms, data, out, console)
     longer = [dataclasses.replace(forms[0], steps=n) for n in settings.baseline_steps]
@@ -182,7 +183,7 @@ class _Runs:
         def done(run: Run, outcome: Outcome) -> None:
             if outcome.result is None:
                 self.failures.append(f"{run.folder.name}: {outcome.reason}")
-                self.console.print(f"[red]failed[/red] {self.failures[-1]}", highlight=False)
+                self.console.print(f"[red]failed[/red] {escape(self.failures[-1])}", highlight=False)
                 self.times.next(run.settings, failed=True)
                 return
             write(run.folder.name, outcome.result)

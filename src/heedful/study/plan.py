@@ -5,11 +5,13 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from types import NoneType
+from typing import Any, Literal, get_args, get_type_hints
 
 from heedful.attention.eviction import POLICIES
 from heedful.comparison.matching import match_d_ff
 from heedful.comparison.statistics import seeds_needed
+from heedful.data.tasks import task_of
 from heedful.forms import load_forms, name_forms
 from heedful.ops.checks import did_you_mean
 from heedful.study.values import BUDGETS, check_complete, check_values
@@ -20,6 +22,7 @@ MOST_OF_DEFAULT_DATA = 10_000_000
 """Tokens: twenty times through it."""
 FOLDER = Path("studies")
 """Where `heedful study NAME` looks for NAME.toml."""
+WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 Claim = Literal["lower", "higher", "equal"]
 Metric = Literal["loss", "accuracy", "accuracy at 2x", "accuracy at 4x"]
 Scale = Literal["cpu", "gpu"]
@@ -165,6 +168,8 @@ def _over(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 def _study(name: str, raw: dict[str, Any], scale: Scale, data: str | None) -> Study:
     own = {f.name for f in fields(Study)} - {"name", "arms", "scale", "data"}
     _check_known("a study", raw, {*own, "train", "scale", "arms", "forms"})
+    for scaled in raw.get("scale", {}):
+        _check_known(f"scale.{scaled}", _at(raw, scaled), {*own, "train", "arms"})
     check_values(_at(raw, scale))
     check_complete({**raw, **_at(raw, scale)})
     settings = {**raw.get("train", {}), **_at(raw, scale).get("train", {})}
@@ -180,6 +185,9 @@ def _study(name: str, raw: dict[str, Any], scale: Scale, data: str | None) -> St
         raise ValueError(f"metric must be one of {', '.join(get_args(Metric))}, got {head['metric']!r}")
     budgets = _budgets(head.pop("budgets", None), arms)
     contrasts = tuple(_contrast(c, arms, budgets, head["metric"]) for c in head.pop("contrasts"))
+    compared = [dataclasses.replace(c, says="") for c in contrasts]
+    if twice := [c for n, c in enumerate(compared) if c in compared[:n]]:
+        raise ValueError(f"a contrast of {twice[0].arm!r} with {twice[0].against!r} stands there twice")
     for number in ("effect", "spread"):
         if not head[number] > 0:
             raise ValueError(f"{number} must be greater than 0, got {head[number]}")
@@ -191,13 +199,19 @@ def _study(name: str, raw: dict[str, Any], scale: Scale, data: str | None) -> St
         raise ValueError(
             f"rates must name a learning rate at least, all greater than 0, got {list(head['rates'])}"
         )
+    named = [f"{lr:g}" for lr in head["rates"]]
+    if len(set(named)) < len(named):
+        raise ValueError(f"rates has a learning rate twice, to six digits: {', '.join(named)}")
     baseline = next(iter(arms.values()))
+    if taken := {f"{next(iter(arms))}-steps{n}" for n in head["lengths"]} & set(arms):
+        raise ValueError(f"arm {min(taken)!r} has the name of a run of `lengths`; call it something else")
     if any(n < 1 or n == baseline.steps for n in head["lengths"]):
         raise ValueError(
             f"lengths are numbers of steps of 1 or more, other than those of the baseline ({baseline.steps}), got "
             f"{list(head['lengths'])}"
         )
-    _check_measured(head["metric"], head.get("x", ""), arms)
+    for metric in (head["metric"], *(c.metric for c in contrasts if c.metric)):
+        _check_measured(metric, head.get("x", ""), arms)
     return Study(name=name, arms=arms, contrasts=contrasts, budgets=budgets, scale=scale, data=data, **head)
 
 
@@ -208,6 +222,17 @@ def _check_measured(metric: str, x: str, arms: Mapping[str, TrainSettings]) -> N
             raise ValueError(
                 f"metric {metric!r} is of synthetic tasks, and arm {name!r} trains on {settings.data!r}; use loss"
             )
+        task = task_of(settings.data, settings.task_options)
+        if task is not None and metric.startswith("accuracy at") and settings.positions == "learned":
+            longer = task.fit(settings.context).times(
+                int(metric.removeprefix("accuracy at ").removesuffix("x"))
+            )
+            most = settings.to_config(settings.vocab_size, settings.context).max_position_embeddings
+            if longer.length > most:
+                raise ValueError(
+                    f"arm {name!r} has learned positions, {most} of them, and metric {metric!r} reads "
+                    f"{longer.length} tokens; use rope or none, or another metric"
+                )
         if x and not isinstance(getattr(settings, x, None), int | float):
             numbers = [f.name for f in fields(settings) if isinstance(getattr(settings, f.name), int | float)]
             raise ValueError(
@@ -248,6 +273,7 @@ def _arms(raw: dict[str, Any], common: dict[str, Any]) -> dict[str, TrainSetting
                 f"`seeds` says"
             )
     for name, values in raw.items():
+        _check_types(f"arm {name!r}", {**common, **values})
         if not name or name.startswith(".") or any(c in name for c in "/\\"):
             raise ValueError(
                 f"an arm's name is that of a folder, without / and not beginning with a dot, got {name!r}"
@@ -277,6 +303,19 @@ def _arms(raw: dict[str, Any], common: dict[str, Any]) -> dict[str, TrainSetting
     return arms
 
 
+def _check_types(what: str, values: Mapping[str, Any]) -> None:
+    """Raise for the first setting whose value is of another kind than the setting."""
+    kinds = get_type_hints(TrainSettings) | {"match": str, "to": str}
+    for name, value in values.items():
+        allowed = {
+            kind for kind in (get_args(kinds.get(name)) or (kinds.get(name),)) if isinstance(kind, type)
+        }
+        simple = allowed and allowed <= {int, float, str, bool, NoneType}
+        if simple and type(value) not in (allowed | ({int} if float in allowed else set())):
+            wanted = " or ".join(WORDS[kind] for kind in WORDS if kind in allowed)
+            raise ValueError(f"{what}: {name} must be {wanted}, got {value!r}")
+
+
 def _matched(settings: TrainSettings, target: TrainSettings, by: Any) -> TrainSettings:
     if by not in ("params", "flops"):
         raise ValueError(f"match must be params or flops, got {by!r}")
@@ -288,6 +327,9 @@ def _contrast(
     raw: dict[str, Any], arms: Mapping[str, TrainSettings], budgets: Budgets | None, metric: str
 ) -> Contrast:
     _check_known("a contrast", raw, {f.name for f in fields(Contrast)})
+    for name in ("arm", "against", "claims"):
+        if not isinstance(raw.get(name), str):
+            raise ValueError(f"{name} of a contrast must be text, got {raw.get(name)!r}")
     contrast = Contrast(**raw)
     for arm in (contrast.arm, contrast.against):
         if arm not in arms:

@@ -13,7 +13,7 @@ from heedful.data.tasks import task_of
 from heedful.files import write_text
 from heedful.study.figure import draw, draw_caches
 from heedful.study.plan import Contrast, Study
-from heedful.study.rows import read_rows
+from heedful.study.rows import read_rows, read_runs
 from heedful.study.sweep import sweep_section
 from heedful.study.verdict import FAILS, HOLDS, OPEN, Verdict, value_of, verdicts
 from heedful.training import RunResult
@@ -28,9 +28,15 @@ VERDICTS = {
 """How one and how several are counted."""
 
 
-def write_report(study: Study, out: Path) -> list[Verdict]:
-    """Write `README.md` and `figure.png` of what is there; the verdicts."""
-    rows, measured = read_rows(out / "runs.jsonl"), _json(out / "times.json")
+def write_report(study: Study, out: Path, again: str | None = None) -> list[Verdict]:
+    """Write `README.md` and `figure.png` of what is there; the verdicts.
+
+    Args:
+        study: what was tried.
+        out: the folder of its rows, and of the page.
+        again: the command that runs it again; None: that of a study in `FOLDER` whose results are in results/.
+    """
+    rows, measured = read_runs(out / "runs.jsonl"), _json(out / "times.json")
     times: Mapping[str, float] = measured.get("seconds", {})
     seeds, caches = [row for row in rows if row["role"] == "seed"], read_rows(out / "budgets.jsonl")
     found = verdicts(study, seeds, caches)
@@ -48,7 +54,7 @@ def write_report(study: Study, out: Path) -> list[Verdict]:
         *_caches(study, caches),
         f"**What it cannot say.** {study.limits.strip()}" if study.limits else "",
         f"Raw data: {_raw_data(out)}. Again:",
-        f"```bash\nheedful study {study.name}{_how(study)} --workers 2\n```",
+        f"```bash\n{again or f'heedful study {study.name}{_how(study)}'} --workers 2\n```",
     ]
     write_text(out / "README.md", "\n\n".join(part for part in parts if part) + "\n")
     if seeds:
@@ -123,7 +129,9 @@ def interval_text(d: Interval) -> str:
 
 
 def _declared(study: Study, seeds: Sequence[Row]) -> str:
-    there = len({row["seed"] for row in seeds})
+    counted = Counter(row["arm"] for row in seeds)
+    fewest, most = (of(counted.values(), default=0) for of in (min, max))
+    there = str(most) if fewest == most else f"{fewest} to {most}, by arm,"
     baseline = study.arms[study.baseline]
     rates = ", ".join(f"{lr:g}" for lr in study.rates)
     swept = (
@@ -254,16 +262,22 @@ def _multipliers(study: Study, rows: Sequence[Row], times: Mapping[str, float]) 
 
 
 def _caches(study: Study, rows: Sequence[Row]) -> list[str]:
-    """Loss with small caches, by arm and policy, and the smallest that is as good as another's full one."""
+    """Small caches by arm and policy, and the smallest that is as good as another's full one."""
     if not rows:
         return []
+    right = study.metric != "loss"
+    name_of, worse = ("accuracy", "below") if right else ("loss", "above")
+
+    def written(value: float) -> str:
+        return f"{value:.1%}" if right else f"{value:.4f}"
+
     kept = sorted({row["kv_budget"] for row in rows if row["policy"] is not None})
     lines = [
         "| arm | who goes | " + " | ".join(map(str, kept)) + " | full | as good as full |",
         "|---|---|" + "---|" * (len(kept) + 2),
     ]
     full = {
-        name: mean(row["loss"] for row in rows if row["arm"] == name and row["policy"] is None)
+        name: mean(row[name_of] for row in rows if row["arm"] == name and row["policy"] is None)
         for name in study.arms
         if any(row["arm"] == name for row in rows)
     }
@@ -274,17 +288,22 @@ def _caches(study: Study, rows: Sequence[Row]) -> list[str]:
             losses = {
                 budget: mean(found)
                 for budget in kept
-                if (found := [r["loss"] for r in own if (r["policy"], r["kv_budget"]) == (policy, budget)])
+                if (found := [r[name_of] for r in own if (r["policy"], r["kv_budget"]) == (policy, budget)])
             }
-            cells = [f"{losses[budget]:.4f}" if budget in losses else "" for budget in kept]
-            enough = next((budget for budget, loss in losses.items() if loss <= full[other]), None)
+            cells = [written(losses[budget]) if budget in losses else "" for budget in kept]
+            good = (
+                b for b, value in losses.items() if (value >= full[other] if right else value <= full[other])
+            )
+            enough = next(good, None)
             context = study.arms[name].context
             told = "none" if enough is None else f"{enough} ({context / enough:.3g}x)"
-            lines.append(f"| `{name}` | {policy} | {' | '.join(cells)} | {full[name]:.4f} | {told} |")
+            lines.append(f"| `{name}` | {policy} | {' | '.join(cells)} | {written(full[name])} | {told} |")
     others = ", ".join(f"`{name}`" for name in dict.fromkeys(_beside(study, n, list(full)) for n in full))
     return [
-        "**Loss with small caches** (tokens held per layer, mean over seeds; [budgets.jsonl](budgets.jsonl)). "
-        f"As good as full: the smallest of these caches whose loss is not above that of a full one of {others}"
+        f"**{name_of.capitalize()} with small caches** (tokens held per layer, mean over seeds; [budgets.jsonl]"
+        f"(budgets.jsonl)), on some held-out rows and not on all of them, as above: compare within this "
+        "table. The figure adds what a small cache costs here to what the full one has above. As good as full: the "
+        f"smallest of these caches whose {name_of} is not {worse} that of a full one of {others}"
         f"{' of the same context' if ',' in others else ''}, and how many times smaller it is.",
         "![loss against the bytes of a cache](caches.png)",
         "\n".join(lines),

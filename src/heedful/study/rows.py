@@ -1,6 +1,7 @@
 """Rows of raw data: JSON, one per line."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,51 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_runs(path: Path) -> list[dict[str, Any]]:
+    """The rows of runs, each run once.
+
+    Raises:
+        ValueError: for a row that is none of a run, naming it.
+    """
+    runs: dict[str, dict[str, Any]] = {}
+    for row in read_rows(path):
+        if missing := [name for name in ("run", "arm", "role", "seed", "val_loss") if name not in row]:
+            raise ValueError(
+                f"{path} has a row that is none of a run: {', '.join(missing)} missing; delete it"
+            )
+        runs.setdefault(row["run"], row)
+    return list(runs.values())
+
+
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """One row more."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    """One row more, on a line of its own whatever the file ends with."""
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(json.dumps(row).encode() + b"\n")
+
+
+def read_table(path: Path, *names: str) -> dict[str, Any]:
+    """A JSON file with these names in it.
+
+    Raises:
+        ValueError: if it has not, or is none.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if missing := [name for name in names if not isinstance(found, dict) or name not in found]:
+            raise ValueError(f"no {', '.join(missing)}")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); move it away, or use another --out") from None
+    return dict(found)
+
+
+def same_settings(row: Mapping[str, Any], settings: TrainSettings) -> bool:
+    """Whether a run had these settings, but for where its data lie: of those its digest tells."""
+    before, now = ({**s, "data": ""} for s in (row["config"]["train"], settings.to_dict()))
+    return _key(before) == _key(now)
 
 
 class OtherStudies:
@@ -41,11 +83,11 @@ class OtherStudies:
     A study whose rows are damaged lends none.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, lend: bool = True) -> None:
         self._rows: dict[str, tuple[str, dict[str, Any]]] = {}
         self.damaged: list[str] = []
         """What is wrong with those that lend none."""
-        for path in sorted(out.parent.glob("*/*.jsonl")):
+        for path in sorted(out.parent.glob("*/*.jsonl")) if lend else ():
             if path.parent == out or path.name not in ("runs.jsonl", "sweep.jsonl"):
                 continue
             try:

@@ -17,14 +17,15 @@ from heedful.comparison.sweep import SWEEP_SEED
 from heedful.comparison.timetable import ROUNDS, duration, seconds_per_step
 from heedful.data import Data
 from heedful.evaluation.kv_budget import evaluate_budgets
-from heedful.files import write_text
+from heedful.files import folder_locked, write_text
 from heedful.hf.load import load_model, load_tokenizer
 from heedful.machine import device_name
 from heedful.screen import spinner
 from heedful.study.plan import Budgets, Contrast, Study
 from heedful.study.report import write_report
-from heedful.study.rows import OtherStudies, append_row, read_rows
+from heedful.study.rows import OtherStudies, append_row, read_rows, read_runs, read_table, same_settings
 from heedful.study.sweep import at_the_edge, best_rates
+from heedful.study.verdict import Verdict
 from heedful.training import RunResult, TrainSettings, held_out
 from heedful.training.run import RESULT, load_settings_data
 from heedful.training.workers import side_by_side
@@ -42,13 +43,14 @@ def run_study(
     workers: int = 1,
     ray: str | None = None,
     seeds: int | None = None,
-) -> None:
+    take_over: bool = True,
+    again: str | None = None,
+) -> list[Verdict]:
     """Run what is missing of a study, and write what it says.
 
     `out` gets `times.json` (seconds of a step, measured in turns, and on what), `sweep.jsonl`, `runs.jsonl` (a row
     per run), `budgets.jsonl` where caches are measured, `README.md` and its figure. Every run is kept as soon as it
-    ends; the same call goes on. A run that a study beside `out` has, with the very same settings, is taken over
-    from there, unless its model is needed.
+    ends; the same call goes on.
 
     Args:
         study: what to run.
@@ -58,24 +60,43 @@ def run_study(
         workers: runs at a time, each with its share of the cores.
         ray: a Ray cluster to run them on instead.
         seeds: fewer or more than the study's own.
+        take_over: take a run that a study beside `out` has, with the very same settings, from there, unless its
+            model is needed.
+        again: the command that the page gives, see `write_report`.
+
+    Returns:
+        What came out, a verdict for each contrast that has two seeds.
 
     Raises:
         ValueError: if `out` holds a study of this name with other settings.
+        Locked: if another process runs it there.
         Interrupted: after Ctrl-C.
         RuntimeError: if runs failed; the others are written.
     """
-    seeds = seeds or study.seeds
     out.mkdir(parents=True, exist_ok=True)
+    with folder_locked(out):
+        runner = _Runner(out, models, console, workers, ray, take_over)
+        _run(study, runner, seeds or study.seeds)
+        found = write_report(study, out, again)
+    if runner.failures:
+        raise RuntimeError(
+            f"{len(runner.failures)} runs failed: {'; '.join(runner.failures)}; the others are kept"
+        )
+    return found
+
+
+def _run(study: Study, runner: "_Runner", seeds: int) -> None:
+    out, console = runner.out, runner.console
     write_text(out / "study.json", json.dumps(check_same(study, out), indent=2) + "\n")
-    console.print(f"[bold]{study.title}[/bold]\n{study.claim}", highlight=False)
+    console.print(f"[bold]{escape(study.title)}[/bold]\n{escape(study.claim)}", highlight=False)
+    few = f", fewer than these {study.needed}: it may stay unresolved" if seeds < study.needed else ""
     console.print(
         f"effect looked for: {study.effect:g} in {study.metric}, {study.needed} seeds find it in four of five "
-        f"cases if the spread is {study.spread:g}; {seeds} seeds, {len(study.arms)} arms",
+        f"cases if the spread is {study.spread:g}; {seeds} seeds{few}; {len(study.arms)} arms",
         highlight=False,
     )
-    times = _times(study, out, console)
-    runner = _Runner(out, models, console, workers, ray, times)
-    rates = _sweep(study, runner)
+    runner.times = _times(study, out, console)
+    rates = _sweep(study, runner, seeds)
     arms = {name: dataclasses.replace(s, lr=rates[name]) for name, s in study.arms.items() if name in rates}
     wanted: dict[str, tuple[str, str, TrainSettings]] = {}
     for seed in range(seeds):
@@ -92,11 +113,6 @@ def run_study(
     runner.run(wanted, "runs.jsonl", models=measured)
     if study.budgets is not None:
         _measure(study.budgets, measured, runner)
-    write_report(study, out)
-    if runner.failures:
-        raise RuntimeError(
-            f"{len(runner.failures)} runs failed: {'; '.join(runner.failures)}; the others are kept"
-        )
 
 
 class _Runner:
@@ -109,12 +125,14 @@ class _Runner:
         console: Console,
         workers: int,
         ray: str | None,
-        times: Mapping[str, float],
+        take_over: bool,
     ) -> None:
         self.out, self.models, self.console = out, models, console
-        self.workers, self.ray, self.times = workers, ray, times
+        self.workers, self.ray = workers, ray
+        self.times: Mapping[str, float] = {}
+        """Seconds of a step of each arm."""
         self.failures: list[str] = []
-        self.others = OtherStudies(out)
+        self.others = OtherStudies(out, lend=take_over)
         self.known: dict[str, str] = {}
         for what in self.others.damaged:
             console.print(f"[yellow]not looked at[/yellow]: {escape(what)}", highlight=False)
@@ -125,7 +143,12 @@ class _Runner:
     ) -> list[dict[str, Any]]:
         """Train those that have no row in `file` yet; all their rows. Of `models` a row alone will not do."""
         path = self.out / file
-        rows = {row["run"]: row for row in read_rows(path)}
+        rows = {row["run"]: row for row in read_runs(path)}
+        if other := [n for n, (_, _, s) in wanted.items() if n in rows and not same_settings(rows[n], s)]:
+            raise ValueError(
+                f"{path} has runs of other settings under these names: {', '.join(other)}; use another --out, or "
+                "move the results away"
+            )
         absent = {name: what for name, what in wanted.items() if name not in rows}
         digests = self._digests([settings for _, _, settings in absent.values()])
         self._check_data([row for name, row in rows.items() if name in wanted], digests)
@@ -136,8 +159,10 @@ class _Runner:
                 continue
             rows[name] = {**found[1], "run": name, "arm": arm, "role": role, "study": found[0]}
             append_row(path, rows[name])
-            loss = f"loss {found[1]['val_loss']:.3f}"
-            self.console.print(f"{name}: {loss}, as trained for {found[0]}", highlight=False)
+            loss, where = f"loss {found[1]['val_loss']:.3f}", self.out.parent / found[0]
+            self.console.print(
+                f"{escape(name)}: {loss}, taken over from {where}, the same run", highlight=False
+            )
         missing = {name: what for name, what in wanted.items() if name not in rows}
         if missing:
             seconds = sum(self.times[arm] * settings.steps for arm, _, settings in missing.values())
@@ -164,7 +189,7 @@ class _Runner:
             trained[0] += outcome.seconds or 0.0
             if outcome.result is None:
                 self.failures.append(f"{name}: {outcome.reason}")
-                self.console.print(f"[red]failed[/red] {self.failures[-1]}", highlight=False)
+                self.console.print(f"[red]failed[/red] {escape(self.failures[-1])}", highlight=False)
                 return
             arm, role, _ = wanted[name]
             head = {"run": name, "arm": arm, "role": role, "device": self.device}
@@ -172,7 +197,7 @@ class _Runner:
             rows[name] = json.loads(json.dumps(row))
             append_row(path, row)
             took = f", {duration(outcome.seconds)}" if outcome.seconds is not None else ""
-            self.console.print(f"{run.title}: {_said(outcome.result)}{took}", highlight=False)
+            self.console.print(f"{escape(run.title)}: {_said(outcome.result)}{took}", highlight=False)
 
         run_all(runs, self.console, done, workers=self.workers, ray=self.ray)
         took, workers = time.perf_counter() - began, min(self.workers, len(runs))
@@ -248,7 +273,8 @@ def _measure(budgets: Budgets, wanted: Mapping[str, tuple[str, str, TrainSetting
             jobs.append(_Caches(name, arm, settings, folder, budgets.kept, budgets.policies[settings.score]))
         else:
             runner.console.print(
-                f"the caches of {name} are not measured: its model is not in {folder}", highlight=False
+                f"the caches of {escape(name)} are not measured: its model is not in {escape(str(folder))}",
+                highlight=False,
             )
 
     def done(number: int, rows: list[dict[str, Any]]) -> None:
@@ -258,7 +284,7 @@ def _measure(budgets: Budgets, wanted: Mapping[str, tuple[str, str, TrainSetting
     side_by_side(jobs, runner.console, runner.workers, done)
 
 
-def _sweep(study: Study, runner: _Runner) -> dict[str, float]:
+def _sweep(study: Study, runner: _Runner, seeds: int) -> dict[str, float]:
     """The learning rate of each arm with the lowest validation loss; the one there is, where only one is tried."""
     if len(study.rates) == 1:
         return dict.fromkeys(study.arms, study.rates[0])
@@ -267,10 +293,19 @@ def _sweep(study: Study, runner: _Runner) -> dict[str, float]:
         for lr in study.rates
         for name, s in study.arms.items()
     }
+    after = seeds * sum(runner.times[name] * s.steps for name, s in study.arms.items()) / runner.workers
+    runner.console.print(
+        f"a sweep of {len(study.rates)} learning rates first, then {seeds} seeds of {len(study.arms)} arms: all "
+        f"seeds together take about {duration(after)}",
+        highlight=False,
+    )
     rows = runner.run(wanted, "sweep.jsonl")
     best = best_rates(study, rows)
     if edge := at_the_edge(study, best):
-        runner.console.print(f"best at the edge of the sweep: {', '.join(edge)}", highlight=False)
+        runner.console.print(
+            f"best at the edge of the sweep: {escape(', '.join(edge))}; another rate in `rates` may be better",
+            highlight=False,
+        )
     return best
 
 
@@ -278,7 +313,7 @@ def _times(study: Study, out: Path, console: Console) -> dict[str, float]:
     """Seconds of a training step of each arm, in turns, the fastest of some; measured once."""
     path = out / "times.json"
     if path.exists():
-        before: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))["seconds"]
+        before: dict[str, float] = read_table(path, "seconds")["seconds"]
         if set(before) >= set(study.arms):
             return before
     found: dict[str, list[float]] = {name: [] for name in study.arms}
@@ -316,22 +351,31 @@ def check_same(study: Study, out: Path) -> dict[str, Any]:
     path = out / "study.json"
     now: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(study)))
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        arms = before["arms"].keys() & now["arms"].keys()
-        changed = [name for name in arms if before["arms"][name] != now["arms"][name]]
+        before = read_table(path, "arms", "rates", "metric", "lengths", "effect", "spread", "contrasts")
+        gone = before.get("gone", {"arms": {}, "contrasts": []})
+        known, claims = {**gone["arms"], **before["arms"]}, [*gone["contrasts"], *before["contrasts"]]
+        changed = [name for name in known.keys() & now["arms"].keys() if known[name] != now["arms"][name]]
         declared = ("rates", "metric", "lengths", "effect", "spread")
         changed += [name for name in declared if before[name] != now[name]]
-        claimed = {_sides(c): c["claims"] for c in before["contrasts"]}
+        claimed: dict[str, set[str]] = {}
+        for c in claims:
+            claimed.setdefault(_sides(c), set()).add(c["claims"])
         changed += [
             f"what is claimed of {c['arm']} against {c['against']}"
             for c in now["contrasts"]
-            if claimed.get(_sides(c), c["claims"]) != c["claims"]
+            if c["claims"] not in claimed.get(_sides(c), {c["claims"]})
         ]
         if changed:
             raise ValueError(
                 f"{out} holds results of this study as it was before ({', '.join(sorted(changed))} differ); put it "
                 f"back, use another --out, or move the results away"
             )
+        # What was left out since: it may come back, but only as it was.
+        arms = {name: of for name, of in known.items() if name not in now["arms"]}
+        here = {_sides(c) for c in now["contrasts"]}
+        contrasts = [c for c in claims if _sides(c) not in here]
+        if arms or contrasts:
+            now["gone"] = {"arms": arms, "contrasts": contrasts}
     return now
 
 

@@ -28,7 +28,12 @@ def value_of(row: Mapping[str, Any], metric: str) -> float:
     if metric == "loss":
         return float(row["val_loss"])
     times = metric.rpartition(" ")[2].removesuffix("x") if "at" in metric.split() else "1"
-    return float(row["accuracy_at"][times])
+    found = row.get("accuracy_at") or {}
+    if times not in found:
+        raise ValueError(
+            f"{row['run']} has no right answers at {times}x the length; its page needs another metric"
+        )
+    return float(found[times])
 
 
 def verdicts(
