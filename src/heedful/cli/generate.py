@@ -37,7 +37,12 @@ def run(arguments: Sequence[str]) -> int:
             flag(
                 "kv_budget", str | None, None, "tokens the cache of each layer holds: 64, 64,32,..., or full"
             ),
-            flag("kv_policy", str | None, None, "which token is evicted: " + ", ".join(POLICIES)),
+            flag(
+                "kv_policy",
+                str | None,
+                None,
+                f"which token is evicted: {', '.join(POLICIES)}; if left out: the saved one, or selective",
+            ),
             flag("kv_evict_every", int | None, None, "evict at every so many tokens only"),
             flag("kv_threshold", float | None, None, "votes above which a token is forgotten at once, > 0"),
             flag("kv_grace", int | None, None, "newest tokens that are never evicted"),
