@@ -54,7 +54,14 @@ WRONG: dict[str, tuple[str, tuple[str, ...]]] = {
     "gqa": ("train --attention gqa", ("'gqa' needs n_kv_heads",)),
     "groups": ("train --n-kv-heads 2", ("'mha' has 4 key/value heads by definition",)),
     "seeds": ("compare --seeds 0", ("--seeds must be 1 or more, got 0",)),
-    "sweep": ("compare --lr-sweep a,b", ("--lr-sweep takes values separated by commas, got 'a,b'",)),
+    "sweep": (
+        "compare --lr-sweep 0.01,abc",
+        ("--lr-sweep takes numbers separated by commas, got 'abc' in '0.01,abc'",),
+    ),
+    "baseline-steps": (
+        "compare --baseline-steps 2.5",
+        ("--baseline-steps takes whole numbers separated by commas, got '2.5'",),
+    ),
     "no-forms": ("compare --attention ,", ("--attention and --score need at least one form each",)),
     "twice": ("compare --attention mha,mha", ("--attention names a form twice: mha,mha",)),
     "match": ("compare --match flops", ("--match flops cannot be reached: sas x softmax", "--match none")),
