@@ -51,7 +51,8 @@ WRONG: dict[str, tuple[str, tuple[str, ...]]] = {
     "compare-steps": ("compare --steps -5", ("--steps must be 1 or more, got -5",)),
     "lr": ("train --lr 0", ("--lr must be greater than 0",)),
     "width": ("train --d-model 15", ("d_model must be a multiple of n_heads (4), got 15; use 12 or 16",)),
-    "gqa": ("train --attention gqa", ("'gqa' needs n_kv_heads",)),
+    "gqa": ("train --attention gqa", ("'gqa' needs n_kv_heads", "--n-kv-heads 2")),
+    "compare-gqa": ("compare --attention gqa --n-heads 8", ("(8)", "(on the command line: --n-kv-heads 2)")),
     "groups": ("train --n-kv-heads 2", ("'mha' has 4 key/value heads by definition",)),
     "seeds": ("compare --seeds 0", ("--seeds must be 1 or more, got 0",)),
     "sweep": (
