@@ -11,7 +11,7 @@ from rich.console import Console
 from heedful.attention.eviction import POLICIES, Eviction
 from heedful.cli.errors import UsageError
 from heedful.cli.parsing import flag, kv_budget_of, parse, positional
-from heedful.screen import spinner
+from heedful.screen import counted, spinner
 
 DESCRIPTION = """Continue a prompt with a trained model.
 
@@ -98,7 +98,8 @@ def _stats(cache: Any, certified: bool) -> str:
     """What the cache held, lost and cost."""
     stats, per_layer = cache.stats, ", ".join(map(str, cache.kept))
     lines = [
-        f"cache: {cache.seen} tokens seen, {per_layer} kept per layer, {sum(stats.evictions):,} evictions",
+        f"cache: {counted(cache.seen, 'token')} seen, {per_layer} kept per layer, "
+        f"{counted(sum(stats.evictions), 'eviction')}",
         f"{cache.nbytes:,} bytes now, {stats.peak_bytes:,} at most",
     ]
     if certified:
