@@ -39,12 +39,14 @@ define see_packages
 endef
 
 # A line for each package that pip takes, and what goes wrong; not what is there already.
-progress = | awk '/^(Collecting|Installing|Building|Successfully)/ { print "  " substr($$0, 1, 96); fflush() }'
+progress = | awk '/^(Collecting|Installing|Building)/ { print "  " substr($$0, 1, 96); fflush() }'
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
+# Other targets need it too: what comes next is said to who asked for it by name.
 setup: .venv/.installed ## install heedful and its tools into .venv
+	@test -z "$(filter setup,$(MAKECMDGOALS))" || echo "ready: . .venv/bin/activate, then heedful ls, or make demo"
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(call venv,.venv)

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from heedful.screen import FILE_WIDTH, Column, progress_bar, screen_width, spinner, table, text
+from heedful.screen import FILE_WIDTH, Column, counted, progress_bar, screen_width, spinner, table, text
 
 COLUMNS = [text("case"), Column("time"), Column("spread", optional=True), Column("copy", optional=True)]
 ROWS = [("one name of some words", "12.5 ms", "3%", "40%"), ("two", "1.0 ms", "10%", "4%")]
@@ -50,6 +50,10 @@ def test_width_of_the_screen(monkeypatch: pytest.MonkeyPatch):
     assert screen_width(Console(file=io.StringIO(), force_terminal=True, width=70)) == 70
     monkeypatch.setenv("COLUMNS", "60")
     assert screen_width(Console(file=io.StringIO())) == 60
+
+
+def test_one_of_something():
+    assert [counted(n, "layer") for n in (0, 1, 2000)] == ["0 layers", "1 layer", "2,000 layers"]
 
 
 def test_nothing_moves_where_there_is_no_terminal():

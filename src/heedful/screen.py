@@ -128,6 +128,11 @@ def screen_width(console: Console | None = None) -> int:
     return console.width if console.is_terminal or os.environ.get("COLUMNS") else FILE_WIDTH
 
 
+def counted(n: int, what: str) -> str:
+    """`1 row`, `2 rows`."""
+    return f"{n} {what}" if n == 1 else f"{n:,} {what}s"
+
+
 def spinner(console: Console, what: RenderableType) -> AbstractContextManager[object]:
     """Say what is being done while it is; nothing where the output is no terminal."""
     return console.status(what) if console.is_terminal else nullcontext()

@@ -72,7 +72,7 @@ def test_command(tmp_path, capfd):
         (["--kv-heads", "3"], "--kv-heads must divide --heads 8, got 3"),
         (["--turns", "1"], "--turns must be 2 or more"),
         (["--context", "8", "--budget-share", "16"], "fewer than 2 tokens"),
-        (["--context", "many"], "--context takes values separated by commas"),
+        (["--context", "many"], "--context takes whole numbers separated by commas"),
         (["--device", "moon"], "--device moon"),
     ],
 )

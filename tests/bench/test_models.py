@@ -138,7 +138,7 @@ def test_prefill_command(tmp_path, capfd):
         ("prefill", ["--budget", "1"], "--budget must be 2 or more, got 1"),
         ("prefill", ["--kv-heads", "3"], "--kv-heads must divide --heads 8, got 3"),
         ("prefill", ["--evict-every", "0"], "--evict-every must be 1 or more, got 0"),
-        ("prefill", ["--model-lengths", "x"], "--model-lengths takes values separated by commas"),
+        ("prefill", ["--model-lengths", "x"], "--model-lengths takes whole numbers separated by commas"),
     ],
 )
 def test_wrong_usage(command, flags, message, capfd):

@@ -219,7 +219,7 @@ def test_a_form_from_the_environment(
     flags = ["train", *small, "--attention", "tied_kv", "--out", tmp_path / "run"]
     unknown = heedful(*flags).error(2)
     assert "unknown attention 'tied_kv'" in unknown
-    assert "HEEDFUL_FORMS=my_form.py" in unknown
+    assert "--forms my_form.py, or HEEDFUL_FORMS=my_form.py" in unknown
     done = subprocess.run(
         [sys.executable, "-m", "heedful", *map(str, flags)],
         env={**os.environ, "HEEDFUL_FORMS": str(form_file)},

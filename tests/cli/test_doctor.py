@@ -118,6 +118,7 @@ def test_a_saved_budget_is_proved(heedful: Heedful, converted: Path, tmp_path: P
 
 def test_a_trained_model(heedful: Heedful, trained: Path):
     done = heedful("doctor", trained, "--kv-budget=6", "--kv-policy", "tova")
+    assert f"{trained}: heedful, 1 layer\n" in done.out and "6 tokens in its layer\n" in done.out
     assert done.code == 0 and "softmax: nobody votes" in done.out and "held             6 tokens" in done.out
 
 

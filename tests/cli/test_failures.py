@@ -173,6 +173,13 @@ def test_generate_from_nothing(heedful: Heedful, tmp_path: Path):
     assert "holds no model" in heedful("generate", tmp_path / "file").error(1)
 
 
+def test_generate_with_a_policy_that_does_not_go_with_the_model(heedful: Heedful, trained: Path):
+    done = heedful("generate", trained, "the", "--kv-budget", "8")
+    assert "needs score 'selective', this layer has 'softmax'" in done.error(1)
+    assert "--kv-policy streaming" in done.err
+    assert done.out == ""  # the prompt would be printed first
+
+
 def test_generate_from_another_model(heedful: Heedful, trained: Path, tmp_path: Path):
     run = tmp_path / "run"
     shutil.copytree(trained, run)

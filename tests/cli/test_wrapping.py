@@ -12,7 +12,10 @@ from heedful.cli.wrapping import wrapped
 TEXT = """A paragraph that is written
 on two lines.
 
+    heedful ls
     heedful train --steps 10 --out runs/a   # in a minute
+    heedful show sas                        # its formula
+    heedful doctor
 
   name    what it is, in more words than fit
   other   short"""
@@ -24,8 +27,13 @@ def test_wrapped():
         "A paragraph that is written on two",
         "lines.",
         "",
+        "    heedful ls",
+        "",
         "    # in a minute",
         "    heedful train --steps 10 --out runs/a",
+        "",
+        "    heedful show sas  # its formula",
+        "    heedful doctor",
         "",
         "  name    what it is, in more words than",
         "          fit",

@@ -20,9 +20,10 @@ class GQAConfig(AttentionConfig):
     def resolve_kv_heads(self) -> int:
         """G must be said."""
         if self.n_kv_heads is None:
+            few = next((n for n in range(2, self.n_heads) if self.n_heads % n == 0), 1)
             raise ValueError(
-                "attention 'gqa' needs n_kv_heads, a divisor of n_heads "
-                f"({self.n_heads}); 'mha' has {self.n_heads}, 'mqa' has 1"
+                f"attention 'gqa' needs n_kv_heads, a divisor of n_heads ({self.n_heads}); 'mha' has "
+                f"{self.n_heads}, 'mqa' has 1; use n_kv_heads={few} (on the command line: --n-kv-heads {few})"
             )
         return self.n_kv_heads
 

@@ -73,7 +73,7 @@ class Registry:
             raise ValueError(
                 f"unknown {self.kind} {name!r}; {hint}available: {', '.join(self.forms)}. "
                 f"A form of your own must be imported before it is named "
-                f"(on the command line: HEEDFUL_FORMS=my_form.py)"
+                f"(on the command line: --forms my_form.py, or HEEDFUL_FORMS=my_form.py)"
             )
         return self.forms[name]
 

@@ -12,7 +12,7 @@ from heedful.cli.errors import UsageError
 from heedful.cli.parsing import flag, flag_fields, parse, positional
 from heedful.cli.train import given_trainer_options
 from heedful.errors import Interrupted
-from heedful.screen import spinner
+from heedful.screen import counted, spinner
 
 DESCRIPTION = """Teach a converted model whom to forget.
 
@@ -80,8 +80,3 @@ def run(arguments: Sequence[str]) -> int:
         soft_wrap=True,
     )
     return 0
-
-
-def counted(n: int, what: str) -> str:
-    """`1 row`, `2 rows`."""
-    return f"{n} {what}" if n == 1 else f"{n:,} {what}s"

@@ -15,7 +15,7 @@ from heedful.cli.errors import UsageError
 from heedful.cli.parsing import flag, parse, peek, positional
 from heedful.errors import Interrupted
 from heedful.files import write_json
-from heedful.screen import Column, spinner, table, text
+from heedful.screen import Column, counted, spinner, table, text
 
 DESCRIPTION = """Find how few tokens the cache of every layer may hold without the loss exceeding a target.
 
@@ -170,15 +170,17 @@ def _budget(values: dict[str, Any], console: Console) -> int:
             model, search_rows, target, policy=policy, earlier=log.moves, watch=progress.measuring, **safe
         )
         console.print(
-            f"[bold]data[/bold]   {held.name}: {len(search_rows)} rows of {held.context} tokens to search on, "
-            f"{len(report_rows)} to report on"
+            f"[bold]data[/bold]   {held.name}: {counted(len(search_rows), 'row')} of {held.context} tokens to "
+            f"search on, {len(report_rows)} to report on"
         )
         console.print(
             f"[bold]target[/bold] {target:.4f} nats/token: {target_name}; now {search.full_loss:.4f}"
         )
         if log.moves:
             done = sum(m.accepted for m in log.moves)
-            console.print(f"{'finished before' if search.finished else 'going on'} after {done} moves")
+            console.print(
+                f"{'finished before' if search.finished else 'going on'} after {counted(done, 'move')}"
+            )
         progress.begin(search, done=sum(m.accepted for m in log.moves))
         for move in search.moves():
             log.append(move)
@@ -187,7 +189,7 @@ def _budget(values: dict[str, Any], console: Console) -> int:
         progress.close()
 
     with spinner(console, "loss on the report rows"):
-        counted = [budget for i, budget in enumerate(search.budgets) if i not in search.fixed]
+        free = [budget for i, budget in enumerate(search.budgets) if i not in search.fixed]
         own_full = evaluate(model, report_rows).loss
         own = evaluate(model, report_rows, kv_budget=search.eviction).loss
         scores = [
@@ -196,7 +198,7 @@ def _budget(values: dict[str, Any], console: Console) -> int:
                 "budgets",
                 search.loss,
                 own,
-                sum(counted) / len(counted),
+                sum(free) / len(free),
                 _cache_bytes(model, held, search.eviction),
             ),
         ]
@@ -207,7 +209,8 @@ def _budget(values: dict[str, Any], console: Console) -> int:
     _plot(folder, _curve(log.moves, search), search, held, policy, target_name)
     out = Console(highlight=False)
     out.print(
-        f"{sum(m.accepted for m in log.moves)} moves, {sum(m.measured for m in log.moves)} measurements"
+        f"{counted(sum(m.accepted for m in log.moves), 'move')}, "
+        f"{counted(sum(m.measured for m in log.moves), 'measurement')}"
     )
     _print_result(out, search, scores)
     _print_written(out, folder, search)
@@ -356,7 +359,7 @@ def _plot(
 ) -> None:
     from heedful.evaluation.search_plot import plot_search
 
-    n_layers = len(search.budgets)
+    layers = counted(len(search.budgets), "layer")
     plot_search(
         folder / FIGURE,
         [kept for kept, _ in curve],
@@ -364,7 +367,7 @@ def _plot(
         search.target,
         target_label=f"target {search.target:.3f}: {target_name}",
         title=f"How few tokens {folder.name} needs",
-        subtitle=f"{held.name}; {n_layers} layers, context {held.context}, policy {policy}, greedy search",
+        subtitle=f"{held.name}; {layers}, context {held.context}, policy {policy}, greedy search",
     )
 
 

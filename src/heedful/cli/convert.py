@@ -70,7 +70,12 @@ def run(arguments: Sequence[str]) -> int:
                 None,
                 "tokens each layer holds by default: 256, 256,128,..., or full",
             ),
-            flag("kv_policy", str | None, None, "which token is evicted by default: " + ", ".join(POLICIES)),
+            flag(
+                "kv_policy",
+                str | None,
+                None,
+                f"which token is evicted by default: {', '.join(POLICIES)}; if left out: selective",
+            ),
             flag("kv_grace", int | None, None, "newest tokens that are never evicted by default"),
             flag("kv_first", int | None, None, "first tokens that are never evicted by default"),
             flag("back", bool, False, "the other way: give the stock checkpoint back"),

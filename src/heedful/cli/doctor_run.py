@@ -9,7 +9,7 @@ from heedful.attention.eviction import POLICIES, Eviction
 from heedful.cli.errors import UsageError
 from heedful.cli.parsing import kv_budget_of
 from heedful.cli.wrapping import print_report
-from heedful.screen import progress_bar, spinner
+from heedful.screen import counted, progress_bar, spinner
 
 
 def examine_run(folder: str, kv_budget: str | None, kv_policy: str | None, as_json: bool) -> int:
@@ -94,7 +94,7 @@ def _who_votes(score: Any) -> str:
 def _fact_lines(facts: dict[str, Any]) -> list[str]:
     saved = None if facts["saved"] is None else Eviction.of(facts["saved"])
     shown = [
-        f"{facts['folder']}: {facts['model_type']}, {facts['layers']} layers",
+        f"{facts['folder']}: {facts['model_type']}, {counted(facts['layers'], 'layer')}",
         f"  {'saved':<16} {'no budget' if saved is None else _asked(saved)}",
     ]
     shown += [f"  {'score':<16} {score}" for score in facts["scores"]]
@@ -103,7 +103,8 @@ def _fact_lines(facts: dict[str, Any]) -> list[str]:
         where = "all votes are zero" if silent == own else f"the votes of {silent} of {own} layers are zero"
         shown.append(f"  {'votes':<16} {where}: not adapted yet, ranks by age")
     if own < layers:
-        shown.append(f"  {'windows':<16} {layers - own} layers have a sliding window, and are not counted")
+        slide = "1 layer has" if layers - own == 1 else f"{layers - own} layers have"
+        shown.append(f"  {'windows':<16} {slide} a sliding window, not counted here")
     return shown
 
 
@@ -126,11 +127,12 @@ def _asked(eviction: Eviction) -> str:
 
 def _proof_lines(proof: dict[str, Any]) -> list[str]:
     layers = len(proof["held"])
+    where = "its layer" if layers == 1 else f"each of {layers} layers"
     return [
         f"  {'asked for':<16} {_asked(Eviction.of(proof['eviction']))}",
         f"  {'read':<16} {proof['read']:,} tokens in float32, of which {proof['generated'] - 1} it generated",
-        f"  {'held':<16} {_range(proof['held'])} tokens in each of {layers} layers",
-        f"  {'evicted':<16} {_range(proof['evicted'])} tokens from each",
+        f"  {'held':<16} {_range(proof['held'])} tokens in {where}",
+        f"  {'evicted':<16} {_range(proof['evicted'])} tokens from {'it' if layers == 1 else 'each'}",
         f"  {'bytes':<16} {proof['nbytes']:,}, where a full cache has {proof['full_bytes']:,}",
         f"  {'tokens':<16} {proof['generated']} generated, as one pass with the eviction mask says "
         f"(logits differ by {proof['difference']:.1g})",

@@ -14,7 +14,7 @@ from heedful.cli.eval_tasks import run_tasks
 from heedful.cli.parsing import flag, parse, positional, split, whole
 from heedful.errors import Interrupted
 from heedful.files import write_text
-from heedful.screen import Column, progress_bar, spinner, table, text
+from heedful.screen import Column, counted, progress_bar, spinner, table, text
 
 DESCRIPTION = """Measure a trained model with a KV cache that holds few tokens.
 
@@ -240,8 +240,8 @@ def _evaluate(
         raise UsageError(f"--kv-budget: {error}") from None
     out.mkdir(parents=True, exist_ok=True)
 
-    part = "" if n_rows == total else f" of {total:,}"
-    measured_on = f"{held.name}, {n_rows:,}{part} rows of {held.context:,} tokens"
+    part = "" if n_rows == total else f"{n_rows:,} of "
+    measured_on = f"{held.name}, {part}{counted(total, 'row')} of {held.context:,} tokens"
     heading = measured_on
     if part and most is None:
         heading += f" (for all: --rows {total})"
@@ -287,7 +287,7 @@ def _evaluate(
 def _form(model: Any) -> str:
     config = model.config
     form = f"{config.attention} x {config.score}" if config.model_type == "heedful" else type(model).__name__
-    return f"{form}, {config.num_hidden_layers} layers"
+    return f"{form}, {counted(config.num_hidden_layers, 'layer')}"
 
 
 class _Progress:

@@ -11,7 +11,7 @@ from rich.console import Console
 from heedful.attention.eviction import POLICIES, Eviction
 from heedful.cli.errors import UsageError
 from heedful.cli.parsing import flag, kv_budget_of, parse, positional
-from heedful.screen import spinner
+from heedful.screen import counted, spinner
 
 DESCRIPTION = """Continue a prompt with a trained model.
 
@@ -37,7 +37,12 @@ def run(arguments: Sequence[str]) -> int:
             flag(
                 "kv_budget", str | None, None, "tokens the cache of each layer holds: 64, 64,32,..., or full"
             ),
-            flag("kv_policy", str | None, None, "which token is evicted: " + ", ".join(POLICIES)),
+            flag(
+                "kv_policy",
+                str | None,
+                None,
+                f"which token is evicted: {', '.join(POLICIES)}; if left out: the saved one, or selective",
+            ),
             flag("kv_evict_every", int | None, None, "evict at every so many tokens only"),
             flag("kv_threshold", float | None, None, "votes above which a token is forgotten at once, > 0"),
             flag("kv_grace", int | None, None, "newest tokens that are never evicted"),
@@ -93,7 +98,8 @@ def _stats(cache: Any, certified: bool) -> str:
     """What the cache held, lost and cost."""
     stats, per_layer = cache.stats, ", ".join(map(str, cache.kept))
     lines = [
-        f"cache: {cache.seen} tokens seen, {per_layer} kept per layer, {sum(stats.evictions):,} evictions",
+        f"cache: {counted(cache.seen, 'token')} seen, {per_layer} kept per layer, "
+        f"{counted(sum(stats.evictions), 'eviction')}",
         f"{cache.nbytes:,} bytes now, {stats.peak_bytes:,} at most",
     ]
     if certified:

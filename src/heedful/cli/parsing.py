@@ -109,10 +109,15 @@ def whole(text: str) -> int:
 
 def split(flag_name: str, value: str, convert: Callable[[str], T]) -> tuple[T, ...]:
     """`a,b` -> `(convert("a"), convert("b"))`."""
-    try:
-        return tuple(convert(part.strip()) for part in value.split(",") if part.strip())
-    except ValueError:
-        raise UsageError(f"{flag_name} takes values separated by commas, got {value!r}") from None
+    made = []
+    for part in filter(None, map(str.strip, value.split(","))):
+        try:
+            made.append(convert(part))
+        except ValueError:
+            what = "numbers" if convert is float else "whole numbers"
+            got = repr(part) if part == value else f"{part!r} in {value!r}"
+            raise UsageError(f"{flag_name} takes {what} separated by commas, got {got}") from None
+    return tuple(made)
 
 
 def parse(

@@ -57,7 +57,12 @@ def run(arguments: Sequence[str]) -> int:
                 None,
                 "tokens each layer holds of a request: 512, 512,256,..., or full",
             ),
-            flag("kv_policy", str | None, None, "which token is evicted: " + ", ".join(POLICIES)),
+            flag(
+                "kv_policy",
+                str | None,
+                None,
+                f"which token is evicted: {', '.join(POLICIES)}; if left out: the saved one, or selective",
+            ),
             flag("kv_grace", int | None, None, "newest tokens that are never evicted"),
             flag("kv_first", int | None, None, "first tokens that are never evicted"),
             flag("max_model_len", int | None, None, "tokens of the longest request; what the model can read"),

@@ -14,7 +14,8 @@ def wrapped(text: str, width: int | None = None) -> str:
     """Break the lines of a help text.
 
     Paragraphs are filled. Of an indented line `  name  what it is`, what it is hangs below itself. An indented
-    command is never broken, since it is there to be copied: a comment behind it moves above it.
+    command is never broken, since it is there to be copied: a comment behind it moves closer, or above it, and
+    blank lines set the two apart.
 
     Args:
         text: paragraphs, and indented lines.
@@ -30,8 +31,16 @@ def wrapped(text: str, width: int | None = None) -> str:
         if paragraph:
             lines += textwrap.wrap(" ".join(paragraph), width, break_long_words=False, break_on_hyphens=False)
             paragraph = []
-        lines += _indented(line, width) if line.strip() else [""]
+        made = _indented(line, width) if line.strip() else [""]
+        if lines and lines[-1] and made != [""] and (_comment_above(made) or _comment_above(lines[-2:])):
+            lines.append("")
+        lines += made
     return "\n".join(lines[:-1])
+
+
+def _comment_above(lines: Sequence[str]) -> bool:
+    """Whether these are a comment and its command."""
+    return len(lines) == 2 and lines[0].lstrip().startswith("# ")
 
 
 def _indented(line: str, width: int) -> list[str]:
@@ -40,7 +49,12 @@ def _indented(line: str, width: int) -> list[str]:
     indent = len(line) - len(line.lstrip())
     command = line.split("  # ")
     if len(command) == 2:
-        return [" " * indent + f"# {command[1].strip()}", command[0].rstrip()]
+        closer = f"{command[0].rstrip()}  # {command[1].strip()}"
+        return (
+            [closer]
+            if len(closer) <= width
+            else [" " * indent + f"# {command[1].strip()}", command[0].rstrip()]
+        )
     columns = re.match(r"( +\S+(?: \S+)* {2,})\S", line)
     if columns is None:
         return [line]

@@ -82,6 +82,7 @@ class BudgetedGenerationMixin(GenerationMixin):
         if cache is None and use_cache is not False:
             eviction = self.resolve_eviction(**asked)
             if eviction.evicts:
+                eviction.check_scores(self.scores)  # at once: a streamer would be sent the prompt first
                 kwargs[CACHE] = self.new_cache(eviction)
         elif Eviction.of(**asked).evicts:
             raise ValueError(

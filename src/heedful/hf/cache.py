@@ -152,7 +152,8 @@ class HeedfulCache(Cache):
         holds = f"{self.eviction}" if self.eviction.evicts else "everything"
         kept = ", ".join(map(str, self.kept))
         counts = f"{self.seen} tokens seen, {kept} kept, {self.nbytes:,} bytes"
-        return f"HeedfulCache({len(self.layers)} layers, {counts}; {holds})"
+        layers = f"{len(self.layers)} layer{'s' if len(self.layers) > 1 else ''}"
+        return f"HeedfulCache({layers}, {counts}; {holds})"
 
     @property
     def memories(self) -> list[KVCache]:

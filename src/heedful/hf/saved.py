@@ -87,9 +87,10 @@ def write_beside(model: Any, folder: Path, facts: dict[str, str] | None = None) 
 def card(model: Any, facts: dict[str, str]) -> str:
     """A model card in Markdown: what the model is, and how to load it."""
     config = model.config
+    layers = f"{config.num_hidden_layers} layer{'s' if config.num_hidden_layers > 1 else ''}"
     lines = {
         "form": f"attention {words(config.attention)}, score {words(config.score)}",
-        "size": f"{model.num_parameters() / 1e6:.3g} M parameters, {config.num_hidden_layers} layers of width "
+        "size": f"{model.num_parameters() / 1e6:.3g} M parameters, {layers} of width "
         f"{config.hidden_size}, vocabulary of {config.vocab_size}",
         **facts,
         "cache": kept_by(Eviction.of(config.eviction), config.num_hidden_layers),

@@ -12,7 +12,7 @@ from heedful.attention.eviction.bound import LossBound
 from heedful.attention.eviction.observed import observed_departures, paid_attention
 from heedful.attention.eviction.policy import Policy, get_policy
 from heedful.attention.eviction.slots import Slots
-from heedful.attention.score import EvictableScore, check_one_selector
+from heedful.attention.score import EvictableScore, Score, check_one_selector
 from heedful.attention.tokens import Layer, Tokens, token_axis
 from heedful.ops.eviction import Rule, departures, least_needed_slot
 from heedful.ops.precision import wide_dtype
@@ -188,33 +188,13 @@ class EvictingCache(KVCache):
 
     def _check(self, layer: Layer, tokens: Tokens) -> EvictableScore:
         """The layer's score, if it can do what is asked."""
-        score, name = layer.score, layer.score.config.form
         if tokens.segment_ids is not None:
             raise ValueError("packed segments and a cache that evicts do not go together")
         if torch.is_grad_enabled() and any(x.requires_grad for x in (tokens.q, *tokens.memory.values())):
             raise RuntimeError(
                 "a cache that evicts cannot be trained through; use torch.no_grad() or no budget"
             )
-        if not isinstance(score, EvictableScore):
-            raise ValueError(
-                f"score {name!r} does not support caches that evict: it is no EvictableScore; use a cache "
-                f"without a budget"
-            )
-        if self.policy.ranks_by is not None and self.policy.ranks_by not in score.state_names:
-            raise ValueError(
-                f"the eviction policy {self.policy.name!r} needs score 'selective', this layer has {name!r}; "
-                f"use another policy, e.g. 'streaming'"
-            )
-        if self.policy.ranks_by in score.per_head:
-            raise ValueError(
-                f"the eviction policy {self.policy.name!r} ranks by {self.policy.ranks_by!r}, of which each head "
-                f"of score {name!r} has its own; use another policy, e.g. 'streaming'"
-            )
-        if self.rule.threshold is not None and not score.subtracts:
-            raise ValueError(
-                "a threshold bounds what is lost where votes are subtracted from the logits (subtract=True); this "
-                "layer's only say who goes: use a budget"
-            )
+        score = check_score(layer.score, self.policy, self.rule.threshold)
         self.slots.check(tokens.memory, tokens.x.shape[0])
         return score
 
@@ -548,3 +528,33 @@ def _with_own(state: dict[str, Tensor], own: Tensor, names: list[str]) -> dict[s
 def _real_tokens(key_mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
     """(B, T) bool: the key mask, or ones."""
     return key_mask if key_mask is not None else torch.ones(batch, length, dtype=torch.bool, device=device)
+
+
+def check_score(score: Score, policy: Policy, threshold: float | None) -> EvictableScore:
+    """The score, if a cache may evict under it.
+
+    Raises:
+        ValueError: if the policy or the threshold does not go with it.
+    """
+    name = score.config.form
+    if not isinstance(score, EvictableScore):
+        raise ValueError(
+            f"score {name!r} does not support caches that evict: it is no EvictableScore; use a cache "
+            f"without a budget"
+        )
+    another = "use another policy, e.g. 'streaming' (on the command line: --kv-policy streaming)"
+    if policy.ranks_by is not None and policy.ranks_by not in score.state_names:
+        raise ValueError(
+            f"the eviction policy {policy.name!r} needs score 'selective', this layer has {name!r}; {another}"
+        )
+    if policy.ranks_by in score.per_head:
+        raise ValueError(
+            f"the eviction policy {policy.name!r} ranks by {policy.ranks_by!r}, of which each head "
+            f"of score {name!r} has its own; {another}"
+        )
+    if threshold is not None and not score.subtracts:
+        raise ValueError(
+            "a threshold bounds what is lost where votes are subtracted from the logits (subtract=True); this "
+            "layer's only say who goes: use a budget"
+        )
+    return score

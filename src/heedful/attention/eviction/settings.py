@@ -1,12 +1,13 @@
 """What is asked of the caches of a whole model: one value, for every command and call that evicts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Union
 
 from heedful.attention.cache import KVCache, LayerCache
-from heedful.attention.eviction.cache import EvictingCache
+from heedful.attention.eviction.cache import EvictingCache, check_score
 from heedful.attention.eviction.policy import get_policy
+from heedful.attention.score import Score
 from heedful.ops.eviction.rule import check_budget, check_count, check_threshold
 
 Budget = int | Sequence[int] | str
@@ -122,6 +123,11 @@ class Eviction:
         if len(self.budget) != n_layers:
             raise ValueError(f"kv_budget must have one entry per layer ({n_layers}), got {len(self.budget)}")
         return list(self.budget)
+
+    def check_scores(self, scores: Iterable[Score]) -> None:
+        """Raise ValueError unless tokens may be evicted under each of these, as is asked for here."""
+        for score in scores if self.evicts else ():
+            check_score(score, get_policy(self.policy), self.threshold)
 
     def layer_caches(self, n_layers: int, windows: Sequence[int | None] | None = None) -> list[KVCache]:
         """An empty cache for each layer.

@@ -26,7 +26,7 @@ from heedful.cli.parsing import flag, split
 from heedful.errors import Interrupted
 from heedful.files import write_text
 from heedful.machine import cpu_name
-from heedful.screen import FILE_WIDTH, Column, progress_bar, screen_width, table, text
+from heedful.screen import FILE_WIDTH, Column, counted, progress_bar, screen_width, table, text
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -342,7 +342,7 @@ def run_workload(
             progress=progress,
         )
     report.write([as_row(row, ceilings, threads=threads, picked=row.case == mark) for row in rows])
-    title = f"{workload.name}, T = {workload.length:,}, {counted(threads)}, {values['dtype']}"
+    title = f"{workload.name}, T = {workload.length:,}, {counted(threads, 'thread')}, {values['dtype']}"
     report.table(lambda width: figures_table(title, workload, rows, mark, width))
     report.warn(disturbance(row.timing for row in rows))
     for name, why in workload.left_out.items():
@@ -350,15 +350,10 @@ def run_workload(
     return rows
 
 
-def counted(threads: int) -> str:
-    """The number of threads in words."""
-    return f"{threads} thread{'s' if threads > 1 else ''}"
-
-
 def ceilings_line(ceilings: Ceilings, threads: int, device: torch.device) -> str:
     """What the shares in the tables are shares of."""
     rows, inner, columns = ceilings.gemm_shape
-    where = counted(threads) if device.type == "cpu" else device.type
+    where = counted(threads, "thread") if device.type == "cpu" else device.type
     return (
         f"{where}: GEMM {ceilings.gemm / 1e9:,.0f} GFLOP/s at {rows} x {inner} x {columns}, "
         f"copy {ceilings.copy / 1e9:,.1f} GB/s"

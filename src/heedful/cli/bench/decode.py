@@ -11,7 +11,6 @@ from heedful.cli.bench.common import (
     Report,
     check_positive,
     check_run,
-    counted,
     disturbance,
     dtype_flag,
     numbers,
@@ -21,7 +20,7 @@ from heedful.cli.bench.common import (
 )
 from heedful.cli.errors import UsageError
 from heedful.cli.parsing import flag, parse
-from heedful.screen import Column, table, text
+from heedful.screen import Column, counted, table, text
 
 DESCRIPTION = """Measure the attention part of a decoding step.
 
@@ -110,9 +109,9 @@ def _show(
     report: Report, result: list[tuple[Any, Any]], context: int, threads: int, values: dict[str, Any]
 ) -> None:
     title = (
-        f"one decoding step at {context:,} tokens: {values['heads']} heads of {values['head_dim']}, "
-        f"{values['dtype']}, {values['device']}, {counted(threads)}, {result[0][1].turns} turns of "
-        f"{len(result[0][0].layers)} layers; the time is that of one; "
+        f"one decoding step at {context:,} tokens: {counted(values['heads'], 'head')} of {values['head_dim']}, "
+        f"{values['dtype']}, {values['device']}, {counted(threads, 'thread')}, {result[0][1].turns} turns of "
+        f"{counted(len(result[0][0].layers), 'layer')}; the time is that of one; "
         "vs plain: SDPA on as many keys"
     )
     rows = []

@@ -14,7 +14,6 @@ from heedful.cli.bench.common import (
     Report,
     check_positive,
     check_run,
-    counted,
     dtype_flag,
     memory_flag,
     numbers,
@@ -27,6 +26,7 @@ from heedful.cli.bench.common import (
 )
 from heedful.cli.errors import UsageError
 from heedful.cli.parsing import flag, parse
+from heedful.screen import counted
 
 DESCRIPTION = """Measure attention alone: forward ("prefill"), and forward and backward ("train").
 
@@ -143,7 +143,8 @@ def _plot(report: Report, rows: Sequence[Figures], kernels: Kernels, threads: in
         path,
         "Selective attention: time over plain attention",
         report.caption(
-            counted(threads), f"{dtype}, {kernels.sizes.n_heads} heads of {kernels.sizes.head_dim}"
+            counted(threads, "thread"),
+            f"{dtype}, {counted(kernels.sizes.n_heads, 'head')} of {kernels.sizes.head_dim}",
         ),
         kernels.picked(max(row.length for row in rows)),
     )

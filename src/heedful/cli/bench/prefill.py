@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,7 +14,6 @@ from heedful.cli.bench.common import (
     Report,
     check_positive,
     check_run,
-    counted,
     dtype_flag,
     memory_flag,
     numbers,
@@ -26,6 +26,7 @@ from heedful.cli.bench.common import (
 )
 from heedful.cli.errors import UsageError
 from heedful.cli.parsing import flag, parse
+from heedful.screen import counted
 
 DESCRIPTION = """Measure the reading of a long prompt.
 
@@ -94,15 +95,15 @@ def run(arguments: Sequence[str]) -> int:
                 workload = model_prefill_workload(length, budget, ModelSizes(), device, dtype)
                 own += run_workload(report, workload, ceilings, count, values)
             rows = rows or own
-        report.finish(lambda: _plot(report, rows, counted(threads[0]), values))
+        report.finish(lambda: _plot(report, rows, counted(threads[0], "thread"), values))
     return 0
 
 
-def _plot(report: Report, rows: Sequence[Figures], threads: str, values: dict[str, object]) -> Path:
+def _plot(report: Report, rows: Sequence[Figures], threads: str, values: dict[str, Any]) -> Path:
     from heedful.bench.plot import plot_ratios
 
     path = report.folder / "prefill.png"
-    shape = f"{values['dtype']}, {values['heads']} heads of {values['head_dim']}"
+    shape = f"{values['dtype']}, {counted(values['heads'], 'head')} of {values['head_dim']}"
     plot_ratios(
         rows,
         ("prefill",),

@@ -13,7 +13,6 @@ from heedful.cli.bench.common import (
     Report,
     check_positive,
     check_run,
-    counted,
     memory_flag,
     numbers,
     run_ceilings,
@@ -25,7 +24,7 @@ from heedful.cli.bench.common import (
 )
 from heedful.cli.errors import UsageError
 from heedful.cli.parsing import flag, parse
-from heedful.screen import spinner
+from heedful.screen import counted, spinner
 
 if TYPE_CHECKING:
     from heedful.bench.models import ModelSizes
@@ -97,7 +96,7 @@ def run(arguments: Sequence[str]) -> int:
                 _compile(report, workload)
                 own += run_workload(report, workload, ceilings, count, values)
             rows = rows or own
-        report.finish(lambda: _plot(report, rows, sizes, counted(threads[0]), values["dtype"]))
+        report.finish(lambda: _plot(report, rows, sizes, counted(threads[0], "thread"), values["dtype"]))
     return 0
 
 
@@ -117,7 +116,7 @@ def _plot(report: Report, rows: Sequence[Figures], sizes: "ModelSizes", threads:
     from heedful.bench.plot import plot_bars
 
     path = report.folder / "train.png"
-    shape = f"{sizes.n_layers} layers, C = {sizes.d_model}, {sizes.n_heads} heads"
+    shape = f"{counted(sizes.n_layers, 'layer')}, C = {sizes.d_model}, {counted(sizes.n_heads, 'head')}"
     plot_bars(
         rows,
         path,
