@@ -263,6 +263,15 @@ def test_learning_rate_sweep(
     assert read(tmp_path / "sweep.jsonl") == sweep
 
 
+def test_key_heads_go_to_the_forms_that_have_a_number_of_their_own():
+    given = {"score": ("softmax",), "n_heads": 4, "n_kv_heads": 2, "d_model": 32}
+    forms = CompareSettings.of(attention=("mha", "gqa", "mqa", "mla"), **given).forms(257, 32)
+    configs = [s.to_decoder_config(257, 32).attention_configs()[0] for s in forms]
+    assert [c.n_kv_heads for c in configs] == [4, 2, 1, 4]
+    with pytest.raises(ValueError, match="'mha' has 4 key/value heads by definition, got n_kv_heads=2"):
+        CompareSettings.of(attention=("mha",), **given)
+
+
 def test_options_go_to_the_forms_that_have_them(settings: Settings):
     s = settings(attention=("mha", "sas"), score=("softmax", "selective"))
     train = dataclasses.replace(s.train)

@@ -184,6 +184,8 @@ class AttentionConfig(HeadOptions):
 
     # The shape of the attention itself; a form that widens it overrides these.
 
+    kv_heads_by_definition: ClassVar[bool] = False
+    """Whether the form says how many key/value heads there are."""
     rotated_dim_name: ClassVar[str] = "head_dim"
     no_qk_norm: ClassVar[str] = ""
     """Why the form has no QK-norm; empty: it has, unless it is told otherwise."""

@@ -50,6 +50,8 @@ class MHAConfig(GQAConfig):
     Vaswani et al., arXiv 1706.03762. The cache holds 2·H·D values per token.
     """
 
+    kv_heads_by_definition = True
+
     def resolve_kv_heads(self) -> int:
         """G = H."""
         return fixed_kv_heads("mha", self.n_kv_heads, self.n_heads)
@@ -61,6 +63,8 @@ class MQAConfig(GQAConfig):
 
     Shazeer, arXiv 1911.02150. The cache holds 2·D values per token.
     """
+
+    kv_heads_by_definition = True
 
     def resolve_kv_heads(self) -> int:
         """G = 1."""

@@ -36,6 +36,8 @@ class MLAConfig(AttentionConfig):
     rotated_dim_name: ClassVar[str] = "rope_head_dim"
     no_qk_norm: ClassVar[str] = "the norm of a key is not linear in the latent that is cached"
 
+    kv_heads_by_definition = True
+
     def resolve_kv_heads(self) -> int:
         """G = H."""
         return fixed_kv_heads("mla", self.n_kv_heads, self.n_heads)

@@ -28,6 +28,8 @@ class TPAConfig(AttentionConfig):
 
     no_qk_norm: ClassVar[str] = "the norm of a key is not that of the factors that are cached"
 
+    kv_heads_by_definition = True
+
     def resolve_kv_heads(self) -> int:
         """G = H."""
         return fixed_kv_heads("tpa", self.n_kv_heads, self.n_heads)

@@ -78,19 +78,25 @@ class CompareSettings:
         for name in ("attention", "score", "lr_sweep", "baseline_steps"):
             if name in own:
                 own[name] = (own[name],) if isinstance(own[name], str | float | int) else tuple(own[name])
-        of_forms = {name: options.pop(name, None) or {} for name in ("attention_options", "score_options")}
+        of_forms: dict[str, Any] = {
+            name: options.pop(name, None) or {} for name in ("attention_options", "score_options")
+        }
+        of_forms["n_kv_heads"] = options.pop("n_kv_heads", None)
         train = TrainSettings(**options)  # without forms: their options are checked form by form
         for name, value in of_forms.items():
             object.__setattr__(train, name, value)
         return cls(train=train, **own)
 
     def _form(self, attention: str, score: str) -> TrainSettings:
-        """An option goes to every form that has it."""
+        """An option goes to every form that has it, as does a number of key/value heads."""
+        config_class = ATTENTIONS[attention].config_class
+        others = any(not ATTENTIONS[name].config_class.kv_heads_by_definition for name in self.attention)
         return dataclasses.replace(
             self.train,
             attention=attention,
+            n_kv_heads=None if others and config_class.kv_heads_by_definition else self.train.n_kv_heads,
             score=score,
-            attention_options=_own(ATTENTIONS[attention].config_class, self.train.attention_options),
+            attention_options=_own(config_class, self.train.attention_options),
             score_options=_own(SCORES[score].config_class, self.train.score_options),
         )
 
