@@ -102,7 +102,7 @@ class ForgettingScore(EvictableScore):
             return self._attend(q, k, v, decay_reference(steps, earlier, counts), visible, scale)
         before = n_keys - length
         sums = RunningSums.of(F.pad(steps, (before, 0)), segment_ids)
-        if self._takes_flex(q, v, sums.sums):
+        if self._takes_flex(q, k, v, sums.sums):
             out = attend_flex(q, k, v, sums, earlier, visible, scale)
         else:
             out = self._in_blocks(q, k, v, sums, earlier, visible, scale)
@@ -110,13 +110,13 @@ class ForgettingScore(EvictableScore):
             after = decay_after(steps, earlier, counts)
         return out, {"decay": after}
 
-    def _takes_flex(self, q: Tensor, v: Tensor, sums: Tensor) -> bool:
+    def _takes_flex(self, q: Tensor, k: Tensor, v: Tensor, sums: Tensor) -> bool:
         if self.config.impl != "flex":
-            return self.config.impl == "auto" and flex_pays(q, v, sums)
-        reason = flex_unavailable(q, v, sums)
+            return self.config.impl == "auto" and flex_pays(q, k, v, sums)
+        reason = flex_unavailable(q, k, v, sums)
         if reason:
             raise ValueError(f"impl='flex' cannot run here: {reason}")
-        return True
+        return q.numel() > 0  # of an empty batch it makes no blocks
 
     def _in_blocks(
         self,
