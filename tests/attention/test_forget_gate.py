@@ -59,6 +59,7 @@ def test_the_formula(attention, options, impl):
 def test_flex_of_an_empty_batch():
     layer = layer_of(impl="flex")
     assert layer(text(5, batch=0)).shape == (0, 5, 16)
+    assert layer(text(0, batch=2)).shape == (2, 0, 16)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
