@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
 from typing import Any
 
@@ -27,6 +28,7 @@ from heedful.attention import (
     register_attention,
     register_score,
 )
+from heedful.attention.cache import KVCache
 from heedful.attention.eviction import EvictingCache
 from heedful.attention.registry import ATTENTIONS, SCORES
 from heedful.testing import CHECKS, check_form
@@ -553,3 +555,32 @@ def test_whatever_padding_holds(name: str, cached: str | None):
     for one, expected in zip(found, results(plain), strict=True):
         assert torch.equal(one, expected)
         assert one.isfinite().all()
+
+
+@pytest.mark.parametrize("name", PADDED)
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_no_tokens(name: str, impl: str, masked: bool):
+    """They give no outputs, gradients of 0, and leave a cache as it was."""
+    attention, score, options = FORMS[name]
+    torch.manual_seed(0)
+    layer = build(attention, score, d_model=32, n_heads=4, impl=impl, **options).double().eval()
+    x = torch.randn(2, 5, 32, dtype=torch.float64)
+
+    def read(start: int, end: int, cache: KVCache | None) -> Tensor:
+        mask = torch.ones(2, end - start, dtype=torch.bool) if masked else None
+        return layer(x[:, start:end].clone().requires_grad_(cache is None), key_mask=mask, cache=cache)
+
+    out = read(3, 3, None)
+    assert out.shape == (2, 0, 32)
+    gradients = torch.autograd.grad(out.sum(), list(layer.parameters()), allow_unused=True)
+    reached = {n for (n, _), g in zip(layer.named_parameters(), gradients, strict=True) if g is not None}
+    assert {n for n, _ in layer.score.named_parameters(prefix="score")} | {"o_proj.weight"} <= reached
+    assert not any(g.any() for g in gradients if g is not None)
+    for kind in (LayerCache, partial(EvictingCache, 4, "streaming")):
+        with torch.no_grad():
+            plain, cache = kind(), kind()
+            expected = [read(a, b, plain) for a, b in ((0, 3), (3, 4), (4, 5))]
+            found = [read(a, b, cache) for a, b in ((0, 0), (0, 3), (3, 3), (3, 4), (4, 4), (4, 5))]
+        assert all(none.shape == (2, 0, 32) for none in found[::2])
+        assert all(torch.equal(one, same) for one, same in zip(found[1::2], expected, strict=True))

@@ -55,6 +55,13 @@ def test_the_formula(attention, options, impl):
     torch.testing.assert_close(layer(x), formula(layer, x), rtol=0, atol=1e-12)
 
 
+@torch.no_grad()
+def test_flex_of_an_empty_batch():
+    layer = layer_of(impl="flex")
+    assert layer(text(5, batch=0)).shape == (0, 5, 16)
+    assert layer(text(0, batch=2)).shape == (2, 0, 16)
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_is_the_formula_and_trains_on_a_gpu_alone():
     for attention, options in HOSTS:

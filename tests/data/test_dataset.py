@@ -17,6 +17,7 @@ from heedful.data import (
     load_text,
     train_bpe,
 )
+from heedful.data.dataset import HELD_OUT_SEEDS, SYNTHETIC_VALIDATION_SEED
 
 TASK = "synthetic:variable-assignment"
 
@@ -128,6 +129,27 @@ def test_synthetic_seed_changes_training_but_not_validation():
     one, other = (load_data(TASK, train_examples=50, seed=seed) for seed in (0, 1))
     assert not torch.equal(one.train.tensors["input_ids"], other.train.tensors["input_ids"])
     assert torch.equal(one.validation.tensors["input_ids"], other.validation.tensors["input_ids"])
+
+
+@pytest.mark.parametrize("ahead", [0, 2, 4, 2**32, -(2**32)])
+def test_no_seed_trains_on_what_is_held_out(ahead):
+    """Copy, sorting and parity draw the same first rows however many there are."""
+    seed = SYNTHETIC_VALIDATION_SEED + ahead
+    for task in ("copy", "sorting", "parity", "variable-assignment"):
+        with pytest.raises(ValueError, match=f"seed {seed} draws sequences that are held out.*another seed"):
+            load_data(f"synthetic:{task}", train_examples=600, seed=seed)
+    data = load_data("synthetic:copy", train_examples=600, seed=seed - 1 if ahead <= 0 else 0)
+    rows = (
+        {tuple(row) for row in part.tensors["input_ids"].tolist()} for part in (data.train, data.validation)
+    )
+    assert set.isdisjoint(*rows)
+
+
+def test_the_seeds_of_longer_held_out_sequences_are_kept_for_them():
+    pytest.importorskip("transformers")
+    from heedful.training.run import LENGTHS
+
+    assert all(SYNTHETIC_VALIDATION_SEED + times in HELD_OUT_SEEDS for times in LENGTHS)
 
 
 def test_synthetic_fits_a_shorter_context():

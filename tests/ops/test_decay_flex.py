@@ -105,10 +105,13 @@ def test_gradients(name: str, dtype: torch.dtype):
     close(both(CASES[name], dtype, "cuda", gradients=True), TOLERANCE[dtype])
 
 
-def test_where_it_cannot_run():
-    q = torch.zeros(1, 2, 5, 16, requires_grad=True)
-    reason = flex_unavailable(q, q, q)
+@pytest.mark.parametrize("trained", range(4))
+def test_where_it_cannot_run(trained: int):
+    tensors = [torch.zeros(1, 2, 5, 16, requires_grad=n == trained) for n in range(4)]
+    reason = flex_unavailable(*tensors)
     assert reason is not None and "has gradients on NVIDIA GPUs alone, got tensors on cpu" in reason
     with torch.no_grad():
-        assert flex_unavailable(q, q, q) is None
-    assert not flex_pays(q, q, q)
+        assert flex_unavailable(*tensors) is None
+        reason = flex_unavailable(*(x.to("meta") for x in tensors))
+    assert reason is not None and "takes tensors on cpu, cuda, xpu, hpu, mps, got meta; use impl=" in reason
+    assert not flex_pays(*tensors)

@@ -201,6 +201,23 @@ def test_one_of_the_outputs_is_enough():
         close(*found, TOLERANCE[torch.float32])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("selectors", [None, 2])
+def test_no_tokens(dtype: torch.dtype, selectors: int | None, poisoned: None):
+    """Of no queries: what held votes get is the gradient of the votes held afterwards."""
+    for earlier in (0, 70):
+        case = Case(0, earlier, batch=2, heads=4, groups=4, size=8, v_size=8, selectors=selectors)
+        inputs = case.inputs(dtype)
+        got, expected = (results(case, inputs, dtype, impl) for impl in ("triton", "reference"))
+        for name, x in expected.items():
+            assert got[name].shape == x.shape
+            torch.testing.assert_close(got[name].double(), x, msg=name)
+        leaves = [x.requires_grad_() for x in list(inputs.values())[:3]]
+        out, _ = selective_attention(*leaves, impl="triton")
+        for gradient in torch.autograd.grad(out.sum(), leaves):  # the interpreter's bfloat16 has no exact 0
+            torch.testing.assert_close(gradient, torch.zeros_like(gradient))
+
+
 @pytest.mark.slow
 def test_large_votes_keep_their_precision():
     """F in the hundreds beside logits of order one: what bfloat16 sums of votes would get wrong by whole units."""

@@ -13,8 +13,8 @@ BLOCK = 256
 
 
 def query_blocks(length: int, size: int) -> list[tuple[int, int]]:
-    """Where blocks of `size` of T queries start and end."""
-    return [(start, min(start + size, length)) for start in range(0, length, size)]
+    """Where blocks of `size` of T queries start and end; of no queries, one block of none."""
+    return [(start, min(start + size, length)) for start in range(0, max(length, 1), size)]
 
 
 class ExplicitScore(EvictableScore):
@@ -39,7 +39,8 @@ class ExplicitScore(EvictableScore):
         """The weighted sum; shapes as in `Score.forward`."""
         length, n_keys = q.shape[2], k.shape[2]
         outputs = []
-        for start, end in query_blocks(length, length if self.config.impl == "reference" else BLOCK):
+        size = max(length, 1) if self.config.impl == "reference" else BLOCK
+        for start, end in query_blocks(length, size):
             last = n_keys - length + end
             real, ids = (None if mask is None else mask[:, :last] for mask in (key_mask, segment_ids))
             visible = visible_keys(end - start, last, real, ids, q.device)

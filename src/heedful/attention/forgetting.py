@@ -98,11 +98,13 @@ class ForgettingScore(EvictableScore):
         visible = visible_keys(length, n_keys, key_mask, segment_ids, q.device)
         counts = visible.tril(n_keys - length - 1)
         steps, earlier = self._steps(x, visible), state.get("decay")
-        if self.config.impl == "reference" or length == 1:
-            return self._attend(q, k, v, decay_reference(steps, earlier, counts), visible, scale)
+        if self.config.impl == "reference" or length <= 1:
+            decay = decay_reference(steps, earlier, counts)
+            after = _last(decay) if length else decay_after(steps, earlier, counts)
+            return self._attend(q, k, v, decay, visible, scale), {"decay": after}
         before = n_keys - length
         sums = RunningSums.of(F.pad(steps, (before, 0)), segment_ids)
-        if self._takes_flex(q, v, sums.sums):
+        if self._takes_flex(q, k, v, sums.sums):
             out = attend_flex(q, k, v, sums, earlier, visible, scale)
         else:
             out = self._in_blocks(q, k, v, sums, earlier, visible, scale)
@@ -110,13 +112,13 @@ class ForgettingScore(EvictableScore):
             after = decay_after(steps, earlier, counts)
         return out, {"decay": after}
 
-    def _takes_flex(self, q: Tensor, v: Tensor, sums: Tensor) -> bool:
+    def _takes_flex(self, q: Tensor, k: Tensor, v: Tensor, sums: Tensor) -> bool:
         if self.config.impl != "flex":
-            return self.config.impl == "auto" and flex_pays(q, v, sums)
-        reason = flex_unavailable(q, v, sums)
+            return self.config.impl == "auto" and flex_pays(q, k, v, sums)
+        reason = flex_unavailable(q, k, v, sums)
         if reason:
             raise ValueError(f"impl='flex' cannot run here: {reason}")
-        return True
+        return q.numel() > 0  # of an empty batch it makes no blocks
 
     def _in_blocks(
         self,
@@ -156,7 +158,7 @@ class ForgettingScore(EvictableScore):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """`softmax(L - D) v` over the visible keys; a gate counts for whoever may be voted on."""
         decay = decay_reference(self._steps(x, visible), state.get("decay"), voted)
-        return self._attend(q, k, v, decay, visible, scale)
+        return self._attend(q, k, v, decay, visible, scale), {"decay": _last(decay)}
 
     def logits(
         self,
@@ -181,14 +183,13 @@ class ForgettingScore(EvictableScore):
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, visible: Tensor, scale: float
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The outputs, and the decay after the last query."""
-        after = {"decay": decay[:, :, -1].clone()}  # a copy: a view in a cache would keep all rows alive
-        if self.config.impl != "reference":
-            return self._weigh(q, k, v, decay, visible, scale), after
+    ) -> Tensor:
+        """The outputs."""
+        if self.config.impl != "reference" and q.shape[2]:  # of no query PyTorch's give the gates no gradient
+            return self._weigh(q, k, v, decay, visible, scale)
         with no_autocast(q.device):
             weights = masked_softmax(wide_logits(q, k, scale) - decay, visible[:, None])
-            return (weights @ repeat_kv(v.to(wide_dtype(q)), q.shape[1])).to(v.dtype), after
+            return (weights @ repeat_kv(v.to(wide_dtype(q)), q.shape[1])).to(v.dtype)
 
     def _weigh(
         self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, visible: Tensor, scale: float
@@ -202,6 +203,11 @@ class ForgettingScore(EvictableScore):
             # In 16 bits the bias would be off by whole units where the decay is large.
             out = attention_sdpa(q.to(dtype), k.to(dtype), v.to(dtype), scale, mask=mask)
             return out.masked_fill(~alive, 0.0).to(v.dtype)
+
+
+def _last(decay: Tensor) -> Tensor:
+    """The decay after the last query, a copy: a view in a cache would keep all rows alive."""
+    return decay[:, :, -1].clone()
 
 
 def _with_features(

@@ -34,6 +34,10 @@ SYNTHETIC_TRAIN_EXAMPLES = 20_000
 SYNTHETIC_VALIDATION_EXAMPLES = 512
 # Fixed, so that runs of every training seed are scored on the same sequences.
 SYNTHETIC_VALIDATION_SEED = 1_000_000_007
+HELD_OUT_SEEDS = range(SYNTHETIC_VALIDATION_SEED, SYNTHETIC_VALIDATION_SEED + 16)
+"""That seed, and those after it, of longer held-out sequences: nobody trains on theirs."""
+SEEDS = 2**32
+"""Seeds that differ; of a larger one PyTorch's generator reads what is left."""
 
 
 class TokenDataset(Dataset[dict[str, Tensor]]):
@@ -122,7 +126,7 @@ def load_data(
         vocab_size: largest vocabulary of `"bpe"`; other tokenizers have their own.
         context: tokens in a row. A synthetic sequence has the task's own length, or less where `context`
             is smaller.
-        seed: seed of the synthetic training sequences; a text does not depend on it.
+        seed: seed of the synthetic training sequences, but none of `HELD_OUT_SEEDS`; a text does not depend on it.
         train_examples: number of training rows. None is all rows of a text and 20,000
             synthetic sequences; a number keeps the first rows of a text.
         task_options: options of a synthetic task.
@@ -194,6 +198,11 @@ def _pack_text(
 
 
 def _load_synthetic(task: Task, context: int, seed: int, train_examples: int | None) -> Data:
+    if seed % SEEDS in HELD_OUT_SEEDS:
+        raise ValueError(
+            f"seed {seed} draws sequences that are held out (as {HELD_OUT_SEEDS[0]} to {HELD_OUT_SEEDS[-1]} do): "
+            f"a model of {task.name} would be measured on what it was trained on; use another seed"
+        )
     task, name = task.fit(context), f"synthetic:{task.name}"
     examples = train_examples or SYNTHETIC_TRAIN_EXAMPLES
     return Data(

@@ -10,20 +10,25 @@ from heedful.ops.compiling import constant_result
 from heedful.ops.decay import RunningSums
 from heedful.ops.precision import no_autocast, to_autocast_dtype
 
+DEVICES = ("cpu", "cuda", "xpu", "hpu", "mps")
+"""Types of devices that PyTorch has it for; with gradients, here, CUDA alone."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SIZES = range(16, 257)
 """Features of a head that its kernel takes: no fewer, and as many as fit a GPU's shared memory."""
 
 
-def flex_unavailable(q: Tensor, v: Tensor, sums: Tensor) -> str | None:
+def flex_unavailable(q: Tensor, k: Tensor, v: Tensor, sums: Tensor) -> str | None:
     """Why `attend_flex` cannot run these tensors, and what to do; None if it can.
 
     Args:
         q: (B, H, T, D).
+        k: (B, G, S, D).
         v: (B, G, S, E).
         sums: the running sums, with a gradient if they need one.
     """
-    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, v, sums))
+    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, sums))
+    if q.device.type not in DEVICES:
+        return f"FlexAttention takes tensors on {', '.join(DEVICES)}, got {q.device}; use impl='sdpa'"
     if q.device.type != "cuda":
         if needs_gradient:
             return f"FlexAttention has gradients on NVIDIA GPUs alone, got tensors on {q.device}; use impl='sdpa'"
@@ -48,14 +53,14 @@ def flex_unavailable(q: Tensor, v: Tensor, sums: Tensor) -> str | None:
     return None
 
 
-def flex_pays(q: Tensor, v: Tensor, sums: Tensor) -> bool:
+def flex_pays(q: Tensor, k: Tensor, v: Tensor, sums: Tensor) -> bool:
     """Whether `auto` takes it: in training on a GPU.
 
     Its kernel is compiled for the lengths that it meets, some seconds each, which prompts of any length would be
     slow to pay back.
     """
     wanted = torch.is_grad_enabled() and q.requires_grad and q.device.type == "cuda"
-    return wanted and flex_unavailable(q, v, sums) is None
+    return wanted and flex_unavailable(q, k, v, sums) is None
 
 
 def attend_flex(

@@ -113,6 +113,7 @@ def check(task, n: int, seed: int) -> None:
     for tokens, labels in zip(drawn["input_ids"].tolist(), drawn["labels"].tolist(), strict=True):
         assert tokens[0] == 0 and labels[0] == IGNORE and min(tokens) >= 0
         expected, found = READERS[task.name](tokens, task), answers(labels)
+        assert found  # of a batch that asks nothing there is no loss
         if task.name == "mqar":
             assert len(found) == task.pairs and found.items() <= expected.items()
         else:
@@ -181,6 +182,21 @@ def test_mqar_asks_soon_rather_than_late():
     places = labels.ge(0).nonzero()[:, 1].double()
     early, late = (places < 64).double().mean(), (places > 256).double().mean()
     assert early > 0.45 and late < 0.3
+
+
+@pytest.mark.parametrize("name", ["variable-assignment", "variable-tracking"])
+def test_who_never_asked_asks_at_the_end(name: str):
+    """All else is drawn as in longer sequences, whose first statements do not know which is the last."""
+    short, longer = (TASKS[name](statements=n).draw(2000, 7) for n in (3, 4))
+    size = short["labels"].shape[1]
+    asked = longer["labels"][:, :size].ge(0).any(1)
+    assert 0 < asked.sum() < len(asked)
+    for key, rows in short.items():
+        assert torch.equal(rows[asked], longer[key][asked, :size])
+    assert torch.equal(short["input_ids"][:, :-3], longer["input_ids"][:, : size - 3])
+    assert short["labels"][~asked, -1].ge(0).all()
+    variables = short["input_ids"][~asked, -2].bincount()
+    assert (variables > 0).sum() == TASKS[name]().variables  # whichever have a value
 
 
 def test_options_by_name():

@@ -172,6 +172,8 @@ class EvictingCache(KVCache):
         """
         score = self._check(layer, tokens)
         batch, length = tokens.x.shape[:2]
+        if not length:
+            return tokens.attend_alone(layer)
         if tokens.key_mask is not None:
             self._padded = True
         real = _real_tokens(tokens.key_mask, batch, length, tokens.x.device)

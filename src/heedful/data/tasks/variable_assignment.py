@@ -33,7 +33,7 @@ class VariableAssignment(Task):
     """Statements that set variables and ask for their current values.
 
     The first statement assigns. Each later one asks with probability 1/2, uniformly among the variables assigned
-    so far, or else assigns a uniform value to a uniform variable.
+    so far, or else assigns a uniform value to a uniform variable. Where none has asked, the last one does.
     """
 
     name: ClassVar[str] = "variable-assignment"
@@ -59,8 +59,12 @@ class VariableAssignment(Task):
         current = torch.full((n, self.variables), -1)  # value of each variable, -1 before the first
         input_ids = torch.full((n, self.length), BOS)
         labels = nothing_asked(input_ids)
+        silent = torch.ones(n, dtype=torch.bool)  # nothing asked so far
         for statement in range(self.statements):
             asks = torch.rand(n, generator=generator) < (0.5 if statement else 0.0)
+            if statement == self.statements - 1:
+                asks |= silent
+            silent &= ~asks
             # The largest of independent uniform numbers picks uniformly among the assigned.
             lots = torch.rand(n, self.variables, generator=generator).masked_fill(current < 0, -1.0)
             target = torch.randint(self.variables, (n,), generator=generator)

@@ -26,7 +26,7 @@ class VariableTracking(Task):
     """Statements that set variables, copy them, and ask for their current values.
 
     The first statement gives a value. Each later one gives one, copies, or asks, with equal probability; what is
-    copied or asked for is uniform among the variables that have a value.
+    copied or asked for is uniform among the variables that have a value. Where none has asked, the last one does.
     """
 
     name: ClassVar[str] = "variable-tracking"
@@ -52,15 +52,19 @@ class VariableTracking(Task):
         current = torch.full((n, self.variables), -1)  # value of each variable, -1 before the first
         input_ids = torch.full((n, self.length), BOS)
         labels = nothing_asked(input_ids)
+        silent = torch.ones(n, dtype=torch.bool)  # nothing asked so far
         for statement in range(self.statements):
             operation = torch.randint(3, (n,), generator=generator) + ASSIGN
             if statement == 0:
                 operation.fill_(ASSIGN)
+            if statement == self.statements - 1:
+                operation.masked_fill_(silent, ASK)
+            asks = operation == ASK
+            silent &= ~asks
             lots = torch.rand(n, self.variables, generator=generator).masked_fill(current < 0, -1.0)
             known = lots.argmax(dim=1)
             target = torch.randint(self.variables, (n,), generator=generator)
             fresh = torch.randint(self.values, (n,), generator=generator)
-            asks = operation == ASK
             variable = torch.where(asks, known, target)
             value = torch.where(operation == ASSIGN, fresh, current[everyone, known])
             current[everyone, variable] = value  # asking writes back what was there

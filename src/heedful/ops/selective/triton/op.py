@@ -79,7 +79,7 @@ def _forward(
     from heedful.ops.selective.triton.kernels.forward import attend
 
     job = Job(q, k, v, select_q, select_k, code, scale, select_scale)
-    start = job.new(job.batch, job.selectors, job.n_keys).zero_()
+    start = job.votes_of_nobody()
     if soft_mask is not None:
         start[..., : soft_mask.shape[-1]] = soft_mask
     out = torch.empty(job.batch, job.heads, job.length, v.shape[-1], dtype=v.dtype, device=v.device)
@@ -161,7 +161,7 @@ def _backward(
         wide_q, wide_k = (None if x is None else x.float() for x in (select_q, select_k))
         widened = q.float(), k.float(), v.float(), wide_q, wide_k
         exact = Job(*widened, code, scale, select_scale, holds_half=True)
-        before32, _ = exact.before(before[:, :, 0].contiguous())
+        before32, _ = exact.before(before[:, :, 0].contiguous() if job.n_blocks else exact.votes_of_nobody())
         d_wide = in_heads(d_out.float())
         d_select_q, d_select_k, total = _select_gradients(exact, before32, d_wide, log_sum, delta, grad_after)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -223,7 +223,7 @@ def _select_gradients(
         *(sums, d_select_q, d_select_k, spans, job.counts, job.scales),
         SPAN=launch.span,
     )
-    start = torch.zeros_like(before[:, :, 0]) if grad_after is None else -grad_after.float()
+    start = job.votes_of_nobody() if grad_after is None else -grad_after.float()
     later, total = job.running_sum(sums, start.contiguous(), reverse=True)
     for kernel, gradient, tiles in (
         (selection.from_later_blocks_to_queries, d_select_q, job.n_blocks),
@@ -366,6 +366,10 @@ class Job:
 
     def new(self, *shape: int) -> Tensor:
         return torch.empty(*shape, dtype=torch.float32, device=self.device)
+
+    def votes_of_nobody(self) -> Tensor:
+        """Zeros (B, R, S)."""
+        return self.new(self.batch, self.selectors, self.n_keys).zero_()
 
     def spans(self, launch: Launch) -> int:
         return -(-self.n_keys // (launch.keys * launch.span))
