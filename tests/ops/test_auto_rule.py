@@ -30,6 +30,7 @@ def test_kernels_are_trusted_with_what_agreed_on_a_gpu(monkeypatch: pytest.Monke
     assert trusts(torch.float32, 41, 7)
     assert not trusts(torch.bfloat16, 32, 32) and not trusts(torch.bfloat16, 64, 128)
     assert not trusts(torch.float16, 64, 96) and not trusts(torch.float16, 64, 64, 32)
+    assert not trusts(torch.bfloat16, 96, 64, 96)
     for capability, same in (((9, 0), True), ((8, 0), False)):
         monkeypatch.setattr(available, "_capability", lambda index, it=capability: it)
         assert trusts(torch.bfloat16, 64, 64, device="cuda:1") is same

@@ -385,7 +385,7 @@ def test_next_slot():
 
 
 @pytest.mark.slow
-def test_default_tilings_do_not_spill(tmp_path: Path):
+def test_default_tilings_spill_in_one_kernel(tmp_path: Path):
     """Compiled for sm_90, which needs no GPU."""
     ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
     if not ptxas.exists():

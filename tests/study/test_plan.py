@@ -158,7 +158,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "arms of a contrast": (
         {"contrasts": [{"arm": ["mha"], "against": "mha", "claims": "lower"}]},
-        r"arm of a contrast must be text, got \['mha'\]",
+        r"arm must be text, got \['mha'\]",
     ),
     "positions that end": (
         {

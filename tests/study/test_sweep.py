@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
+from heedful.comparison.sweep import at_the_edge
 from heedful.study.plan import Study
-from heedful.study.sweep import at_the_edge, best_rates, sweep_section
+from heedful.study.sweep import best_rates, sweep_section
 
 Make = Callable[..., Study]
 
@@ -25,8 +26,8 @@ def test_the_best_and_the_edge(study: Make, rows: list[dict[str, Any]]):
     s = study(rates=[0.001, 0.01, 0.1])
     best = best_rates(s, rows)
     assert best == {"mha": 0.01, "selective": 0.1}
-    assert at_the_edge(s, best) == ["selective"]
-    assert at_the_edge(s, {"mha": 0.001}) == ["mha"]
+    assert at_the_edge(best, s.rates) == ["selective"]
+    assert at_the_edge({"mha": 0.001}, s.rates) == ["mha"]
 
 
 def test_the_section(study: Make, rows: list[dict[str, Any]]):

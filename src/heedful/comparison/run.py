@@ -61,7 +61,8 @@ def compare(
     """
     out, console = Path(out), console or Console()
     _check_folder(settings, out)
-    here = data is not None or (workers == 1 and ray is None)
+    side_by_side = workers > 1 or ray is not None
+    here = data is not None or not side_by_side
     data = data or load_settings_data(settings.train)
     forms = settings.forms(data.vocab_size, data.context)
     _check_data(data, out)
@@ -91,14 +92,14 @@ def compare(
     def write(name: str, result: RunResult) -> None:
         for kept in (results, baseline):
             kept.take(name, result)
-        _write(results.finished, baseline.finished, settings, data, out, losses, workers)
+        _write(results.finished, baseline.finished, settings, data, out, losses, side_by_side)
 
     # Seed by seed: what is there after a stop compares every form.
     for seed in range(settings.seeds):
         runs.plan(results.of_seed(seed) | baseline.of_seed(seed))
     runs.run(write)
     if results.finished:
-        _show(results.finished, baseline.finished, settings, data, console, workers)
+        _show(results.finished, baseline.finished, settings, data, console, side_by_side)
     if failures := runs.failures:
         raise RuntimeError(
             f"{len(failures)} of {runs.tried} runs failed ({'; '.join(failures)}); the others "
@@ -154,13 +155,9 @@ class _Runs:
         self.folder, self.data, self.console, self.times = folder, data, console, times
         self.how: dict[str, Any] = {"workers": workers, "ray": ray}
         self.failures: list[str] = []
-        self._planned: dict[str, TrainSettings] = {}
-        self._seen: set[str] = set()
-
-    @property
-    def tried(self) -> int:
+        self.tried = 0
         """Runs so far."""
-        return len(self._seen)
+        self._planned: dict[str, TrainSettings] = {}
 
     def plan(self, runs: dict[str, TrainSettings]) -> None:
         """Some more, by name."""
@@ -169,15 +166,11 @@ class _Runs:
     def run(self, write: Callable[[str, RunResult], None]) -> None:
         """Train what is planned, or take what is there; `write` gets each. A failure is noted, not raised."""
         planned, self._planned = self._planned, {}
-        for name in planned:
-            if name in self._seen and (self.folder / name / RESULT).exists():
-                write(name, RunResult.load(self.folder / name / RESULT))
-        new = {name: s for name, s in planned.items() if name not in self._seen}
-        self._seen |= set(new)
-        titles = self.times.titles(list(new.values()))
+        self.tried += len(planned)
+        titles = self.times.titles(list(planned.values()))
         runs = [
             Run(s, self.folder / name, title, self.data)
-            for (name, s), title in zip(new.items(), titles, strict=True)
+            for (name, s), title in zip(planned.items(), titles, strict=True)
         ]
 
         def done(run: Run, outcome: Outcome) -> None:
@@ -308,7 +301,7 @@ def _write(
     data: Data,
     out: Path,
     losses: Losses,
-    workers: int,
+    side_by_side: bool,
 ) -> None:
     """Everything but the models, anew after every run, so that a stop loses nothing."""
     for name, some in (("results.jsonl", results), ("baseline.jsonl", longer)):
@@ -330,7 +323,7 @@ def _write(
         markdown_table(summaries),
         noise_note(summaries),
         sweep_markdown(losses, settings.lr_sweep) if losses else one_rate_note(summaries),
-        SIDE_BY_SIDE if workers > 1 else "",
+        SIDE_BY_SIDE if side_by_side else "",
         *([] if worth is None else [f"**Compute multiplier**: {worth.note}", worth.markdown]),
         "![curves](compare.png)",
     ]
@@ -349,7 +342,7 @@ def _show(
     settings: CompareSettings,
     data: Data,
     console: Console,
-    workers: int,
+    side_by_side: bool,
 ) -> None:
     """The tables of a comparison, as far as they fit on the screen."""
     summaries = summarise(results)
@@ -360,7 +353,7 @@ def _show(
     keep += ["lr"] if len({s.runs[0].lr for s in summaries}) > 1 else []
     console.print(rich_table(summaries, title, console.width, keep))
     notes = [noise_note(summaries), "" if settings.lr_sweep else one_rate_note(summaries)]
-    notes.append(SIDE_BY_SIDE if workers > 1 else "")
+    notes.append(SIDE_BY_SIDE if side_by_side else "")
     for note in filter(None, notes):
         console.print(note.replace("**", ""), style="dim")
     if (worth := multipliers(summaries, longer)) is not None:

@@ -26,26 +26,44 @@ def write_sweep(out: Path, losses: Losses) -> None:
 
 def best_of(losses: Losses) -> dict[str, float]:
     """The rate of each form with the lowest loss."""
-    return {form: min(tried, key=tried.__getitem__) for form, tried in losses.items() if tried}
+    return {form: min((loss, lr) for lr, loss in tried.items())[1] for form, tried in losses.items() if tried}
+
+
+def at_the_edge(best: Mapping[str, float], rates: Sequence[float]) -> list[str]:
+    """Who is best at the least or the greatest rate that was tried: there may be better ones."""
+    return [name for name, lr in best.items() if lr in (min(rates), max(rates))]
 
 
 def edge_note(losses: Losses, rates: Sequence[float]) -> str:
-    """Which forms are best at the least or the greatest rate that was tried; empty if none is."""
-    edge = [form for form, lr in best_of(losses).items() if lr in (min(rates), max(rates))]
-    if not edge:
-        return ""
-    return f"The best rate is at an edge of the sweep, there may be a better one: {', '.join(edge)}."
+    """Which forms are best at an edge; empty if none is."""
+    edge = at_the_edge(best_of(losses), rates)
+    return (
+        f"The best rate is at an edge of the sweep, there may be a better one: {', '.join(edge)}."
+        if edge
+        else ""
+    )
+
+
+def rates_table(
+    who: str, values: Losses, best: Mapping[str, float], rates: Sequence[float], digits: int
+) -> str:
+    """In Markdown: everyone at every rate, the one taken in bold."""
+    ordered = sorted(rates)
+    lines = [
+        f"| {who} | " + " | ".join(f"{lr:g}" for lr in ordered) + " |",
+        "|---" * (len(ordered) + 1) + "|",
+    ]
+    for name, tried in values.items():
+        cells = [f"{tried[lr]:.{digits}f}" if lr in tried else "" for lr in ordered]
+        cells = [
+            f"**{cell}**" if lr == best.get(name) else cell for lr, cell in zip(ordered, cells, strict=True)
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def sweep_markdown(losses: Losses, rates: Sequence[float]) -> str:
-    """For summary.md: every form at every rate, the best in bold."""
-    best, ordered = best_of(losses), sorted(rates)
-    lines = ["| form | " + " | ".join(f"{lr:g}" for lr in ordered) + " |", "|---" * (len(ordered) + 1) + "|"]
-    for form, tried in losses.items():
-        cells = [f"{tried[lr]:.3f}" if lr in tried else "" for lr in ordered]
-        cells = [
-            f"**{cell}**" if lr == best.get(form) else cell for lr, cell in zip(ordered, cells, strict=True)
-        ]
-        lines.append(f"| {form} | {' | '.join(cells)} |")
+    """For summary.md."""
     what = "**Sweep of learning rates**: validation loss of one run each, on a seed that counts nowhere else."
-    return "\n\n".join(part for part in (what, "\n".join(lines), edge_note(losses, rates)) if part)
+    table = rates_table("form", losses, best_of(losses), rates, 3)
+    return "\n\n".join(part for part in (what, table, edge_note(losses, rates)) if part)

@@ -5,8 +5,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args
 
 from heedful.attention.eviction import POLICIES
 from heedful.comparison.matching import match_d_ff
@@ -14,7 +13,7 @@ from heedful.comparison.statistics import seeds_needed
 from heedful.data.tasks import task_of
 from heedful.forms import load_forms, name_forms
 from heedful.ops.checks import did_you_mean
-from heedful.study.values import BUDGETS, check_complete, check_values
+from heedful.study.values import BUDGETS, CONTRAST, check_complete, check_settings, check_values
 from heedful.training.settings import TrainSettings
 
 DEFAULT_DATA = TrainSettings.data
@@ -22,7 +21,6 @@ MOST_OF_DEFAULT_DATA = 10_000_000
 """Tokens: twenty times through it."""
 FOLDER = Path("studies")
 """Where `heedful study NAME` looks for NAME.toml."""
-WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 Claim = Literal["lower", "higher", "equal"]
 Metric = Literal["loss", "accuracy", "accuracy at 2x", "accuracy at 4x"]
 Scale = Literal["cpu", "gpu"]
@@ -273,7 +271,7 @@ def _arms(raw: dict[str, Any], common: dict[str, Any]) -> dict[str, TrainSetting
                 f"`seeds` says"
             )
     for name, values in raw.items():
-        _check_types(f"arm {name!r}", {**common, **values})
+        check_settings(f"arm {name!r}", {**common, **values})
         if not name or name.startswith(".") or any(c in name for c in "/\\"):
             raise ValueError(
                 f"an arm's name is that of a folder, without / and not beginning with a dot, got {name!r}"
@@ -303,19 +301,6 @@ def _arms(raw: dict[str, Any], common: dict[str, Any]) -> dict[str, TrainSetting
     return arms
 
 
-def _check_types(what: str, values: Mapping[str, Any]) -> None:
-    """Raise for the first setting whose value is of another kind than the setting."""
-    kinds = get_type_hints(TrainSettings) | {"match": str, "to": str}
-    for name, value in values.items():
-        allowed = {
-            kind for kind in (get_args(kinds.get(name)) or (kinds.get(name),)) if isinstance(kind, type)
-        }
-        simple = allowed and allowed <= {int, float, str, bool, NoneType}
-        if simple and type(value) not in (allowed | ({int} if float in allowed else set())):
-            wanted = " or ".join(WORDS[kind] for kind in WORDS if kind in allowed)
-            raise ValueError(f"{what}: {name} must be {wanted}, got {value!r}")
-
-
 def _matched(settings: TrainSettings, target: TrainSettings, by: Any) -> TrainSettings:
     if by not in ("params", "flops"):
         raise ValueError(f"match must be params or flops, got {by!r}")
@@ -327,9 +312,7 @@ def _contrast(
     raw: dict[str, Any], arms: Mapping[str, TrainSettings], budgets: Budgets | None, metric: str
 ) -> Contrast:
     _check_known("a contrast", raw, {f.name for f in fields(Contrast)})
-    for name in ("arm", "against", "claims"):
-        if not isinstance(raw.get(name), str):
-            raise ValueError(f"{name} of a contrast must be text, got {raw.get(name)!r}")
+    check_values(raw, CONTRAST)
     contrast = Contrast(**raw)
     for arm in (contrast.arm, contrast.against):
         if arm not in arms:

@@ -1,6 +1,5 @@
 """README.md and the figure of a study, from its raw data."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from heedful.data.tasks import task_of
 from heedful.files import write_text
 from heedful.study.figure import draw, draw_caches
 from heedful.study.plan import Contrast, Study
-from heedful.study.rows import read_rows, read_runs
+from heedful.study.rows import read_rows, read_runs, read_table
 from heedful.study.sweep import sweep_section
 from heedful.study.verdict import FAILS, HOLDS, OPEN, Verdict, value_of, verdicts
 from heedful.training import RunResult
@@ -36,7 +35,8 @@ def write_report(study: Study, out: Path, again: str | None = None) -> list[Verd
         out: the folder of its rows, and of the page.
         again: the command that runs it again; None: that of a study in `FOLDER` whose results are in results/.
     """
-    rows, measured = read_runs(out / "runs.jsonl"), _json(out / "times.json")
+    rows, timed = read_runs(out / "runs.jsonl"), out / "times.json"
+    measured = read_table(timed, "seconds") if timed.exists() else {}
     times: Mapping[str, float] = measured.get("seconds", {})
     seeds, caches = [row for row in rows if row["role"] == "seed"], read_rows(out / "budgets.jsonl")
     found = verdicts(study, seeds, caches)
@@ -268,7 +268,7 @@ def _caches(study: Study, rows: Sequence[Row]) -> list[str]:
     right = study.metric != "loss"
     name_of, worse = ("accuracy", "below") if right else ("loss", "above")
 
-    def written(value: float) -> str:
+    def shown(value: float) -> str:
         return f"{value:.1%}" if right else f"{value:.4f}"
 
     kept = sorted({row["kv_budget"] for row in rows if row["policy"] is not None})
@@ -290,14 +290,14 @@ def _caches(study: Study, rows: Sequence[Row]) -> list[str]:
                 for budget in kept
                 if (found := [r[name_of] for r in own if (r["policy"], r["kv_budget"]) == (policy, budget)])
             }
-            cells = [written(losses[budget]) if budget in losses else "" for budget in kept]
+            cells = [shown(losses[budget]) if budget in losses else "" for budget in kept]
             good = (
                 b for b, value in losses.items() if (value >= full[other] if right else value <= full[other])
             )
             enough = next(good, None)
             context = study.arms[name].context
             told = "none" if enough is None else f"{enough} ({context / enough:.3g}x)"
-            lines.append(f"| `{name}` | {policy} | {' | '.join(cells)} | {written(full[name])} | {told} |")
+            lines.append(f"| `{name}` | {policy} | {' | '.join(cells)} | {shown(full[name])} | {told} |")
     others = ", ".join(f"`{name}`" for name in dict.fromkeys(_beside(study, n, list(full)) for n in full))
     return [
         f"**{name_of.capitalize()} with small caches** (tokens held per layer, mean over seeds; [budgets.jsonl]"
@@ -313,8 +313,3 @@ def _caches(study: Study, rows: Sequence[Row]) -> list[str]:
 def _beside(study: Study, arm: str, measured: Sequence[str]) -> str:
     """The first arm that reads as much at a time: whose full cache others are held against."""
     return next(name for name in measured if study.arms[name].context == study.arms[arm].context)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return found

@@ -13,7 +13,7 @@ from rich.markup import escape
 from transformers import TrainerCallback
 
 from heedful.comparison.jobs import Outcome, Run, data_key, run_all
-from heedful.comparison.sweep import SWEEP_SEED
+from heedful.comparison.sweep import SWEEP_SEED, at_the_edge
 from heedful.comparison.timetable import ROUNDS, duration, seconds_per_step
 from heedful.data import Data
 from heedful.evaluation.kv_budget import evaluate_budgets
@@ -24,7 +24,7 @@ from heedful.screen import spinner
 from heedful.study.plan import Budgets, Contrast, Study
 from heedful.study.report import write_report
 from heedful.study.rows import OtherStudies, append_row, read_rows, read_runs, read_table, same_settings
-from heedful.study.sweep import at_the_edge, best_rates
+from heedful.study.sweep import best_rates
 from heedful.study.verdict import Verdict
 from heedful.training import RunResult, TrainSettings, held_out
 from heedful.training.run import RESULT, load_settings_data
@@ -73,10 +73,20 @@ def run_study(
         Interrupted: after Ctrl-C.
         RuntimeError: if runs failed; the others are written.
     """
+    seeds = seeds or study.seeds
     out.mkdir(parents=True, exist_ok=True)
     with folder_locked(out):
-        runner = _Runner(out, models, console, workers, ray, take_over)
-        _run(study, runner, seeds or study.seeds)
+        write_text(out / "study.json", json.dumps(check_same(study, out), indent=2) + "\n")
+        console.print(f"[bold]{escape(study.title)}[/bold]\n{escape(study.claim)}", highlight=False)
+        few = f", fewer than these {study.needed}: it may stay unresolved" if seeds < study.needed else ""
+        console.print(
+            f"effect looked for: {study.effect:g} in {study.metric}, {study.needed} seeds find it in four of five "
+            f"cases if the spread is {study.spread:g}; {seeds} seeds{few}; {len(study.arms)} arms",
+            highlight=False,
+        )
+        times = _times(study, out, console)
+        runner = _Runner(out, models, console, workers, ray, times, take_over)
+        _train(study, runner, seeds)
         found = write_report(study, out, again)
     if runner.failures:
         raise RuntimeError(
@@ -85,17 +95,8 @@ def run_study(
     return found
 
 
-def _run(study: Study, runner: "_Runner", seeds: int) -> None:
-    out, console = runner.out, runner.console
-    write_text(out / "study.json", json.dumps(check_same(study, out), indent=2) + "\n")
-    console.print(f"[bold]{escape(study.title)}[/bold]\n{escape(study.claim)}", highlight=False)
-    few = f", fewer than these {study.needed}: it may stay unresolved" if seeds < study.needed else ""
-    console.print(
-        f"effect looked for: {study.effect:g} in {study.metric}, {study.needed} seeds find it in four of five "
-        f"cases if the spread is {study.spread:g}; {seeds} seeds{few}; {len(study.arms)} arms",
-        highlight=False,
-    )
-    runner.times = _times(study, out, console)
+def _train(study: Study, runner: "_Runner", seeds: int) -> None:
+    """The sweep, the seeds, and what is measured of their models."""
     rates = _sweep(study, runner, seeds)
     arms = {name: dataclasses.replace(s, lr=rates[name]) for name, s in study.arms.items() if name in rates}
     wanted: dict[str, tuple[str, str, TrainSettings]] = {}
@@ -125,12 +126,11 @@ class _Runner:
         console: Console,
         workers: int,
         ray: str | None,
+        times: Mapping[str, float],
         take_over: bool,
     ) -> None:
         self.out, self.models, self.console = out, models, console
-        self.workers, self.ray = workers, ray
-        self.times: Mapping[str, float] = {}
-        """Seconds of a step of each arm."""
+        self.workers, self.ray, self.times = workers, ray, times
         self.failures: list[str] = []
         self.others = OtherStudies(out, lend=take_over)
         self.known: dict[str, str] = {}
@@ -301,7 +301,7 @@ def _sweep(study: Study, runner: _Runner, seeds: int) -> dict[str, float]:
     )
     rows = runner.run(wanted, "sweep.jsonl")
     best = best_rates(study, rows)
-    if edge := at_the_edge(study, best):
+    if edge := at_the_edge(best, study.rates):
         runner.console.print(
             f"best at the edge of the sweep: {escape(', '.join(edge))}; another rate in `rates` may be better",
             highlight=False,

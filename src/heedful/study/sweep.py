@@ -1,8 +1,9 @@
-"""What a sweep of learning rates says: the best of each arm, and whether it lies at an edge."""
+"""What a sweep of learning rates says of a study: the best of each arm, and its part of the page."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from heedful.comparison.sweep import at_the_edge, best_of, rates_table
 from heedful.study.plan import Study
 from heedful.study.verdict import value_of
 
@@ -11,16 +12,7 @@ Row = Mapping[str, Any]
 
 def best_rates(study: Study, rows: Sequence[Row]) -> dict[str, float]:
     """The learning rate of each arm with the lowest validation loss, for arms that have rows."""
-    best: dict[str, float] = {}
-    for name in study.arms:
-        if of_arm := [(row["val_loss"], row["lr"]) for row in rows if row["arm"] == name]:
-            best[name] = min(of_arm)[1]
-    return best
-
-
-def at_the_edge(study: Study, best: Mapping[str, float]) -> list[str]:
-    """Arms whose best rate is the least or the greatest that was tried: there may be better ones."""
-    return [name for name, lr in best.items() if lr in (min(study.rates), max(study.rates))]
+    return best_of(_by_arm(study, rows, "loss"))
 
 
 def sweep_section(study: Study, rows: Sequence[Row]) -> str:
@@ -28,24 +20,22 @@ def sweep_section(study: Study, rows: Sequence[Row]) -> str:
     rows = [row for row in rows if row["arm"] in study.arms and row["lr"] in study.rates]
     if not rows:
         return ""
-    best, rates = best_rates(study, rows), sorted(study.rates)
+    best = {f"`{name}`": lr for name, lr in best_rates(study, rows).items()}
+    values = {f"`{name}`": of for name, of in _by_arm(study, rows, study.metric).items()}
     lines = [
         f"**Sweep of learning rates** ({study.metric}, one run each on a seed of its own; bold: the one taken)",
-        "| arm | " + " | ".join(f"{lr:g}" for lr in rates) + " |\n" + "|---" * (len(rates) + 1) + "|",
+        rates_table("arm", values, best, study.rates, 4),
     ]
-    for name in best:
-        values = {row["lr"]: value_of(row, study.metric) for row in rows if row["arm"] == name}
-        cells = [_cell(values.get(lr), lr == best[name]) for lr in rates]
-        lines[1] += f"\n| `{name}` | " + " | ".join(cells) + " |"
-    if edge := at_the_edge(study, best):
-        names = ", ".join(f"`{name}`" for name in edge)
+    if edge := at_the_edge(best, study.rates):
         lines.append(
-            f"The best rate is at an edge of what was tried, so that there may be a better one: {names}."
+            f"The best rate is at an edge of what was tried, so that there may be a better one: {', '.join(edge)}."
         )
     return "\n\n".join(lines)
 
 
-def _cell(value: float | None, taken: bool) -> str:
-    if value is None:
-        return ""
-    return f"**{value:.4f}**" if taken else f"{value:.4f}"
+def _by_arm(study: Study, rows: Sequence[Row], metric: str) -> dict[str, dict[float, float]]:
+    """The metric by arm and rate, of arms that have rows, in their order."""
+    found = {
+        name: {row["lr"]: value_of(row, metric) for row in rows if row["arm"] == name} for name in study.arms
+    }
+    return {name: of for name, of in found.items() if of}

@@ -2,7 +2,10 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
+
+from heedful.training.settings import TrainSettings
 
 REQUIRED = ("title", "claim", "source", "metric", "effect", "spread", "seeds", "rates", "arms", "contrasts")
 
@@ -50,6 +53,10 @@ BUDGETS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "arms": ("a list of arms", _many(_text)),
 }
+CONTRAST: dict[str, tuple[str, Callable[[Any], bool]]] = dict.fromkeys(
+    ("arm", "against", "claims", "says"), ("text", _text)
+)
+WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
 def check_values(
@@ -67,3 +74,16 @@ def check_complete(raw: Mapping[str, Any]) -> None:
     for name in REQUIRED:
         if name not in raw:
             raise ValueError(f"{name} is missing")
+
+
+def check_settings(what: str, values: Mapping[str, Any]) -> None:
+    """Raise for the first setting whose value is of another kind than the setting."""
+    kinds = get_type_hints(TrainSettings) | {"match": str, "to": str}
+    for name, value in values.items():
+        allowed = {
+            kind for kind in (get_args(kinds.get(name)) or (kinds.get(name),)) if isinstance(kind, type)
+        }
+        simple = allowed and allowed <= {int, float, str, bool, NoneType}
+        if simple and type(value) not in (allowed | ({int} if float in allowed else set())):
+            wanted = " or ".join(WORDS[kind] for kind in WORDS if kind in allowed)
+            raise ValueError(f"{what}: {name} must be {wanted}, got {value!r}")

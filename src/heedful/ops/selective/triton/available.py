@@ -12,7 +12,7 @@ LARGEST = 128
 AGREED_ON = (9, 0)
 """The compute capability of the GPU on which the kernels agreed with the formula (one H200; results/gpu)."""
 AGREED = {(40, 40), (64, 64), (96, 64), (96, 96), (128, 128)}
-"""D and E with which they did in 16 bits, with D' = D; in float32 those of every case did."""
+"""D and E with which they did in 16 bits, with D' of both; in float32 those of every case did."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -54,9 +54,9 @@ def trusted(q: Tensor, v: Tensor, select_q: Tensor | None = None) -> bool:
 
     Shapes as in `unavailable`.
     """
-    size = q.shape[-1]
-    own = size if select_q is None else select_q.shape[-1]
-    known = q.dtype == torch.float32 or ((size, v.shape[-1]) in AGREED and own == size)
+    sizes = q.shape[-1], v.shape[-1]
+    alike = select_q is None or {*sizes} == {select_q.shape[-1]}
+    known = q.dtype == torch.float32 or (sizes in AGREED and alike)
     return (
         known
         and unavailable(q, v, select_q) is None
